@@ -1,0 +1,36 @@
+# `make demo` and `make test` install all they need into .venv. To use an environment of your own that already has
+# everything: make test PYTHON=python3
+SHELL := /bin/bash
+VENV := .venv
+PYTHON ?=
+ifeq ($(PYTHON),)
+  PY := $(VENV)/bin/python
+  READY := $(VENV)/ready
+else
+  PY := $(PYTHON)
+  READY :=
+endif
+BASE_PYTHON ?= python3
+
+.PHONY: test demo gpu clean
+
+$(VENV)/ready: setup.py pyproject.toml
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet -e ".[test]"
+	@touch $@
+
+# Two processes side by side: the kernels through Triton's interpreter, and everything else. The interpreter must be
+# chosen before Triton is imported, so one process cannot do both.
+test: $(READY)
+	@set -o pipefail; \
+	(OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -m "interpret and not gpu" > .interpret.log 2>&1; echo $$? > .interpret.rc) & \
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -m "not interpret and not gpu"; rest=$$?; \
+	wait; cat .interpret.log; rc=$$(cat .interpret.rc); rm -f .interpret.log .interpret.rc; \
+	exit $$(( rest != 0 || rc != 0 ))
+
+demo: $(READY)
+	$(PY) -m detr_fast demo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,46 @@
+"""Packaging. The tools' settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+VIZ = ["matplotlib>=3.7"]
+TENSORBOARD = ["tensorboard>=2.14"]
+# triton 3.6's interpreter needs numpy < 2.4; newer tritons take any.
+TEST = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "setuptools", "wheel"]
+
+setup(
+    name="detr_fast",
+    version="0.1.0",
+    description="DETR with its padding, position embedding and attention as Triton kernels behind torch ops",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # `detr_fast/kernels` is a link to `kernels/`: found here, and never installed under the top-level name `kernels`.
+    packages=find_packages(include=["detr_fast", "detr_fast.*"]),
+    package_data={"detr_fast": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy",
+        "pycocotools>=2.0.7",
+        "scipy>=1.10",
+        "tqdm>=4.60",
+        "pillow",
+    ],
+    extras_require={
+        "viz": VIZ,
+        "tensorboard": TENSORBOARD,
+        "test": TEST + VIZ + TENSORBOARD,
+    },
+    entry_points={"console_scripts": ["detr-fast = detr_fast.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
