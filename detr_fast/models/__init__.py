@@ -1,1 +1,33 @@
+"""DETR and its parts under the original's names."""
 
+from detr_fast.models.backbone import Backbone, BackboneBase, Joiner
+from detr_fast.models.build import build_backbone, build_model, build_position_encoding, build_transformer
+from detr_fast.models.detr import DETR
+from detr_fast.models.hub import detr_resnet50, detr_resnet50_dc5, detr_resnet101, detr_resnet101_dc5
+from detr_fast.models.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
+
+__all__ = [
+    "DETR",
+    "Backbone",
+    "BackboneBase",
+    "Joiner",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "build_backbone",
+    "build_model",
+    "build_position_encoding",
+    "build_transformer",
+    "detr_resnet101",
+    "detr_resnet101_dc5",
+    "detr_resnet50",
+    "detr_resnet50_dc5",
+]

@@ -1,0 +1,62 @@
+"""Batch norms that read an official checkpoint: frozen as the original's, or trainable.
+
+Neither has `num_batches_tracked` in its state, so that the same state dict loads with strict=True into both.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_EPS = 1e-5
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm whose statistics and affine parameters are constants (buffers): y = x * scale + bias per channel.
+
+    In float32 it computes what the original computes, in the same order. A float16 or bfloat16 input gives an output
+    of the same dtype (the original's float32 buffers would promote it), computed in float32 and rounded once.
+
+    Args:
+        n: number of channels.
+
+    Source: facebookresearch/detr, models/backbone.py, FrozenBatchNorm2d.
+    """
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(n))
+        self.register_buffer("bias", torch.zeros(n))
+        self.register_buffer("running_mean", torch.zeros(n))
+        self.register_buffer("running_var", torch.ones(n))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, n, H, W] → [B, n, H, W], in x's dtype."""
+        if x.dtype in (torch.float16, torch.bfloat16):
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=_EPS)
+        scale = self.weight * (self.running_var + _EPS).rsqrt()
+        bias = self.bias - self.running_mean * scale
+        return x * scale[:, None, None] + bias[:, None, None]
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={_EPS}"
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Trainable batch norm with the state dict of `FrozenBatchNorm2d`: it keeps no `num_batches_tracked`.
+
+    Args:
+        n: number of channels.
+    """
+
+    def __init__(self, n: int):
+        super().__init__(n, eps=_EPS)
+        self.num_batches_tracked = None
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        # Past nn.BatchNorm2d's own version, which adds num_batches_tracked to a state dict that has none.
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)

@@ -1,0 +1,286 @@
+"""ResNet backbones of torchvision, and the module that joins one with a position embedding.
+
+Source: facebookresearch/detr, models/backbone.py.
+"""
+
+import os
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d, PositionEmbeddingSine
+from detr_fast.models.weights import load_file, load_url
+from detr_fast.nested_tensor import NestedTensor
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+_TRAINED_STAGES = STAGES[1:]
+
+# Those with one convolution kernel size per block; torchvision cannot dilate them.
+_BASIC_RESNETS = ("resnet18", "resnet34")
+_RESNETS = (
+    *_BASIC_RESNETS,
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+_NORMS = {"frozen": FrozenBatchNorm2d, "batch": BatchNorm2d, "group": partial(nn.GroupNorm, 32)}
+
+
+class ResNetBody(nn.Module):
+    """The layers of a torchvision ResNet up to a stage, under their names, returning some of the stages.
+
+    Args:
+        resnet: a `torchvision.models.ResNet`.
+        return_layers: stage → name of its output, such as {"layer4": "0"}. What follows the last stage is dropped.
+    """
+
+    def __init__(self, resnet: nn.Module, return_layers: dict[str, str]):
+        super().__init__()
+        self.return_layers = dict(return_layers)
+        missing = set(return_layers)
+        for name, layer in resnet.named_children():
+            if not missing:
+                break
+            self.add_module(name, layer)
+            missing.discard(name)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """[B, 3, H, W] → {name: [B, C, h, w]}, in the order of the stages."""
+        out = {}
+        for name, layer in self.named_children():
+            x = layer(x)
+            if name in self.return_layers:
+                out[self.return_layers[name]] = x
+        return out
+
+
+class BackboneBase(nn.Module):
+    """A ResNet body that takes and returns nested tensors.
+
+    Args:
+        backbone: a `torchvision.models.ResNet`.
+        train_backbone: False freezes every parameter; True only those outside of layer2, layer3 and layer4.
+        num_channels: channels of the last level.
+        return_interm_layers: return all four levels as "0".."3" instead of the last one as "0".
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        train_backbone: bool,
+        num_channels: int,
+        return_interm_layers: bool,
+        *,
+        level: int = 3,
+        freeze: bool = True,
+    ):
+        super().__init__()
+        if return_interm_layers:
+            return_layers = {stage: str(i) for i, stage in enumerate(STAGES)}
+            self.num_channels_per_level = [num_channels // 2**i for i in (3, 2, 1, 0)]
+        else:
+            return_layers = {STAGES[level]: "0"}
+            self.num_channels_per_level = [num_channels]
+        self.body = ResNetBody(backbone, return_layers)
+        self.num_channels = num_channels
+        if freeze:
+            self.freeze(train_backbone)
+
+    def freeze(self, train_backbone: bool) -> None:
+        """Takes the gradient from the parameters that the original does not train (the stem and layer1, or all)."""
+        for name, parameter in self.body.named_parameters():
+            if not train_backbone or not name.startswith(_TRAINED_STAGES):
+                parameter.requires_grad_(False)
+
+    def forward(self, tensor_list: NestedTensor, *, resize_mask: bool = True) -> dict[str, NestedTensor]:
+        """Features of a batch.
+
+        Args:
+            tensor_list: tensors [B, 3, H, W], mask [B, H, W] bool, True = padding.
+            resize_mask: give each level its mask at the level's own size, picked as `F.interpolate` picks (nearest).
+                False leaves the mask as it came, for a caller that resizes it together with something else.
+
+        Returns:
+            {name: NestedTensor of [B, C, h, w] and its mask}.
+        """
+        check_nested(tensor_list)
+        out = {}
+        for name, x in self.body(tensor_list.tensors).items():
+            mask = tensor_list.mask
+            if resize_mask:
+                mask = F.interpolate(mask[None].float(), size=x.shape[-2:]).to(torch.bool)[0]
+            out[name] = NestedTensor(x, mask)
+        return out
+
+
+class Backbone(BackboneBase):
+    """A ResNet of torchvision without its classifier.
+
+    With pretrained weights it is the original's: frozen batch norm, and the stem and layer1 are not trained. Without
+    (`weights=None`) nothing is frozen, whatever `train_backbone` says, because frozen random layers would never learn;
+    and the norm is a trainable one unless `norm="frozen"` asks otherwise.
+
+    Args:
+        name: "resnet18", "resnet34", "resnet50", "resnet101" or another ResNet of torchvision.
+        train_backbone: False freezes all parameters; True the stem's and layer1's.
+        return_interm_layers: return the four levels as "0".."3" instead of the last one as "0".
+        dilation: stride 16 instead of 32 in the last stage (DC5).
+        weights: "imagenet" (torchvision's download, IMAGENET1K_V1, as the original's), the path of a file with
+            torchvision's names, plain or under "model" or "state_dict", or None for random ones.
+        norm: "frozen", "batch", "group" (32 groups), or None: "frozen" with weights and "batch" without.
+        level: 0..3, the one stage to read, at stride 4, 8, 16 or 32; later ones are left out. None is 3.
+
+    Attributes:
+        num_channels: channels of the last level returned.
+        num_channels_per_level: channels of all levels returned, in order.
+
+    Raises:
+        ValueError: an unknown `name` or `norm`, a `level` that is not 0..3 or comes with `return_interm_layers` or
+            `dilation` (which changes the last stage alone), ImageNet weights for group norm, or a file whose tensors
+            do not fit.
+        NotImplementedError: dilation with ResNet-18 or ResNet-34.
+        FileNotFoundError: no file at the path `weights`.
+        RuntimeError: the download failed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        train_backbone: bool,
+        return_interm_layers: bool,
+        dilation: bool,
+        *,
+        weights: str | os.PathLike | None = "imagenet",
+        norm: str | None = None,
+        level: int | None = None,
+    ):
+        if name not in _RESNETS:
+            raise ValueError(f"unknown backbone {name!r}; expected one of {', '.join(_RESNETS)}")
+        if dilation and name in _BASIC_RESNETS:
+            raise NotImplementedError(f"{name} cannot be dilated (torchvision's BasicBlock); use resnet50 or deeper")
+        if norm is None:
+            norm = "batch" if weights is None else "frozen"
+        if norm not in _NORMS:
+            raise ValueError(f"unknown norm {norm!r}; expected one of {', '.join(_NORMS)}, or None")
+        if level is None:
+            level = len(STAGES) - 1
+        elif level not in range(len(STAGES)):
+            raise ValueError(f"level is {level!r}; expected 0, 1, 2 or 3")
+        elif return_interm_layers:
+            raise ValueError(f"level={level} reads one level, return_interm_layers=True all; expected one of the two")
+        if dilation and level < len(STAGES) - 1:
+            raise ValueError(f"dilation changes the last stage, which level={level} leaves out")
+        if weights == "imagenet" and norm == "group":
+            raise ValueError(
+                'the ImageNet weights are for batch norm; with norm="group" expected weights=None or a path'
+            )
+
+        resnet = getattr(torchvision.models, name)(
+            weights=None, replace_stride_with_dilation=[False, False, dilation], norm_layer=_NORMS[norm]
+        )
+        if weights == "imagenet":
+            _load_resnet(resnet, load_url(_imagenet_url(name), _WITHOUT_IMAGENET), "the ImageNet weights")
+        elif weights is not None:
+            _load_resnet(resnet, load_file(weights), f"weights {str(weights)!r}")
+        num_channels = resnet.fc.in_features // 2 ** (len(STAGES) - 1 - level)
+        super().__init__(
+            resnet, train_backbone, num_channels, return_interm_layers, level=level, freeze=weights is not None
+        )
+
+
+_WITHOUT_IMAGENET = "give Backbone(weights=…) the path of a file with such weights, or weights=None for random ones"
+
+
+def _imagenet_url(name: str) -> str:
+    return torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+
+
+def _load_resnet(resnet: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Loads all but the classifier, which no detector has."""
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    try:
+        missing, unexpected = resnet.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{source} do not fit this backbone: {error}") from error
+    missing = [name for name in missing if not name.startswith("fc.")]
+    if missing or unexpected:
+        raise ValueError(
+            f"{source} do not fit this backbone: {_some(missing)} missing, {_some(unexpected)} unexpected; "
+            "expected the names of a torchvision ResNet of this depth and norm (conv1.weight, layer1.0.conv1.weight, …)"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return "none" if not names else ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def check_nested(samples: NestedTensor) -> None:
+    """Checks a batch of images and its mask before the model reads them.
+
+    Raises:
+        TypeError: not a NestedTensor, no mask, images that are not floating point, or a mask that is not bool.
+        ValueError: tensors that are not [B, 3, H, W], or a mask that is not [B, H, W] on the same device.
+    """
+    if not isinstance(samples, NestedTensor):
+        raise TypeError(f"expected a NestedTensor, got {type(samples).__name__}")
+    images, mask = samples.tensors, samples.mask
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images are {list(images.shape)}; expected [B, 3, H, W]")
+    if not images.is_floating_point():
+        raise TypeError(f"images are {images.dtype}; expected floating point (normalised) images")
+    if mask is None:
+        raise TypeError("the NestedTensor has no mask; expected [B, H, W] bool, True = padding")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"the mask is {mask.dtype}; expected torch.bool, True = padding")
+    expected = (images.shape[0], images.shape[2], images.shape[3])
+    if mask.dim() != 3 or mask.shape != expected:
+        raise ValueError(f"the mask is {list(mask.shape)}; expected [B, H, W] = {list(expected)} for these images")
+    if mask.device != images.device:
+        raise ValueError(f"the mask is on {mask.device}; expected {images.device}, where the images are")
+
+
+class Joiner(nn.Sequential):
+    """A backbone and a position embedding, one after the other.
+
+    With a `Backbone` and a `PositionEmbeddingSine` one op computes each level's position and resized mask.
+
+    Args:
+        backbone: NestedTensor → {name: NestedTensor}, with an attribute `num_channels`.
+        position_embedding: NestedTensor → [B, C, h, w].
+    """
+
+    def __init__(self, backbone: nn.Module, position_embedding: nn.Module):
+        super().__init__(backbone, position_embedding)
+        self.num_channels = backbone.num_channels
+
+    def forward(self, tensor_list: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
+        """Features and positions of a batch.
+
+        Args:
+            tensor_list: tensors [B, 3, H, W], mask [B, H, W] bool, True = padding.
+
+        Returns:
+            The levels' features with their masks, and their positions [B, C, h, w] in the features' dtype.
+        """
+        backbone, position_embedding = self
+        # The exact class: a subclass may have a forward of its own.
+        fused = isinstance(backbone, BackboneBase) and type(position_embedding) is PositionEmbeddingSine
+        features = backbone(tensor_list, resize_mask=False) if fused else backbone(tensor_list)
+        positions = []
+        for feature in features.values():
+            x = feature.tensors
+            if fused:
+                size = x.shape[-2:]
+                tokens, feature.mask = position_embedding.from_mask(feature.mask, size, x.dtype, layout="tokens")
+                # [B, h*w, C] seen as [B, C, h, w]: the transformer gets its tokens back without a copy.
+                positions.append(tokens.transpose(1, 2).unflatten(2, size))
+            else:
+                positions.append(position_embedding(feature).to(x.dtype))
+        return list(features.values()), positions

@@ -1,0 +1,115 @@
+"""Model, criterion and post-processing from command-line arguments.
+
+Source: facebookresearch/detr, `build` in models/detr.py and its parts in backbone.py, transformer.py and
+position_encoding.py.
+"""
+
+from argparse import Namespace
+
+from torch import nn
+
+from detr_fast.layers import PositionEmbeddingLearned, PositionEmbeddingSine
+from detr_fast.models.backbone import Backbone, Joiner
+from detr_fast.models.detr import DETR
+from detr_fast.models.transformer import Transformer
+
+_NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}
+_NUM_CLASSES_OTHER = 20
+
+
+def build_position_encoding(args: Namespace) -> nn.Module:
+    """The embedding `args.position_embedding` ("sine" or "learned") of `args.hidden_dim` features."""
+    if args.hidden_dim % 2:
+        raise ValueError(f"hidden_dim is {args.hidden_dim}; expected an even number, half for y and half for x")
+    num_pos_feats = args.hidden_dim // 2
+    if args.position_embedding in ("sine", "v2"):
+        return PositionEmbeddingSine(num_pos_feats, normalize=True)
+    if args.position_embedding in ("learned", "v3"):
+        return PositionEmbeddingLearned(num_pos_feats)
+    raise ValueError(f"position_embedding is {args.position_embedding!r}; expected 'sine' or 'learned'")
+
+
+def build_backbone(args: Namespace) -> Joiner:
+    """Backbone and position embedding.
+
+    Args:
+        args: `backbone`, `dilation`, `lr_backbone` (0 freezes pretrained weights), and those of
+            `build_position_encoding`; optional `backbone_weights` ("imagenet", "none" or a path), `backbone_norm` and
+            `backbone_level`, see `Backbone`.
+    """
+    position_embedding = build_position_encoding(args)
+    weights = getattr(args, "backbone_weights", "imagenet")
+    backbone = Backbone(
+        args.backbone,
+        args.lr_backbone > 0,
+        False,
+        args.dilation,
+        weights=None if weights == "none" else weights,
+        norm=getattr(args, "backbone_norm", None),
+        level=getattr(args, "backbone_level", None),
+    )
+    return Joiner(backbone, position_embedding)
+
+
+def build_transformer(args: Namespace) -> Transformer:
+    """The transformer of `hidden_dim`, `dropout`, `nheads`, `dim_feedforward`, `enc_layers`, `dec_layers`, `pre_norm`."""
+    return Transformer(
+        d_model=args.hidden_dim,
+        dropout=args.dropout,
+        nhead=args.nheads,
+        dim_feedforward=args.dim_feedforward,
+        num_encoder_layers=args.enc_layers,
+        num_decoder_layers=args.dec_layers,
+        normalize_before=args.pre_norm,
+        return_intermediate_dec=True,
+    )
+
+
+def build_model(args: Namespace) -> tuple[DETR, nn.Module, dict[str, nn.Module]]:
+    """Everything that training and evaluation need.
+
+    Args:
+        args: the original's argument names: those of `build_backbone` and `build_transformer`, `num_queries`,
+            `aux_loss`, `set_cost_class`, `set_cost_bbox`, `set_cost_giou`, `bbox_loss_coef`, `giou_loss_coef`,
+            `eos_coef`, `device`, `dataset_file`; and optional `num_classes` (highest category id + 1). Without it:
+            91 for the dataset "coco", 250 for "coco_panoptic", 20 for any other.
+
+    Returns:
+        The model (on the CPU), the criterion (on `args.device`) and {"bbox": PostProcess()}.
+
+    Raises:
+        ValueError: `masks` or `frozen_weights` is set (segmentation is not available yet), or an argument of the
+            parts is wrong.
+    """
+    from detr_fast.criterion import HungarianMatcher, PostProcess, SetCriterion
+
+    if getattr(args, "masks", False) or getattr(args, "frozen_weights", None) is not None:
+        raise ValueError("segmentation is not available yet; expected neither masks nor frozen_weights")
+    num_classes = getattr(args, "num_classes", None)
+    if num_classes is None:
+        num_classes = _NUM_CLASSES.get(args.dataset_file, _NUM_CLASSES_OTHER)
+
+    model = DETR(
+        build_backbone(args),
+        build_transformer(args),
+        num_classes=num_classes,
+        num_queries=args.num_queries,
+        aux_loss=args.aux_loss,
+    )
+    matcher = HungarianMatcher(
+        cost_class=args.set_cost_class, cost_bbox=args.set_cost_bbox, cost_giou=args.set_cost_giou
+    )
+    weight_dict = {"loss_ce": 1, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+    if args.aux_loss:
+        last = dict(weight_dict)
+        for i in range(args.dec_layers - 1):
+            weight_dict.update({f"{name}_{i}": weight for name, weight in last.items()})
+    criterion = SetCriterion(
+        num_classes,
+        matcher=matcher,
+        weight_dict=weight_dict,
+        eos_coef=args.eos_coef,
+        losses=["labels", "boxes", "cardinality"],
+    )
+    criterion.to(args.device)
+    return model, criterion, {"bbox": PostProcess()}

@@ -1,0 +1,85 @@
+"""The detector: backbone, transformer and two heads.
+
+Source: facebookresearch/detr, models/detr.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from detr_fast.layers import MLP
+from detr_fast.models.backbone import check_nested
+from detr_fast.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+
+
+class DETR(nn.Module):
+    """Detects objects: one class distribution and one box for each of `num_queries` queries.
+
+    Args:
+        backbone: NestedTensor → (features, positions) as `Joiner`, with an attribute `num_channels`.
+        transformer: as `Transformer`, with an attribute `d_model`.
+        num_classes: number of classes without no-object; with COCO's category ids the highest id + 1 = 91.
+        num_queries: the most objects that can be found in one image.
+        aux_loss: return the outputs of the earlier decoder layers too.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, transformer: nn.Module, num_classes: int, num_queries: int, aux_loss: bool = False
+    ):
+        super().__init__()
+        self.num_queries = num_queries
+        self.transformer = transformer
+        hidden_dim = transformer.d_model
+        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
+        self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, kernel_size=1)
+        self.backbone = backbone
+        self.aux_loss = aux_loss
+
+    def forward(self, samples: NestedTensor | Tensor | Sequence[Tensor]) -> dict:
+        """Detections of a batch.
+
+        Args:
+            samples: a NestedTensor of images [B, 3, H, W] and mask [B, H, W] bool, True = padding; or a tensor
+                [B, 3, H, W] without padding; or a list of images [3, H_i, W_i]. Floating point, normalised.
+
+        Returns:
+            A dict with
+            "pred_logits": [B, num_queries, num_classes + 1], no-object last;
+            "pred_boxes": [B, num_queries, 4], cx, cy, w, h in 0..1 of each image's own width and height, without padding;
+            "aux_outputs", with `aux_loss`: a list of dicts with the same two keys, of all decoder layers but the last.
+
+        Raises:
+            TypeError, ValueError: samples of another kind, shape or dtype; the message says what came.
+        """
+        samples = _as_nested(samples)
+        features, positions = self.backbone(samples)
+        src, mask = features[-1].decompose()
+        hs = self.transformer(self.input_proj(src), mask, self.query_embed.weight, positions[-1])[0]
+        if not self.aux_loss:
+            hs = hs[-1:]
+        logits = self.class_embed(hs)
+        boxes = self.bbox_embed(hs).sigmoid()
+        out = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
+        if self.aux_loss:
+            earlier = zip(logits[:-1].unbind(), boxes[:-1].unbind(), strict=True)
+            out["aux_outputs"] = [{"pred_logits": a, "pred_boxes": b} for a, b in earlier]
+        return out
+
+
+def _as_nested(samples: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTensor:
+    if isinstance(samples, Tensor):
+        if samples.dim() != 4:
+            raise ValueError(f"images are {list(samples.shape)}; expected [B, 3, H, W], or a list of [3, H, W]")
+        mask = torch.zeros(samples.shape[0], *samples.shape[2:], dtype=torch.bool, device=samples.device)
+        samples = NestedTensor(samples, mask)
+    elif isinstance(samples, (list, tuple)):
+        samples = nested_tensor_from_tensor_list(samples)
+    elif not isinstance(samples, NestedTensor):
+        raise TypeError(
+            f"expected a NestedTensor, a tensor [B, 3, H, W] or a list of [3, H, W], got {type(samples).__name__}"
+        )
+    check_nested(samples)
+    return samples

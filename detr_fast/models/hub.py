@@ -1,0 +1,118 @@
+"""The published models by name, with their published weights.
+
+Source: facebookresearch/detr, hubconf.py.
+"""
+
+import os
+
+from torch import nn
+
+from detr_fast.layers import PositionEmbeddingSine
+from detr_fast.models.backbone import Backbone, Joiner
+from detr_fast.models.detr import DETR
+from detr_fast.models.transformer import Transformer
+from detr_fast.models.weights import load_url
+
+_URL = "https://dl.fbaipublicfiles.com/detr/"
+_CHECKPOINTS = {
+    "detr_resnet50": "detr-r50-e632da11.pth",
+    "detr_resnet50_dc5": "detr-r50-dc5-f0fb7ef5.pth",
+    "detr_resnet101": "detr-r101-2c7b67e5.pth",
+    "detr_resnet101_dc5": "detr-r101-dc5-a2e86def.pth",
+}
+_CHECKPOINT_CLASSES = 91
+
+
+def _named_model(
+    name: str,
+    pretrained: bool,
+    num_classes: int,
+    return_postprocessor: bool,
+    weights: str | os.PathLike | None,
+    norm: str | None,
+):
+    """Builds one of `_CHECKPOINTS`; see `detr_resnet50` for the arguments."""
+    if pretrained:
+        if num_classes != _CHECKPOINT_CLASSES:
+            raise ValueError(
+                f"the pretrained {name} has {_CHECKPOINT_CLASSES} classes, num_classes is {num_classes}; for other "
+                "classes build it with pretrained=False and load all but class_embed"
+            )
+        if norm == "group":
+            raise ValueError(f"the pretrained {name} has batch norm; expected norm 'frozen', 'batch' or None")
+        # The checkpoint holds the backbone too.
+        weights, norm = None, norm or "frozen"
+    backbone_name = name.removeprefix("detr_").removesuffix("_dc5")
+    backbone = Backbone(backbone_name, True, False, name.endswith("_dc5"), weights=weights, norm=norm)
+    d_model = 256
+    joiner = Joiner(backbone, PositionEmbeddingSine(d_model // 2, normalize=True))
+    transformer = Transformer(d_model=d_model, return_intermediate_dec=True)
+    model = DETR(joiner, transformer, num_classes=num_classes, num_queries=100)
+    if pretrained:
+        checkpoint = load_url(_URL + _CHECKPOINTS[name], f"build an untrained one: {name}(weights=None)")
+        model.load_state_dict(checkpoint["model"])
+        backbone.freeze(train_backbone=True)
+    if return_postprocessor:
+        from detr_fast.criterion import PostProcess
+
+        return model, PostProcess()
+    return model
+
+
+def detr_resnet50(
+    pretrained: bool = False,
+    num_classes: int = 91,
+    return_postprocessor: bool = False,
+    *,
+    weights: str | os.PathLike | None = "imagenet",
+    norm: str | None = None,
+) -> DETR | tuple[DETR, nn.Module]:
+    """DETR with ResNet-50, 6 encoder and 6 decoder layers. Published: 42.0 AP, 62.4 AP50 on COCO val.
+
+    Args:
+        pretrained: load the published detector. The backbone's own weights are then not downloaded.
+        num_classes: 91 for COCO (highest category id + 1).
+        return_postprocessor: return (model, PostProcess()) instead of the model.
+        weights, norm: of the backbone, see `Backbone`.
+
+    Raises:
+        ValueError: pretrained with another number of classes or with group norm.
+        RuntimeError: a download failed; the message says where to put the file.
+    """
+    return _named_model("detr_resnet50", pretrained, num_classes, return_postprocessor, weights, norm)
+
+
+def detr_resnet50_dc5(
+    pretrained: bool = False,
+    num_classes: int = 91,
+    return_postprocessor: bool = False,
+    *,
+    weights: str | os.PathLike | None = "imagenet",
+    norm: str | None = None,
+) -> DETR | tuple[DETR, nn.Module]:
+    """`detr_resnet50` with a dilated last stage: features at stride 16. Published: 43.3 AP, 63.1 AP50 on COCO val."""
+    return _named_model("detr_resnet50_dc5", pretrained, num_classes, return_postprocessor, weights, norm)
+
+
+def detr_resnet101(
+    pretrained: bool = False,
+    num_classes: int = 91,
+    return_postprocessor: bool = False,
+    *,
+    weights: str | os.PathLike | None = "imagenet",
+    norm: str | None = None,
+) -> DETR | tuple[DETR, nn.Module]:
+    """`detr_resnet50` with ResNet-101. Published: 43.5 AP, 63.8 AP50 on COCO val."""
+    return _named_model("detr_resnet101", pretrained, num_classes, return_postprocessor, weights, norm)
+
+
+def detr_resnet101_dc5(
+    pretrained: bool = False,
+    num_classes: int = 91,
+    return_postprocessor: bool = False,
+    *,
+    weights: str | os.PathLike | None = "imagenet",
+    norm: str | None = None,
+) -> DETR | tuple[DETR, nn.Module]:
+    """`detr_resnet101` with a dilated last stage: features at stride 16. Published: 44.9 AP, 64.7 AP50 on COCO val."""
+    return _named_model("detr_resnet101_dc5", pretrained, num_classes, return_postprocessor, weights, norm)
