@@ -10,7 +10,7 @@ import functools
 import torch
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compute_capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of `device`, such as (9, 0) for an H100; (0, 0) for anything but a CUDA device."""
     if device.type != "cuda":

@@ -1,0 +1,221 @@
+"""Sine position embedding from a full-resolution padding mask, in one launch.
+
+A cell of the feature map at (y, x) gets counts of the unpadded cells up to and including it,
+
+    y_embed = sum_{j <= y} valid(j, x)        x_embed = sum_{j <= x} valid(y, j)
+
+optionally normalised, e / (e_last + 1e-6) * scale, where e_last counts the whole column or row. Channel pair i of
+F / 2 is sin(e / f_i), cos(e / f_i) with f_i = temperature ** (2 i / F): first all pairs of y, then all of x.
+
+Fused here: the nearest resize of the mask, both running counts, the normalisation, the division, sin and cos, the
+cast and the layout. The only traffic that counts is the output, written once; plain PyTorch makes about twenty passes
+over it.
+
+Source: facebookresearch/detr `models/position_encoding.py` (PositionEmbeddingSine) and the `F.interpolate` of its
+backbone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# Arguments up to here are reduced to a quarter turn by subtracting k * pi / 2 in three parts whose products are exact.
+_LARGEST_REDUCED = 8192.0
+# Programs to aim for: several per multiprocessor of the largest GPUs.
+_PROGRAMS = 1024
+
+
+@triton.jit
+def _nearest(index, ratio, length):
+    """Source index of F.interpolate(mode="nearest"): floor(index * (in / out)) in float32, clamped."""
+    return tl.minimum(tl.floor(index.to(tl.float32) * ratio).to(tl.int32), length - 1)
+
+
+@triton.jit
+def _sincos(x):
+    """sin(x), cos(x) to about 1e-7 for |x| <= 8192 (Cody-Waite reduction, minimax polynomials of Cephes' sinf)."""
+    turns = tl.floor(x * 0.6366197723675814 + 0.5)
+    r = x - turns * 1.5703125
+    r = r - turns * 4.837512969970703e-4
+    r = r - turns * 7.549789948768648e-8
+    r2 = r * r
+    sin_r = ((-1.9515295891e-4 * r2 + 8.3321608736e-3) * r2 - 1.6666654611e-1) * r2 * r + r
+    cos_r = ((2.443315711809948e-5 * r2 - 1.388731625493765e-3) * r2 + 4.166664568298827e-2) * r2 * r2 - 0.5 * r2 + 1.0
+    quarter = turns.to(tl.int32)
+    odd = (quarter & 1) != 0
+    sin = tl.where(odd, cos_r, sin_r)
+    cos = tl.where(odd, sin_r, cos_r)
+    sin = tl.where((quarter & 2) != 0, -sin, sin)
+    cos = tl.where(((quarter + 1) & 2) != 0, -cos, cos)
+    return sin, cos
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_mask_batch",
+        "stride_mask_h",
+        "stride_mask_w",
+        "mask_h",
+        "mask_w",
+        "h",
+        "w",
+        "num_pairs",
+        "pairs_per_program",
+    ],
+    do_not_specialize_on_alignment=["mask_ptr"],
+)
+def _sine_position_forward_kernel(
+    mask_ptr,  # [B, mask_h, mask_w] bool, any strides, True = padding
+    frequencies_ptr,  # [2 * num_pairs] float32
+    pos_ptr,  # [B, 4 * num_pairs, h, w] or [B, h * w, 4 * num_pairs], contiguous
+    resized_ptr,  # [B, h, w] bool, contiguous
+    stride_mask_batch,
+    stride_mask_h,
+    stride_mask_w,
+    mask_h,
+    mask_w,
+    ratio_h,  # float32(mask_h / h)
+    ratio_w,
+    h,
+    w,
+    num_pairs,
+    pairs_per_program,
+    scale,
+    NORMALIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LARGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Program (image and tile of cells, axis and part of the channel pairs)."""
+    cells = h * w
+    tiles = tl.cdiv(cells, BLOCK_T)
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    offs_t = (tl.program_id(0) % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < cells
+    y = offs_t // w
+    x = offs_t % w
+    is_x = tl.program_id(1) % 2
+    part = tl.program_id(1) // 2
+
+    # Count along the axis of this program: `along` is the cell's place on it, of `length`.
+    along = tl.where(is_x != 0, x, y)
+    length = tl.where(is_x != 0, w, h)
+    along_ratio = tl.where(is_x != 0, ratio_w, ratio_h)
+    along_in = tl.where(is_x != 0, mask_w, mask_h)
+    stride_along = tl.where(is_x != 0, stride_mask_w, stride_mask_h).to(tl.int64)
+    source_y = _nearest(y, ratio_h, mask_h).to(tl.int64) * stride_mask_h
+    source_x = _nearest(x, ratio_w, mask_w).to(tl.int64) * stride_mask_w
+    mask_ptr += batch * stride_mask_batch
+    across_ptrs = mask_ptr + tl.where(is_x != 0, source_y, source_x)
+    count = tl.zeros([BLOCK_T], dtype=tl.int32)
+    total = tl.zeros([BLOCK_T], dtype=tl.int32)
+    for start in range(0, length, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        inside = (offs_n < length)[:, None] & mask_t[None, :]
+        source_n = _nearest(offs_n, along_ratio, along_in).to(tl.int64) * stride_along
+        padding = tl.load(across_ptrs[None, :] + source_n[:, None], mask=inside, other=1)  # [BLOCK_N, BLOCK_T]
+        valid = (padding == 0).to(tl.int32)
+        count += tl.sum(tl.where(offs_n[:, None] <= along[None, :], valid, 0), axis=0)
+        total += tl.sum(valid, axis=0)
+
+    if tl.program_id(1) == 0:
+        resized = tl.load(mask_ptr + source_y + source_x, mask=mask_t, other=1)
+        tl.store(resized_ptr + batch * cells + offs_t, resized, mask=mask_t)
+
+    embed = count.to(tl.float32)
+    if NORMALIZE:
+        embed = tl.div_rn(embed, total.to(tl.float32) + 1e-6) * scale
+
+    pos_ptr += batch * (4 * num_pairs) * cells
+    first = part * pairs_per_program
+    last = tl.minimum(first + pairs_per_program, num_pairs)
+    for start in range(first, last, BLOCK_F):
+        offs_f = start + tl.arange(0, BLOCK_F)
+        mask_f = offs_f < last
+        frequency = tl.load(frequencies_ptr + 2 * offs_f, mask=mask_f, other=1.0)
+        argument = tl.div_rn(embed[:, None], frequency[None, :])  # [BLOCK_T, BLOCK_F]
+        if LARGE:
+            sin = tl.sin(argument)
+            cos = tl.cos(argument)
+        else:
+            sin, cos = _sincos(argument)
+        sin = sin.to(pos_ptr.dtype.element_ty)
+        cos = cos.to(pos_ptr.dtype.element_ty)
+        channel = 2 * (is_x * num_pairs + offs_f)
+        if TOKENS:
+            both = tl.reshape(tl.join(sin, cos), [BLOCK_T, 2 * BLOCK_F])
+            offs_c = 2 * (is_x * num_pairs + start) + tl.arange(0, 2 * BLOCK_F)
+            mask_c = tl.arange(0, 2 * BLOCK_F) < 2 * (last - start)
+            ptrs = pos_ptr + offs_t.to(tl.int64)[:, None] * (4 * num_pairs) + offs_c[None, :]
+            tl.store(ptrs, both, mask=mask_t[:, None] & mask_c[None, :])
+        else:
+            ptrs = pos_ptr + channel.to(tl.int64)[None, :] * cells + offs_t[:, None]
+            mask = mask_t[:, None] & mask_f[None, :]
+            tl.store(ptrs, sin, mask=mask)
+            tl.store(ptrs + cells, cos, mask=mask)
+
+
+def sine_position_forward(
+    mask: torch.Tensor,
+    frequencies: torch.Tensor,
+    height: int,
+    width: int,
+    normalize: bool,
+    scale: float,
+    dtype: torch.dtype,
+    tokens: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernel.
+
+    Args:
+        mask: [B, H, W] bool, any strides, True = padding.
+        frequencies: [F] float32 contiguous, F even; the divisors of the counts, in equal pairs.
+        height, width: size of the feature map, to which the mask is resized.
+        normalize, scale: see `detr_fast.ops.sine_position`.
+        dtype: of the embedding; float32, bfloat16 or float16.
+        tokens: layout of the embedding.
+
+    Returns:
+        Embedding [B, 2F, height, width], or [B, height * width, 2F] with `tokens`; resized mask [B, height, width].
+    """
+    batch, mask_h, mask_w = mask.shape
+    features = frequencies.shape[0]
+    shape = (batch, height * width, 2 * features) if tokens else (batch, 2 * features, height, width)
+    pos = torch.empty(shape, dtype=dtype, device=mask.device)
+    resized = torch.empty((batch, height, width), dtype=torch.bool, device=mask.device)
+    if pos.numel() == 0:
+        return pos, resized
+    num_pairs = features // 2
+    block_t, block_f = (32, 32) if tokens else (128, 8)
+    tiles = batch * triton.cdiv(height * width, block_t)
+    parts = min(triton.cdiv(_PROGRAMS, 2 * tiles), triton.cdiv(num_pairs, block_f))
+    pairs_per_program = triton.cdiv(triton.cdiv(num_pairs, parts), block_f) * block_f
+    largest = abs(scale) if normalize else max(height, width)
+    _sine_position_forward_kernel[(tiles, 2 * triton.cdiv(num_pairs, pairs_per_program))](
+        mask_ptr=mask,
+        frequencies_ptr=frequencies,
+        pos_ptr=pos,
+        resized_ptr=resized,
+        stride_mask_batch=mask.stride(0),
+        stride_mask_h=mask.stride(1),
+        stride_mask_w=mask.stride(2),
+        mask_h=mask_h,
+        mask_w=mask_w,
+        ratio_h=mask_h / height,
+        ratio_w=mask_w / width,
+        h=height,
+        w=width,
+        num_pairs=num_pairs,
+        pairs_per_program=pairs_per_program,
+        scale=float(scale),
+        NORMALIZE=normalize,
+        TOKENS=tokens,
+        LARGE=not largest <= _LARGEST_REDUCED,
+        BLOCK_N=32,
+        BLOCK_T=block_t,
+        BLOCK_F=block_f,
+        num_warps=4,
+    )
+    return pos, resized
