@@ -1,0 +1,136 @@
+"""NestedTensor: a padded batch of images with its padding mask, and the collate functions that make it.
+
+Source: facebookresearch/detr, `util/misc.py`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from detr_fast.ops.pad_collate import pad_collate
+
+
+class NestedTensor:
+    """A batch and its padding mask.
+
+    It crosses loader workers, `pin_memory=True` loaders, torch.compile and torch.export.
+
+    Args:
+        tensors: [B, ..., H, W], usually images or feature maps [B, C, H, W].
+        mask: [B, H, W] bool on the same device, True = padding; or None where nobody needs it.
+
+    Raises:
+        ValueError: a mask of another shape or on another device.
+        TypeError: `tensors` is not a tensor, the mask is not a bool tensor.
+    """
+
+    def __init__(self, tensors: Tensor, mask: Tensor | None):
+        if not isinstance(tensors, Tensor):
+            raise TypeError(f"tensors is a {type(tensors).__name__}; expected a tensor [B, C, H, W]")
+        if mask is not None:
+            if not isinstance(mask, Tensor):
+                raise TypeError(f"mask is a {type(mask).__name__}; expected a bool tensor [B, H, W] or None")
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask has dtype {mask.dtype}; expected torch.bool, True = padding")
+            if tensors.ndim < 3 or mask.shape != tensors.shape[:1] + tensors.shape[-2:]:
+                raise ValueError(
+                    f"mask has shape {tuple(mask.shape)}, tensors {tuple(tensors.shape)}; expected mask [B, H, W] and "
+                    "tensors [B, C, H, W]"
+                )
+            if mask.device != tensors.device:
+                raise ValueError(f"mask is on {mask.device}, tensors on {tensors.device}; expected one device")
+        self.tensors = tensors
+        self.mask = mask
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "NestedTensor":
+        """Both parts on `device`; `non_blocking` from pinned memory does not wait for the copy."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "NestedTensor":
+        """Both parts in page-locked memory. `DataLoader(pin_memory=True)` calls it."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tells the allocator that `stream` uses both parts (see `torch.Tensor.record_stream`)."""
+        self.tensors.record_stream(stream)
+        if self.mask is not None:
+            self.mask.record_stream(stream)
+
+    def decompose(self) -> tuple[Tensor, Tensor | None]:
+        """(tensors, mask)"""
+        return self.tensors, self.mask
+
+    def __repr__(self) -> str:
+        return str(self.tensors)
+
+    def _map(self, function) -> "NestedTensor":
+        return NestedTensor(function(self.tensors), None if self.mask is None else function(self.mask))
+
+
+def nested_tensor_from_tensor_list(
+    tensor_list: Sequence[Tensor] | Tensor,
+    *,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+    size_divisor: int = 1,
+) -> NestedTensor:
+    """Pads images [C_i, H_i, W_i] to the largest of all three axes; True in the mask is padding.
+
+    Args:
+        tensor_list: images, or masks [n_i, H_i, W_i], or a batched tensor [B, C, H, W]. The latter, without further
+            arguments, is not copied: it becomes `tensors` as it is.
+        mean, std, dtype, channels_last, size_divisor: as in `detr_fast.pad_collate`.
+
+    Raises:
+        ValueError, TypeError: as `detr_fast.pad_collate`.
+    """
+    is_batch = isinstance(tensor_list, Tensor) and tensor_list.ndim == 4 and tensor_list.shape[0] > 0
+    if is_batch and mean is std is dtype is None and not channels_last and size_divisor == 1:
+        # Without a loop over the batch, so that torch.compile and torch.export can leave its size open.
+        batch, _, height, width = tensor_list.shape
+        return NestedTensor(tensor_list, tensor_list.new_zeros((batch, height, width), dtype=torch.bool))
+    return NestedTensor(
+        *pad_collate(
+            tensor_list, mean=mean, std=std, dtype=dtype, channels_last=channels_last, size_divisor=size_divisor
+        )
+    )
+
+
+def collate_fn(batch: Sequence[tuple]) -> tuple:
+    """Collates samples (image, target, ...) into (NestedTensor, targets, ...); targets stay a tuple of B items.
+
+    Raises:
+        ValueError: an empty batch, and as `nested_tensor_from_tensor_list`.
+    """
+    if len(batch) == 0:
+        raise ValueError("got an empty batch; expected samples (image, target, ...)")
+    images, *rest = zip(*batch, strict=True)
+    return (nested_tensor_from_tensor_list(images), *rest)
+
+
+def _flatten(nested: NestedTensor):
+    return [nested.tensors, nested.mask], None
+
+
+def _flatten_with_keys(nested: NestedTensor):
+    return [(pytree.GetAttrKey("tensors"), nested.tensors), (pytree.GetAttrKey("mask"), nested.mask)], None
+
+
+def _unflatten(children, context) -> NestedTensor:
+    # Unchecked: the tree utilities put placeholders here that are not tensors.
+    nested = NestedTensor.__new__(NestedTensor)
+    nested.tensors, nested.mask = children
+    return nested
+
+
+pytree.register_pytree_node(
+    NestedTensor,
+    _flatten,
+    _unflatten,
+    serialized_type_name="detr_fast.NestedTensor",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
