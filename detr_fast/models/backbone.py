@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d, PositionEmbeddingSine
+from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d, PositionEmbeddingLearned, PositionEmbeddingSine
 from detr_fast.models.weights import load_file, load_url
 from detr_fast.nested_tensor import NestedTensor
 
@@ -30,6 +30,7 @@ _RESNETS = (
     "wide_resnet50_2",
     "wide_resnet101_2",
 )
+_POSITION_EMBEDDINGS = (PositionEmbeddingSine, PositionEmbeddingLearned)
 _NORMS = {"frozen": FrozenBatchNorm2d, "batch": BatchNorm2d, "group": partial(nn.GroupNorm, 32)}
 
 
@@ -99,23 +100,26 @@ class BackboneBase(nn.Module):
             if not train_backbone or not name.startswith(_TRAINED_STAGES):
                 parameter.requires_grad_(False)
 
-    def forward(self, tensor_list: NestedTensor, *, resize_mask: bool = True) -> dict[str, NestedTensor]:
+    def forward(self, tensor_list: NestedTensor, *, masks: bool = True) -> dict[str, NestedTensor]:
         """Features of a batch.
 
         Args:
             tensor_list: tensors [B, 3, H, W], mask [B, H, W] bool, True = padding.
-            resize_mask: give each level its mask at the level's own size, picked as `F.interpolate` picks (nearest).
-                False leaves the mask as it came, for a caller that resizes it together with something else.
+            masks: give each level its mask, resized as `F.interpolate` does (nearest). False leaves it None, for a
+                caller that gets it together with something else.
 
         Returns:
-            {name: NestedTensor of [B, C, h, w] and its mask}.
+            {name: NestedTensor of [B, C, h, w] and [B, h, w]}.
+
+        Raises:
+            TypeError, ValueError: see `check_samples`.
         """
-        check_nested(tensor_list)
+        check_samples(tensor_list)
         out = {}
         for name, x in self.body(tensor_list.tensors).items():
-            mask = tensor_list.mask
-            if resize_mask:
-                mask = F.interpolate(mask[None].float(), size=x.shape[-2:]).to(torch.bool)[0]
+            mask = None
+            if masks:
+                mask = F.interpolate(tensor_list.mask[None].float(), size=x.shape[-2:]).to(torch.bool)[0]
             out[name] = NestedTensor(x, mask)
         return out
 
@@ -221,12 +225,12 @@ def _some(names: list[str]) -> str:
     return "none" if not names else ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def check_nested(samples: NestedTensor) -> None:
+def check_samples(samples: NestedTensor) -> None:
     """Checks a batch of images and its mask before the model reads them.
 
     Raises:
-        TypeError: not a NestedTensor, no mask, images that are not floating point, or a mask that is not bool.
-        ValueError: tensors that are not [B, 3, H, W], or a mask that is not [B, H, W] on the same device.
+        TypeError: not a NestedTensor, no bool mask, or images that are not floating point.
+        ValueError: images that are not [B, 3, H, W], or a mask that is not [B, H, W].
     """
     if not isinstance(samples, NestedTensor):
         raise TypeError(f"expected a NestedTensor, got {type(samples).__name__}")
@@ -234,22 +238,18 @@ def check_nested(samples: NestedTensor) -> None:
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"images are {list(images.shape)}; expected [B, 3, H, W]")
     if not images.is_floating_point():
-        raise TypeError(f"images are {images.dtype}; expected floating point (normalised) images")
-    if mask is None:
-        raise TypeError("the NestedTensor has no mask; expected [B, H, W] bool, True = padding")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"the mask is {mask.dtype}; expected torch.bool, True = padding")
-    expected = (images.shape[0], images.shape[2], images.shape[3])
-    if mask.dim() != 3 or mask.shape != expected:
-        raise ValueError(f"the mask is {list(mask.shape)}; expected [B, H, W] = {list(expected)} for these images")
-    if mask.device != images.device:
-        raise ValueError(f"the mask is on {mask.device}; expected {images.device}, where the images are")
+        raise TypeError(f"images are {images.dtype}; expected floating point, normalised")
+    if mask is None or mask.dtype != torch.bool:
+        raise TypeError(f"the mask is {None if mask is None else mask.dtype}; expected torch.bool, True = padding")
+    batch, _, height, width = images.shape
+    if mask.dim() != 3 or mask.shape != (batch, height, width):
+        raise ValueError(f"the mask is {list(mask.shape)}; expected [B, H, W] = {[batch, height, width]}")
 
 
 class Joiner(nn.Sequential):
     """A backbone and a position embedding, one after the other.
 
-    With a `Backbone` and a `PositionEmbeddingSine` one op computes each level's position and resized mask.
+    With a `Backbone` and one of our position embeddings, a level's position and its resized mask come from one op.
 
     Args:
         backbone: NestedTensor → {name: NestedTensor}, with an attribute `num_channels`.
@@ -271,14 +271,16 @@ class Joiner(nn.Sequential):
         """
         backbone, position_embedding = self
         # The exact class: a subclass may have a forward of its own.
-        fused = isinstance(backbone, BackboneBase) and type(position_embedding) is PositionEmbeddingSine
-        features = backbone(tensor_list, resize_mask=False) if fused else backbone(tensor_list)
+        fused = isinstance(backbone, BackboneBase) and type(position_embedding) in _POSITION_EMBEDDINGS
+        features = backbone(tensor_list, masks=False) if fused else backbone(tensor_list)
         positions = []
         for feature in features.values():
             x = feature.tensors
             if fused:
                 size = x.shape[-2:]
-                tokens, feature.mask = position_embedding.from_mask(feature.mask, size, x.dtype, layout="tokens")
+                tokens, feature.mask = position_embedding.from_mask(
+                    tensor_list.mask, size, dtype=x.dtype, layout="tokens"
+                )
                 # [B, h*w, C] seen as [B, C, h, w]: the transformer gets its tokens back without a copy.
                 positions.append(tokens.transpose(1, 2).unflatten(2, size))
             else:

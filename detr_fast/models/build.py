@@ -52,7 +52,11 @@ def build_backbone(args: Namespace) -> Joiner:
 
 
 def build_transformer(args: Namespace) -> Transformer:
-    """The transformer of `hidden_dim`, `dropout`, `nheads`, `dim_feedforward`, `enc_layers`, `dec_layers`, `pre_norm`."""
+    """The transformer.
+
+    Args:
+        args: `hidden_dim`, `dropout`, `nheads`, `dim_feedforward`, `enc_layers`, `dec_layers`, `pre_norm`.
+    """
     return Transformer(
         d_model=args.hidden_dim,
         dropout=args.dropout,

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.layers import MLP
-from detr_fast.models.backbone import check_nested
 from detr_fast.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 
@@ -48,7 +47,7 @@ class DETR(nn.Module):
         Returns:
             A dict with
             "pred_logits": [B, num_queries, num_classes + 1], no-object last;
-            "pred_boxes": [B, num_queries, 4], cx, cy, w, h in 0..1 of each image's own width and height, without padding;
+            "pred_boxes": [B, num_queries, 4], cx, cy, w, h in 0..1 of each image's own width and height (no padding);
             "aux_outputs", with `aux_loss`: a list of dicts with the same two keys, of all decoder layers but the last.
 
         Raises:
@@ -81,5 +80,4 @@ def _as_nested(samples: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTenso
         raise TypeError(
             f"expected a NestedTensor, a tensor [B, 3, H, W] or a list of [3, H, W], got {type(samples).__name__}"
         )
-    check_nested(samples)
     return samples
