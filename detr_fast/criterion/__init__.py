@@ -1,1 +1,28 @@
+"""Boxes, bipartite matching, losses and post-processing."""
 
+from detr_fast.criterion.boxes import (
+    box_cxcywh_to_xyxy,
+    box_iou,
+    box_xyxy_to_cxcywh,
+    generalized_box_iou,
+    masks_to_boxes,
+    paired_generalized_box_iou,
+)
+from detr_fast.criterion.losses import SetCriterion, accuracy, dice_loss, sigmoid_focal_loss
+from detr_fast.criterion.matcher import HungarianMatcher
+from detr_fast.criterion.postprocess import PostProcess
+
+__all__ = [
+    "HungarianMatcher",
+    "PostProcess",
+    "SetCriterion",
+    "accuracy",
+    "box_cxcywh_to_xyxy",
+    "box_iou",
+    "box_xyxy_to_cxcywh",
+    "dice_loss",
+    "generalized_box_iou",
+    "masks_to_boxes",
+    "paired_generalized_box_iou",
+    "sigmoid_focal_loss",
+]

@@ -1,1 +1,23 @@
+"""Training and evaluation loops, checkpoints, processes, logs and configuration."""
 
+from detr_fast.training.distributed import (
+    all_gather,
+    barrier,
+    get_rank,
+    get_world_size,
+    init_distributed_mode,
+    is_dist_avail_and_initialized,
+    is_main_process,
+    reduce_dict,
+)
+
+__all__ = [
+    "all_gather",
+    "barrier",
+    "get_rank",
+    "get_world_size",
+    "init_distributed_mode",
+    "is_dist_avail_and_initialized",
+    "is_main_process",
+    "reduce_dict",
+]

@@ -1,0 +1,214 @@
+"""COCO's detection and segmentation metrics over one or several processes.
+
+Built on the public interface of pycocotools alone (``COCO``, ``COCO.loadRes``, ``COCOeval``): predictions are only
+collected during the run and evaluated once at its end.
+
+Source: facebookresearch/detr ``datasets/coco_eval.py``, whose numbers this equals.
+"""
+
+import contextlib
+import copy
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+IOU_TYPES = ("bbox", "segm")
+
+
+class CocoEvaluator:
+    """Collects predictions image by image and computes COCO's numbers over the images seen.
+
+    Call :meth:`update` for every batch, then :meth:`synchronize_between_processes`, :meth:`accumulate` and
+    :meth:`summarize` once each. The numbers are in ``coco_eval[iou_type].stats`` (12 values, see pycocotools) and the
+    curves in ``coco_eval[iou_type].eval``.
+
+    An image counts as soon as it is seen, also without predictions, and once however often it comes: its first
+    predictions stay, in the order of the ranks (a distributed sampler repeats images to fill the last batch).
+
+    Args:
+        coco_gt: the annotations; a copy is kept, because pycocotools writes into them.
+        iou_types: any of "bbox" and "segm".
+
+    Raises:
+        TypeError: if ``iou_types`` is not a list or tuple.
+        ValueError: if an IoU type is unknown.
+    """
+
+    def __init__(self, coco_gt: COCO, iou_types: Sequence[str]):
+        if not isinstance(iou_types, list | tuple):
+            raise TypeError(f"iou_types must be a list or tuple of {IOU_TYPES}, got {iou_types!r}")
+        unknown = [t for t in iou_types if t not in IOU_TYPES]
+        if unknown or not iou_types:
+            raise ValueError(f"iou_types must be taken from {IOU_TYPES}, got {list(iou_types)}")
+        self.coco_gt = copy.deepcopy(coco_gt)
+        self.iou_types = list(iou_types)
+        self.coco_eval = {t: COCOeval(self.coco_gt, iouType=t) for t in self.iou_types}
+        self._known_ids = set(self.coco_gt.getImgIds())
+        self._predictions = {}
+
+    @property
+    def img_ids(self) -> list:
+        """Ids of the images this process has seen, in the order of their coming."""
+        return list(self._predictions)
+
+    def update(self, predictions: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Add the predictions of some images.
+
+        Args:
+            predictions: image id → "scores" [n], "labels" [n] (category ids), "boxes" [n, 4] x0, y0, x1, y1 in pixels
+                of the original image, and for "segm" "masks" [n, 1, H, W] or [n, H, W] of the original image's size
+                (above 0.5 = object). An empty dict, as n = 0, is an image without predictions.
+
+        Raises:
+            ValueError: if an image id is not in the annotations, a key is missing, shapes do not fit or a score or
+                box is not finite.
+        """
+        for image_id, prediction in predictions.items():
+            if image_id not in self._known_ids:
+                raise ValueError(f"image id {image_id!r} is not among the {len(self._known_ids)} annotated images")
+            prepared = self._prepare(image_id, prediction)
+            self._predictions.setdefault(image_id, prepared)
+
+    def synchronize_between_processes(self) -> None:
+        """Bring all processes' predictions together and evaluate them; every process then holds the same result.
+
+        Raises:
+            ValueError: if no process has seen an image.
+        """
+        merged = {}
+        for predictions in _all_gather(self._predictions):
+            for image_id, prediction in predictions.items():
+                merged.setdefault(image_id, prediction)
+        if not merged:
+            raise ValueError("there is nothing to evaluate: update() has seen no image")
+
+        image_ids = sorted(merged)
+        for iou_type, coco_eval in self.coco_eval.items():
+            results = [r for image_id in image_ids for r in _results(image_id, merged[image_id], iou_type)]
+            with contextlib.redirect_stdout(io.StringIO()):
+                # loadRes cannot take an empty list.
+                coco_eval.cocoDt = self.coco_gt.loadRes(results) if results else COCO()
+                coco_eval.params.imgIds = image_ids
+                coco_eval.evaluate()
+
+    def accumulate(self) -> None:
+        """Compute precision and recall from the matched images.
+
+        Raises:
+            RuntimeError: if :meth:`synchronize_between_processes` has not been called.
+        """
+        for coco_eval in self.coco_eval.values():
+            if not coco_eval.evalImgs:
+                raise RuntimeError("call synchronize_between_processes() before accumulate()")
+            with contextlib.redirect_stdout(io.StringIO()):
+                coco_eval.accumulate()
+
+    def summarize(self) -> None:
+        """Compute ``stats`` and print COCO's 12 lines for each IoU type (in the first process only).
+
+        Raises:
+            RuntimeError: if :meth:`accumulate` has not been called.
+        """
+        is_main = not _is_distributed() or dist.get_rank() == 0
+        for iou_type, coco_eval in self.coco_eval.items():
+            if not coco_eval.eval:
+                raise RuntimeError("call accumulate() before summarize()")
+            with contextlib.nullcontext() if is_main else contextlib.redirect_stdout(io.StringIO()):
+                print(f"IoU metric: {iou_type}")
+                coco_eval.summarize()
+
+    def per_class(self, iou_type: str = "bbox") -> dict[str, dict[str, float]]:
+        """Average precision of each category, after :meth:`accumulate`.
+
+        Args:
+            iou_type: one of those given to the constructor.
+
+        Returns:
+            category name → {"AP": over IoU 0.50:0.95, "AP50": at IoU 0.50}, both over all areas with 100 detections,
+            and NaN for a category without objects in the images seen. Where categories share a name, the id is added
+            to it.
+
+        Raises:
+            ValueError: if the IoU type is not evaluated.
+            RuntimeError: if :meth:`accumulate` has not been called.
+        """
+        if iou_type not in self.coco_eval:
+            raise ValueError(f"iou_type must be one of {self.iou_types}, got {iou_type!r}")
+        coco_eval = self.coco_eval[iou_type]
+        if not coco_eval.eval:
+            raise RuntimeError("call accumulate() before per_class()")
+        params = coco_eval.params
+        precision = coco_eval.eval["precision"][..., params.areaRngLbl.index("all"), -1]  # [IoUs, recalls, categories]
+        precision = np.where(precision < 0, np.nan, precision)  # -1 stands for a category without objects
+        at_50 = int(np.argmin(np.abs(params.iouThrs - 0.5)))
+
+        categories = self.coco_gt.loadCats(params.catIds)
+        uses = Counter(category["name"] for category in categories)
+        table = {}
+        for k, category in enumerate(categories):
+            name = category["name"] if uses[category["name"]] == 1 else f"{category['name']} ({category['id']})"
+            table[name] = {"AP": float(precision[..., k].mean()), "AP50": float(precision[at_50, :, k].mean())}
+        return table
+
+    def _prepare(self, image_id: int, prediction: Mapping[str, Tensor]) -> dict:
+        """One image's predictions on the host, compact enough to be sent to other processes."""
+        if not prediction:
+            return {"scores": [], "labels": [], "boxes": [], "rles": []}
+        needed = ["scores", "labels", "boxes", *(["masks"] if "segm" in self.iou_types else [])]
+        missing = [key for key in needed if key not in prediction]
+        if missing:
+            raise ValueError(f"predictions of image {image_id!r} lack {missing}, they have {sorted(prediction)}")
+        scores, labels, boxes = (prediction[key].detach().cpu() for key in ("scores", "labels", "boxes"))
+        if scores.dim() != 1 or labels.shape != scores.shape or boxes.shape != (len(scores), 4):
+            raise ValueError(
+                f"predictions of image {image_id!r} must have scores [n], labels [n] and boxes [n, 4], got shapes "
+                f"{tuple(scores.shape)}, {tuple(labels.shape)} and {tuple(boxes.shape)}"
+            )
+        if not (torch.isfinite(scores).all() and torch.isfinite(boxes).all()):
+            raise ValueError(f"predictions of image {image_id!r} hold NaN or infinity in scores or boxes")
+        x0, y0, x1, y1 = boxes.unbind(dim=1)
+        return {
+            "scores": scores.double().numpy(),
+            "labels": labels.numpy(),
+            "boxes": torch.stack((x0, y0, x1 - x0, y1 - y0), dim=1).double().numpy(),
+            "rles": self._encode(image_id, prediction["masks"], len(scores)) if "segm" in self.iou_types else [],
+        }
+
+    def _encode(self, image_id: int, masks: Tensor, count: int) -> list[dict]:
+        image = self.coco_gt.imgs[image_id]
+        size = (image["height"], image["width"])
+        if masks.shape not in ((count, 1, *size), (count, *size)):
+            raise ValueError(
+                f"masks of image {image_id!r} must be [{count}, 1, {size[0]}, {size[1]}], the size of the original "
+                f"image, got shape {tuple(masks.shape)}"
+            )
+        pixels = (masks.detach().reshape(count, *size) > 0.5).to(torch.uint8).cpu().numpy()
+        return [mask_utils.encode(np.asfortranarray(mask)) for mask in pixels]
+
+
+def _results(image_id: int, prediction: dict, iou_type: str) -> Iterator[dict]:
+    """One image's predictions as COCO's result format has them."""
+    key, shapes = ("bbox", prediction["boxes"]) if iou_type == "bbox" else ("segmentation", prediction["rles"])
+    for score, label, shape in zip(prediction["scores"], prediction["labels"], shapes, strict=True):
+        shape = shape.tolist() if iou_type == "bbox" else dict(shape)
+        yield {"image_id": image_id, "category_id": int(label), key: shape, "score": float(score)}
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _all_gather(predictions: dict) -> list[dict]:
+    if not _is_distributed():
+        return [predictions]
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, predictions)
+    return gathered

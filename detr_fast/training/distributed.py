@@ -1,0 +1,115 @@
+"""Processes started by torchrun: who am I, and exchanging small things.
+
+Every function also works in a single process without torchrun, where it does the obvious thing.
+"""
+
+import argparse
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_dist_avail_and_initialized() -> bool:
+    """Whether this process belongs to an initialised process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_world_size() -> int:
+    """Number of processes, 1 outside a process group."""
+    return dist.get_world_size() if is_dist_avail_and_initialized() else 1
+
+
+def get_rank() -> int:
+    """Number of this process among all, 0 outside a process group."""
+    return dist.get_rank() if is_dist_avail_and_initialized() else 0
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes files."""
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
+    if is_dist_avail_and_initialized():
+        dist.barrier()
+
+
+def all_gather(data) -> list:
+    """Every process' object, in the order of the ranks.
+
+    Args:
+        data: any object that can be pickled.
+    """
+    if get_world_size() == 1:
+        return [data]
+    gathered = [None] * get_world_size()
+    dist.all_gather_object(gathered, data)
+    return gathered
+
+
+@torch.no_grad()
+def reduce_dict(input_dict: dict[str, Tensor], average: bool = True) -> dict[str, Tensor]:
+    """Mean or sum over the processes of every value, in one reduction.
+
+    Args:
+        input_dict: 0-dimensional tensors (or all of one shape); every process has the same keys.
+        average: mean if true, sum otherwise.
+
+    Returns:
+        A dict with the same keys in the same order; in a single process ``input_dict`` itself.
+    """
+    if get_world_size() == 1:
+        return input_dict
+    names = sorted(input_dict)  # the order of insertion may differ between processes
+    values = torch.stack([input_dict[name] for name in names])
+    dist.all_reduce(values)
+    if average:
+        values = values / get_world_size()
+    reduced = dict(zip(names, values, strict=True))
+    return {name: reduced[name] for name in input_dict}
+
+
+def init_distributed_mode(args: argparse.Namespace) -> None:
+    """Join torchrun's process group, or note that there is none.
+
+    Reads RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets. With ``args.device`` a CUDA device (the default) and a
+    GPU present, the backend is NCCL and the process takes the GPU of its local rank; otherwise the backend is gloo.
+
+    Args:
+        args: gets ``distributed``, ``rank``, ``world_size``, ``gpu`` (the local rank, None outside torchrun) and
+            ``dist_backend`` (None outside torchrun). ``args.device`` and ``args.dist_url`` ("env://") are read if there.
+
+    Raises:
+        ValueError: if torchrun's variables are incomplete, or there are fewer GPUs than processes on this machine.
+    """
+    args.distributed, args.rank, args.world_size, args.gpu, args.dist_backend = False, 0, 1, None, None
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return
+    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
+    if missing:
+        raise ValueError(f"torchrun sets RANK, WORLD_SIZE and LOCAL_RANK together, {', '.join(missing)} is missing")
+
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    use_cuda = torch.device(getattr(args, "device", "cuda")).type == "cuda" and torch.cuda.is_available()
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: "
+                "start at most one process per GPU (torchrun --nproc-per-node)"
+            )
+        torch.cuda.set_device(local_rank)
+    backend = "nccl" if use_cuda else "gloo"
+    dist.init_process_group(backend, init_method=getattr(args, "dist_url", "env://"), rank=rank, world_size=world_size)
+    args.distributed, args.rank, args.world_size, args.gpu, args.dist_backend = (
+        True,
+        rank,
+        world_size,
+        local_rank,
+        backend,
+    )
+    dist.barrier()
+    if is_main_process():
+        print(f"distributed: {world_size} processes, backend {backend}", flush=True)
