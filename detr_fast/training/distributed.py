@@ -80,7 +80,7 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
 
     Args:
         args: gets ``distributed``, ``rank``, ``world_size``, ``gpu`` (the local rank, None outside torchrun) and
-            ``dist_backend`` (None outside torchrun). ``args.device`` and ``args.dist_url`` ("env://") are read if there.
+            ``dist_backend`` (None outside torchrun). Read if there: ``args.device`` and ``args.dist_url`` ("env://").
 
     Raises:
         ValueError: if torchrun's variables are incomplete, or there are fewer GPUs than processes on this machine.
