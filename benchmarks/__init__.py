@@ -1,5 +1,5 @@
 """Microbenchmarks of the fused ops against their peers and the physical limit.
 
-``python -m benchmarks attention`` or ``detr-fast bench attention``; NOTES.md holds the predictions, results/ the measurements.
-Reached as `detr_fast.benchmarks`, too, so that an installed package can measure itself.
+``python -m benchmarks attention`` or ``detr-fast bench attention``; NOTES.md holds the predictions, results/ what was
+measured. Reached as `detr_fast.benchmarks`, too, so that an installed package can measure itself.
 """
