@@ -1,0 +1,333 @@
+"""Augmentations of an image together with its target, with the original's numbers.
+
+Until ``ToTensor`` an image is a PIL image and ``target["boxes"]`` is float32 [N, 4], x0, y0, x1, y1 in pixels; ``Normalize``
+turns the boxes into cx, cy, w, h in 0..1 of the image as it then is. Draws come from Python's ``random`` (flip, select,
+sizes) and from torch's CPU generator (crop position), in the original's order: the same seeds give the same pictures.
+
+A target may be None everywhere (prediction). Keypoints pass through untouched, as in the original.
+
+Source: facebookresearch/detr, datasets/transforms.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torchvision.transforms as T
+import torchvision.transforms.functional as F
+from PIL import Image
+
+from detr_fast.criterion.boxes import box_xyxy_to_cxcywh
+
+Target = dict[str, Any] | None
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def crop(image: Image.Image, target: Target, region: tuple[int, int, int, int]) -> tuple[Image.Image, Target]:
+    """Cuts out ``region`` = (top, left, height, width) in pixels.
+
+    Boxes are moved and clamped to the region, ``area`` becomes the area of what is left of the box, and objects of which
+    nothing is left are removed (judged by boxes, or by masks where there are no boxes).
+    """
+    top, left, height, width = region
+    cropped = F.crop(image, top, left, height, width)
+    if target is None:
+        return cropped, None
+
+    target = dict(target, size=torch.tensor([height, width]))
+    fields = [name for name in ("labels", "area", "iscrowd", "boxes", "masks") if name in target]
+    if "masks" in target:
+        target["masks"] = target["masks"][:, top : top + height, left : left + width]
+    if "boxes" in target:
+        corners = (target["boxes"] - torch.tensor([left, top, left, top])).reshape(-1, 2, 2)
+        corners = torch.min(corners, torch.tensor([width, height], dtype=torch.float32)).clamp(min=0)
+        target["boxes"] = corners.reshape(-1, 4)
+        target["area"] = (corners[:, 1] - corners[:, 0]).prod(dim=1)
+        keep = (corners[:, 1] > corners[:, 0]).all(dim=1)
+        fields = sorted({*fields, "area"})
+    elif "masks" in target:
+        keep = target["masks"].flatten(1).any(dim=1)
+    else:
+        return cropped, target
+    for name in fields:
+        target[name] = target[name][keep]
+    return cropped, target
+
+
+def hflip(image: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+    """Mirrors left and right."""
+    flipped = F.hflip(image)
+    if target is None:
+        return flipped, None
+    target = dict(target)
+    if "boxes" in target:
+        x0, y0, x1, y1 = target["boxes"].unbind(dim=1)
+        target["boxes"] = torch.stack([image.width - x1, y0, image.width - x0, y1], dim=1)
+    if "masks" in target:
+        target["masks"] = target["masks"].flip(-1)
+    return flipped, target
+
+
+def resized_size(image_size: tuple[int, int], size: int, max_size: int | None = None) -> tuple[int, int]:
+    """(height, width) of an image of ``image_size`` = (width, height) whose short side is resized to ``size``.
+
+    Where the long side would exceed ``max_size``, the short side is chosen smaller (rounded) and the long side follows
+    from it, truncated: the result can be a pixel off ``max_size``, as in the original.
+    """
+    width, height = image_size
+    short, long = float(min(width, height)), float(max(width, height))
+    if max_size is not None and long / short * size > max_size:
+        # A strip so thin that nothing of its short side would be left keeps one pixel.
+        size = max(1, round(max_size * short / long))
+    if min(width, height) == size:
+        return height, width
+    if width < height:
+        return int(size * height / width), size
+    return size, int(size * width / height)
+
+
+def resize(
+    image: Image.Image, target: Target, size: int | Sequence[int], max_size: int | None = None
+) -> tuple[Image.Image, Target]:
+    """Resizes to a short side ``size`` (see ``resized_size``), or to exactly ``size`` = (width, height).
+
+    Boxes and ``area`` are rescaled by the ratios that were really applied, masks by nearest neighbour.
+    """
+    if isinstance(size, (list, tuple)):
+        height, width = size[1], size[0]
+    else:
+        height, width = resized_size(image.size, size, max_size)
+    resized = F.resize(image, [height, width])
+    if target is None:
+        return resized, None
+
+    ratio_x, ratio_y = resized.width / image.width, resized.height / image.height
+    target = dict(target, size=torch.tensor([height, width]))
+    if "boxes" in target:
+        target["boxes"] = target["boxes"] * torch.tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+    if "area" in target:
+        target["area"] = target["area"] * (ratio_x * ratio_y)
+    if "masks" in target:
+        masks = target["masks"][:, None].float()
+        target["masks"] = torch.nn.functional.interpolate(masks, size=(height, width), mode="nearest")[:, 0] > 0.5
+    return resized, target
+
+
+def pad(image: Image.Image, target: Target, padding: tuple[int, int]) -> tuple[Image.Image, Target]:
+    """Adds ``padding`` = (x, y) black pixels at the right and at the bottom."""
+    padded = F.pad(image, [0, 0, padding[0], padding[1]])
+    if target is None:
+        return padded, None
+    target = dict(target, size=torch.tensor([padded.height, padded.width]))
+    if "masks" in target:
+        target["masks"] = torch.nn.functional.pad(target["masks"], (0, padding[0], 0, padding[1]))
+    return padded, target
+
+
+class RandomCrop:
+    """Crops to ``size`` = (height, width) at a random place."""
+
+    def __init__(self, size: Sequence[int]):
+        self.size = size
+
+    def __call__(self, image, target):
+        return crop(image, target, T.RandomCrop.get_params(image, self.size))
+
+
+class RandomSizeCrop:
+    """Crops to a random width and height in ``min_size..max_size`` pixels, at a random place.
+
+    A side shorter than ``min_size`` is kept whole (the original raises).
+    """
+
+    def __init__(self, min_size: int, max_size: int):
+        self.min_size = min_size
+        self.max_size = max_size
+
+    def __call__(self, image, target):
+        width = random.randint(min(self.min_size, image.width), min(image.width, self.max_size))
+        height = random.randint(min(self.min_size, image.height), min(image.height, self.max_size))
+        return crop(image, target, T.RandomCrop.get_params(image, [height, width]))
+
+
+class CenterCrop:
+    """Crops to ``size`` = (height, width) around the middle."""
+
+    def __init__(self, size: Sequence[int]):
+        self.size = size
+
+    def __call__(self, image, target):
+        height, width = self.size
+        top = int(round((image.height - height) / 2.0))
+        left = int(round((image.width - width) / 2.0))
+        return crop(image, target, (top, left, height, width))
+
+
+class RandomHorizontalFlip:
+    """Mirrors left and right with probability ``p``."""
+
+    def __init__(self, p: float = 0.5):
+        self.p = p
+
+    def __call__(self, image, target):
+        return hflip(image, target) if random.random() < self.p else (image, target)
+
+
+class RandomResize:
+    """Resizes the short side to one of ``sizes``, the long side to at most ``max_size`` (see ``resize``)."""
+
+    def __init__(self, sizes: Sequence[int], max_size: int | None = None):
+        if not isinstance(sizes, (list, tuple)) or not sizes:
+            raise TypeError(f"sizes must be a non-empty list or tuple, got {sizes!r}")
+        self.sizes = sizes
+        self.max_size = max_size
+
+    def __call__(self, image, target=None):
+        return resize(image, target, random.choice(self.sizes), self.max_size)
+
+
+class RandomPad:
+    """Adds 0..``max_pad`` black pixels at the right and at the bottom."""
+
+    def __init__(self, max_pad: int):
+        self.max_pad = max_pad
+
+    def __call__(self, image, target):
+        pad_x = random.randint(0, self.max_pad)
+        pad_y = random.randint(0, self.max_pad)
+        return pad(image, target, (pad_x, pad_y))
+
+
+class RandomSelect:
+    """Applies ``transforms1`` with probability ``p``, otherwise ``transforms2``."""
+
+    def __init__(self, transforms1: Callable, transforms2: Callable, p: float = 0.5):
+        self.transforms1 = transforms1
+        self.transforms2 = transforms2
+        self.p = p
+
+    def __call__(self, image, target):
+        return self.transforms1(image, target) if random.random() < self.p else self.transforms2(image, target)
+
+
+class ToTensor:
+    """PIL image to float32 [3, H, W] in 0..1, or to uint8 [3, H, W] with ``uint8=True``."""
+
+    def __init__(self, *, uint8: bool = False):
+        self.uint8 = uint8
+
+    def __call__(self, image, target):
+        return (F.pil_to_tensor(image) if self.uint8 else F.to_tensor(image)), target
+
+
+class RandomErasing:
+    """``torchvision.transforms.RandomErasing`` of the image tensor; the target is left alone."""
+
+    def __init__(self, *args, **kwargs):
+        self.eraser = T.RandomErasing(*args, **kwargs)
+
+    def __call__(self, image, target):
+        return self.eraser(image), target
+
+
+class Normalize:
+    """Normalises a float image [3, H, W] by ``mean`` and ``std``, and boxes to cx, cy, w, h in 0..1.
+
+    A uint8 image is left as it is: ``pad_collate`` normalises it on the training device, in the same pass as padding.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        self.mean = mean
+        self.std = std
+
+    def __call__(self, image, target=None):
+        if image.dtype != torch.uint8:
+            image = F.normalize(image, mean=self.mean, std=self.std)
+        if target is None:
+            return image, None
+        target = dict(target)
+        if "boxes" in target:
+            height, width = image.shape[-2:]
+            size = torch.tensor([width, height, width, height], dtype=torch.float32)
+            target["boxes"] = box_xyxy_to_cxcywh(target["boxes"]) / size
+        return image, target
+
+
+class Compose:
+    """Applies ``transforms`` one after another."""
+
+    def __init__(self, transforms: Sequence[Callable]):
+        self.transforms = transforms
+
+    def __call__(self, image, target):
+        for transform in self.transforms:
+            image, target = transform(image, target)
+        return image, target
+
+    def __repr__(self):
+        return "\n".join([f"{type(self).__name__}(", *(f"    {transform}" for transform in self.transforms), ")"])
+
+
+# The original's numbers, for images whose largest short side is 800.
+COCO_SCALES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+COCO_MAX_SIZE = 1333
+COCO_CROP_SCALES = (400, 500, 600)
+COCO_CROP_RANGE = (384, 600)
+
+
+def make_coco_transforms(
+    image_set: str,
+    *,
+    scales: int | Sequence[int] | None = None,
+    max_size: int | None = None,
+    crop_scales: Sequence[int] | None = None,
+    crop_range: tuple[int, int] | None = None,
+    uint8: bool = False,
+) -> Compose:
+    """The original's augmentation, or the same one at another size.
+
+    train: flip; then, with equal chance, either resize, or resize to a short side of 400, 500 or 600, crop 384..600 pixels
+    and resize. val: resize to the largest scale.
+
+    Args:
+        image_set: "train" or "val".
+        scales: short sides in pixels to draw from (val: the largest of them). None: 480 to 800 in steps of 32. One number:
+            those eleven scaled so that it is the largest.
+        max_size: longest side in pixels. None: 1333, scaled like the largest of ``scales`` to 800.
+        crop_scales: short sides before the crop. None: 400, 500, 600, scaled likewise.
+        crop_range: smallest and largest side of the crop. None: 384, 600, scaled likewise.
+        uint8: leave the image uint8 [3, H, W] for ``pad_collate`` to normalise with IMAGENET_MEAN and IMAGENET_STD; boxes are
+            normalised all the same.
+
+    Raises:
+        ValueError: another ``image_set``, or sizes that are not positive.
+
+    Source: facebookresearch/detr, datasets/coco.py.
+    """
+    if image_set not in ("train", "val"):
+        raise ValueError(f"image_set must be 'train' or 'val', got {image_set!r}")
+    if scales is None:
+        scales = COCO_SCALES
+    elif isinstance(scales, int):
+        scales = [round(scales * scale / COCO_SCALES[-1]) for scale in COCO_SCALES]
+    scales = list(scales)
+    if not scales or min(scales) < 1:
+        raise ValueError(f"scales must be positive short sides in pixels, got {scales}")
+
+    ratio = max(scales) / COCO_SCALES[-1]
+    max_size = round(COCO_MAX_SIZE * ratio) if max_size is None else max_size
+    crop_scales = [max(1, round(scale * ratio)) for scale in COCO_CROP_SCALES] if crop_scales is None else crop_scales
+    crop_range = [max(1, round(side * ratio)) for side in COCO_CROP_RANGE] if crop_range is None else crop_range
+    if max_size < max(scales):
+        raise ValueError(f"max_size must be at least the largest scale {max(scales)}, got {max_size}")
+
+    finish = [ToTensor(uint8=uint8), Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    if image_set == "val":
+        return Compose([RandomResize([max(scales)], max_size=max_size), *finish])
+    cropped = Compose([RandomResize(crop_scales), RandomSizeCrop(*crop_range), RandomResize(scales, max_size=max_size)])
+    return Compose([RandomHorizontalFlip(), RandomSelect(RandomResize(scales, max_size=max_size), cropped), *finish])
