@@ -30,6 +30,8 @@ _INTEGERS = (
 )
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+_SMALLEST_STD = 1e-30  # its inverse, over 255 too, is well inside float32
+
 _HEADER_COLUMNS = 5  # offset, channels, height, width, layout
 _LAYOUTS = {"chw": 0, "hwc": 1}
 
@@ -68,7 +70,8 @@ def pad_collate(
 
     Raises:
         ValueError: no image, an image that is not 3-D, images on several devices, only one of `mean` and `std`, a
-            `mean` or `std` whose length is not the number of channels, a `std` of 0, a `size_divisor` below 1.
+            `mean` or `std` whose length is not the number of channels, a value that is not finite, a `std` below 1e-30,
+            a `size_divisor` below 1.
         TypeError: an item that is not a (strided) tensor, a complex or other unsupported dtype, `mean` and `std` with
             integer images other than uint8, an output dtype that is neither floating nor the images' own, `mean` or
             `std` on a GPU.
@@ -356,8 +359,8 @@ def _check_mean_std(mean, std, image_dtype: torch.dtype, channels: int):
         if not all(math.isfinite(value) for value in values):
             raise ValueError(f"{name} is {values}; expected finite values")
         checked.append(values)
-    if 0.0 in checked[1]:
-        raise ValueError(f"std is {checked[1]}; expected no zeros")
+    if min(abs(value) for value in [1.0, *checked[1]]) < _SMALLEST_STD:
+        raise ValueError(f"std is {checked[1]}; expected no value below {_SMALLEST_STD} in magnitude")
     return checked[0], checked[1]
 
 
