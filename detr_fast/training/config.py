@@ -1,0 +1,263 @@
+"""The command line's flags: the original's names and defaults, and ours beside them.
+
+Source: facebookresearch/detr, main.py.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import torch
+
+from detr_fast.training.engine import PRECISIONS
+
+# Segmentation and panoptic data are not there yet; the flags are known so that the answer can say so.
+_SEGMENTATION = "segmentation is not available yet"
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done as asked; the message says why and is all that needs to be shown."""
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags of training, as the original's function of this name (without ``--help``, to be used as a parent)."""
+    parser = argparse.ArgumentParser("DETR training", add_help=False)
+    add_optimiser_flags(parser)
+    add_model_flags(parser)
+    add_loss_flags(parser)
+    add_data_flags(parser, train=True)
+    add_device_flags(parser)
+    add_run_flags(parser)
+    return parser
+
+
+def add_optimiser_flags(parser: argparse.ArgumentParser) -> None:
+    """Learning rates, schedule, length, clipping, accumulation, averaging."""
+    group = parser.add_argument_group("optimiser")
+    group.add_argument("--lr", default=1e-4, type=float, help="learning rate (default %(default)s)")
+    group.add_argument(
+        "--lr_backbone", default=1e-5, type=float, help="of the backbone; 0 freezes it (default %(default)s)"
+    )
+    group.add_argument("--batch_size", default=2, type=int, help="images per process (default %(default)s)")
+    group.add_argument("--weight_decay", default=1e-4, type=float)
+    group.add_argument("--epochs", default=300, type=int)
+    group.add_argument("--max_steps", default=0, type=int, help="stop after so many optimiser steps (0: no limit)")
+    group.add_argument("--lr_drop", default=200, type=int, help="epochs after which the rate drops to a tenth")
+    group.add_argument(
+        "--lr_schedule",
+        default="step",
+        choices=("step", "cosine"),
+        help="step: the original's drops; cosine: to zero at the end (default %(default)s)",
+    )
+    group.add_argument("--warmup_steps", default=0, type=int, help="optimiser steps of linear warm-up")
+    group.add_argument("--clip_max_norm", default=0.1, type=float, help="gradient clipping max norm; 0: no clipping")
+    group.add_argument("--accumulate_steps", default=1, type=int, help="batches per optimiser step")
+    group.add_argument("--ema_decay", default=0.0, type=float, help="keep and evaluate averaged weights, e.g. 0.9997")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """What the model is made of."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--frozen_weights", type=str, default=None, help=_SEGMENTATION)
+    group.add_argument("--masks", action="store_true", help=_SEGMENTATION)
+    group.add_argument("--backbone", default="resnet50", type=str, help="resnet18, 34, 50, 101 (default %(default)s)")
+    group.add_argument(
+        "--backbone_weights",
+        default="imagenet",
+        metavar="imagenet|none|PATH",
+        help="torchvision's ImageNet weights, random ones, or a file (default %(default)s)",
+    )
+    group.add_argument(
+        "--backbone_norm",
+        default=None,
+        choices=("frozen", "batch", "group"),
+        help="default: frozen batch norm with weights, trained batch norm without",
+    )
+    group.add_argument(
+        "--backbone_level", default=None, type=int, choices=range(4), help="read this stage: stride 4, 8, 16 or 32"
+    )
+    group.add_argument("--dilation", action="store_true", help="stride 16 instead of 32 in the last stage (DC5)")
+    group.add_argument("--position_embedding", default="sine", type=str, choices=("sine", "learned"))
+    group.add_argument("--enc_layers", default=6, type=int)
+    group.add_argument("--dec_layers", default=6, type=int)
+    group.add_argument("--dim_feedforward", default=2048, type=int)
+    group.add_argument("--hidden_dim", default=256, type=int)
+    group.add_argument("--dropout", default=0.1, type=float)
+    group.add_argument("--nheads", default=8, type=int)
+    group.add_argument("--num_queries", default=100, type=int, help="the most objects that can be found in an image")
+    group.add_argument("--pre_norm", action="store_true")
+
+
+def add_loss_flags(parser: argparse.ArgumentParser) -> None:
+    """Weights of the matching costs and of the losses."""
+    group = parser.add_argument_group("loss")
+    group.add_argument("--no_aux_loss", dest="aux_loss", action="store_false", help="no loss at the earlier layers")
+    group.add_argument("--set_cost_class", default=1, type=float, help="matching cost of the class")
+    group.add_argument("--set_cost_bbox", default=5, type=float, help="matching cost of the boxes' L1 distance")
+    group.add_argument("--set_cost_giou", default=2, type=float, help="matching cost of the boxes' generalised IoU")
+    group.add_argument("--mask_loss_coef", default=1, type=float, help=_SEGMENTATION)
+    group.add_argument("--dice_loss_coef", default=1, type=float, help=_SEGMENTATION)
+    group.add_argument("--bbox_loss_coef", default=5, type=float)
+    group.add_argument("--giou_loss_coef", default=2, type=float)
+    group.add_argument("--eos_coef", default=0.1, type=float, help="relative weight of the no-object class")
+
+
+def add_data_flags(parser: argparse.ArgumentParser, train: bool) -> None:
+    """Where images and annotations are, and at what size they are read."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset_file", default="coco", help="only coco is available yet")
+    group.add_argument(
+        "--coco_path", type=str, help="folder with annotations/instances_{train,val}2017.json, train2017/, val2017/"
+    )
+    if train:
+        group.add_argument("--coco_panoptic_path", type=str, help=_SEGMENTATION)
+        group.add_argument("--remove_difficult", action="store_true", help="COCO has no such mark; refused")
+        group.add_argument("--train_ann", type=str, help="own data: COCO json of the training images")
+        group.add_argument("--train_images", type=str, help="own data: folder of the training images")
+    group.add_argument("--val_ann", type=str, help="own data: COCO json of the validation images")
+    group.add_argument("--val_images", type=str, help="own data: folder of the validation images")
+    add_size_flags(group)
+    group.add_argument("--num_workers", default=2, type=int, help="loader processes (default %(default)s)")
+
+
+def add_size_flags(parser: argparse.ArgumentParser) -> None:
+    """The images' size."""
+    parser.add_argument(
+        "--short_side", default=None, type=int, help="largest short side in pixels, the others in proportion (800)"
+    )
+    parser.add_argument("--max_size", default=None, type=int, help="longest side in pixels (1333, in proportion)")
+
+
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    """Where and how to compute."""
+    group = parser.add_argument_group("device")
+    group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cuda, cpu (default %(default)s)")
+    group.add_argument(
+        "--precision", default="fp32", choices=tuple(PRECISIONS), help="autocast in bf16 or fp16 (default %(default)s)"
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Where results go, where the run starts from, and how often it tells."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="", help="where to save; empty: nothing is saved")
+    group.add_argument("--seed", default=42, type=int)
+    group.add_argument(
+        "--resume", default="", metavar="PATH|auto", help="continue; auto: from output_dir if a checkpoint is there"
+    )
+    group.add_argument(
+        "--weights", default="", metavar="PATH", help="start from these weights; heads that do not fit are replaced"
+    )
+    group.add_argument("--start_epoch", default=0, type=int, metavar="N", help="number of the first epoch")
+    group.add_argument("--eval", action="store_true", help="only evaluate --resume's or --weights' checkpoint")
+    group.add_argument("--eval_every", default=1, type=int, help="epochs between evaluations; the last is evaluated")
+    group.add_argument("--print_freq", default=10, type=int, help="batches between progress lines")
+    group.add_argument("--sample_images", default=4, type=int, help="pictures per evaluation in output_dir/samples")
+    group.add_argument("--tensorboard", action="store_true", help="write event files to output_dir/tensorboard")
+    group.add_argument("--world_size", default=1, type=int, help="set by torchrun")
+    group.add_argument("--dist_url", default="env://", help="address of the first process, for torchrun's processes")
+
+
+def normalise_options(argv: Sequence[str]) -> list[str]:
+    """Option names with ``_`` for ``-``: ``--batch-size=2`` and ``--batch_size=2`` are the same. Values stay."""
+    return [_normalise(argument) for argument in argv]
+
+
+def _normalise(argument: str) -> str:
+    if not argument.startswith("--") or len(argument) == 2:
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuses what cannot be honoured, before anything is read or built.
+
+    Raises:
+        UsageError: says which flag, what it was and what is expected.
+    """
+    _check_segmentation(args)
+    positive = ("batch_size", "epochs", "lr_drop", "accumulate_steps", "eval_every", "print_freq", "num_queries",
+                "enc_layers", "dec_layers", "hidden_dim", "nheads", "dim_feedforward", "short_side", "max_size")  # fmt: skip
+    for name in positive:
+        _require(args, name, lambda value: value >= 1, "at least 1")
+    not_negative = ("lr", "lr_backbone", "weight_decay", "max_steps", "warmup_steps", "clip_max_norm", "num_workers",
+                    "start_epoch", "sample_images", "set_cost_class", "set_cost_bbox", "set_cost_giou",
+                    "bbox_loss_coef", "giou_loss_coef", "eos_coef")  # fmt: skip
+    for name in not_negative:
+        _require(args, name, lambda value: value >= 0, "not negative")
+    for name in ("dropout", "ema_decay"):
+        _require(args, name, lambda value: 0 <= value < 1, "at least 0 and below 1")
+    if args.hidden_dim % args.nheads or args.hidden_dim % 2:
+        raise UsageError(
+            f"--hidden_dim must be even and divisible by --nheads, got {args.hidden_dim} and {args.nheads}"
+        )
+
+
+def check_train_args(args: argparse.Namespace) -> None:
+    """As `check_args`, and what concerns training alone."""
+    check_args(args)
+    if args.remove_difficult:
+        raise UsageError("--remove_difficult cannot be honoured: COCO annotations have no 'difficult' mark")
+    for name, default in (("tensorboard", False), ("sample_images", 4)):
+        if not args.output_dir and getattr(args, name) != default:
+            raise UsageError(f"--{name} writes to --output_dir, which is empty")
+    if args.resume == "auto" and not args.output_dir:
+        raise UsageError("--resume auto looks in --output_dir, which is empty")
+    if args.eval and not (args.resume or args.weights):
+        raise UsageError("--eval needs a checkpoint: --resume PATH or --weights PATH")
+    if args.start_epoch >= args.epochs:
+        raise UsageError(f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}")
+
+
+def choose_device(name: str, precision: str = "fp32") -> str:
+    """The device for `name`: "auto" is "cuda" where there is a GPU and "cpu" elsewhere.
+
+    Raises:
+        UsageError: there is no such device, or it cannot compute in `precision`.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device must be auto, cuda, cuda:N or cpu, got {name!r}") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise UsageError(f"--device {name}: torch sees no GPU on this machine; use --device cpu or auto")
+        if device.index is not None and device.index >= count:
+            raise UsageError(f"--device {name}: there are only {count} GPUs")
+    elif device.type != "cpu":
+        raise UsageError(f"--device must be auto, cuda, cuda:N or cpu, got {name!r}")
+    if precision == "fp16" and device.type == "cpu":
+        raise UsageError("--precision fp16 needs a GPU; on the CPU use bf16 or fp32")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UsageError(f"--precision bf16: {torch.cuda.get_device_name(device)} does not support it; use fp16 or fp32")
+    return name
+
+
+def parse_with_given(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, set[str]]:
+    """Parses `argv`, and tells which flags were really given (by their names in the namespace)."""
+    args = parser.parse_args(argv)
+    # argparse leaves alone what a namespace already has: what still holds the mark was not given.
+    mark = object()
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), mark)))
+    return args, {name for name, value in vars(given).items() if value is not mark}
+
+
+def _check_segmentation(args: argparse.Namespace) -> None:
+    for name, default in (("masks", False), ("frozen_weights", None), ("coco_panoptic_path", None),
+                          ("mask_loss_coef", 1), ("dice_loss_coef", 1)):  # fmt: skip
+        if getattr(args, name, default) != default:
+            raise UsageError(f"--{name} cannot be honoured: {_SEGMENTATION}")
+    if args.dataset_file != "coco":
+        raise UsageError(f"--dataset_file must be 'coco', got {args.dataset_file!r}: {_SEGMENTATION}")
+
+
+def _require(args: argparse.Namespace, name: str, holds: Callable[[float], bool], expected: str) -> None:
+    value = getattr(args, name, None)
+    if value is not None and not holds(value):
+        raise UsageError(f"--{name} must be {expected}, got {value}")

@@ -1,0 +1,273 @@
+"""One epoch of training, and evaluation.
+
+Source: facebookresearch/detr, engine.py.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from pycocotools.coco import COCO
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from detr_fast.evaluation import CocoEvaluator
+from detr_fast.nested_tensor import NestedTensor
+from detr_fast.training.ema import ModelEma
+from detr_fast.training.log import Metrics, Progress
+from detr_fast.training.nonfinite import FiniteWatch, NonFiniteLossError, explain_gradients, explain_non_finite
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train_one_epoch(
+    model: nn.Module,
+    criterion: nn.Module,
+    data_loader: Iterable,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    epoch: int,
+    max_norm: float = 0,
+    *,
+    precision: str = "fp32",
+    scaler: GradScaler | None = None,
+    accumulate_steps: int = 1,
+    step_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ema: ModelEma | None = None,
+    max_steps: int | None = None,
+    print_freq: int = 10,
+) -> dict[str, float]:
+    """Trains for one pass over the loader.
+
+    No step waits for the device, except for the matcher's copy of its costs: losses are read every `print_freq` steps,
+    the check for NaN comes two steps late, and a step whose gradients are not finite is skipped by the (fused)
+    optimiser on the device, so that no weight is spoilt in the meantime.
+
+    Args:
+        model: on `device`; may be wrapped in DistributedDataParallel.
+        criterion: returns the losses by name; its `weight_dict` says which are summed, and with what weight.
+        data_loader: yields (samples with ``.to(device)`` → NestedTensor, targets: a dict of tensors per image).
+        optimizer: steps once per `accumulate_steps` batches.
+        device: where to train.
+        epoch: for the progress line.
+        max_norm: clip the gradients' norm; 0 does not clip.
+        precision: "fp32", or autocast in "bf16" or "fp16".
+        scaler: of the loss, needed for "fp16".
+        accumulate_steps: batches per optimiser step, each with its share of the loss; the last group may be smaller.
+        step_scheduler: a schedule that advances with every optimiser step.
+        ema: an average to update after every optimiser step.
+        max_steps: stop after so many optimiser steps.
+        print_freq: show and read the losses every so many batches.
+
+    Returns:
+        Means over the epoch and the processes, under the original's names: "loss", each weighted loss, each loss as it
+        is with "_unscaled", "class_error", "lr"; and "padding" (share of padded pixels), "time" and "data" (seconds
+        per batch).
+
+    Raises:
+        NonFiniteLossError: NaN or infinity; says where it appears first.
+        ValueError: an unknown precision, or fp16 without a scaler.
+    """
+    dtype = _autocast_dtype(precision)
+    if (precision == "fp16") != (scaler is not None):
+        raise ValueError(f"precision fp16, and only it, needs a scaler; got {precision} and {type(scaler).__name__}")
+    model.train()
+    criterion.train()
+    metrics, watch = Metrics(), FiniteWatch(device)
+    progress = Progress(data_loader, f"Epoch: [{epoch}]", metrics, print_freq, device)
+    batches = len(data_loader)
+    steps = 0
+
+    def stop(batch) -> None:
+        raise NonFiniteLossError(_explain(model, criterion, batch, epoch, device, dtype))
+
+    for index, (samples, targets) in enumerate(progress):
+        samples, targets = _to_device(samples, targets, device)
+        batch = (index, samples, targets)
+        group_start = index - index % accumulate_steps
+        group_size = min(accumulate_steps, batches - group_start)
+        is_last_of_group = index - group_start == group_size - 1
+
+        # Gradients are exchanged between processes once per optimiser step.
+        wait = not is_last_of_group and isinstance(model, nn.parallel.DistributedDataParallel)
+        with model.no_sync() if wait else torch.enable_grad():
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                outputs = model(samples)
+            try:
+                loss_dict = criterion(outputs, targets)
+            except ValueError:
+                # The matcher refuses NaN. Whatever else it refuses keeps its own message.
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    if explain_non_finite(_unwrap(model), samples, targets) is None:
+                        raise
+                stop(batch)
+            loss = _weighted_sum(loss_dict, criterion.weight_dict)
+            share = loss / group_size
+            (share if scaler is None else scaler.scale(share)).backward()
+
+        finite = torch.isfinite(loss.detach())
+        if is_last_of_group:
+            finite = finite & _optimizer_step(model, optimizer, max_norm, scaler)
+            steps += 1
+            if step_scheduler is not None:
+                step_scheduler.step()
+            if ema is not None:
+                ema.update(_unwrap(model))
+        bad = watch.add(finite, batch)
+        if bad is not None:
+            stop(bad)
+        metrics.update(_named_losses(loss_dict, loss, criterion.weight_dict, samples, optimizer))
+        if is_last_of_group:
+            optimizer.zero_grad()
+        if max_steps is not None and steps >= max_steps:
+            break
+
+    bad = watch.drain()
+    if bad is not None:
+        stop(bad)
+    stats = metrics.averages(device)
+    return {**stats, "time": progress.seconds_per_step, "data": progress.data_seconds_per_step}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    criterion: nn.Module,
+    postprocessors: Mapping[str, nn.Module],
+    data_loader: Iterable,
+    base_ds: COCO,
+    device: torch.device,
+    output_dir: str = "",
+    *,
+    categories=None,
+    precision: str = "fp32",
+    print_freq: int = 10,
+    on_results: Callable[[dict[int, dict[str, Tensor]]], None] | None = None,
+) -> tuple[dict[str, float | list[float]], CocoEvaluator]:
+    """Losses and COCO's numbers over the loader's images.
+
+    Args:
+        model, criterion, data_loader, device, precision, print_freq: as in `train_one_epoch`.
+        postprocessors: "bbox": outputs, sizes [B, 2] → scores, labels and boxes of each image.
+        base_ds: the annotations.
+        output_dir: there for the original's signature; box evaluation writes no files.
+        categories: maps the model's labels to category ids (see `detr_fast.data.Categories`). None: they are the same.
+        on_results: called for every batch with {image id: {"scores", "labels" (category ids), "boxes"}}.
+
+    Returns:
+        Means of the losses as in `train_one_epoch`, with "coco_eval_bbox" = pycocotools' twelve numbers; and the
+        evaluator.
+    """
+    dtype = _autocast_dtype(precision)
+    model.eval()
+    criterion.eval()
+    metrics = Metrics()
+    evaluator = CocoEvaluator(base_ds, ["bbox"])
+
+    for samples, targets in Progress(data_loader, "Test:", metrics, print_freq, device):
+        image_ids = [int(target["image_id"]) for target in targets]
+        sizes = torch.stack([target["orig_size"] for target in targets])
+        samples, targets = _to_device(samples, targets, device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            outputs = model(samples)
+        loss_dict = criterion(outputs, targets)
+        loss = _weighted_sum(loss_dict, criterion.weight_dict)
+        metrics.update(_named_losses(loss_dict, loss, criterion.weight_dict, samples))
+
+        results = postprocessors["bbox"](outputs, sizes)
+        if categories is not None:
+            results = [{**result, "labels": categories.to_id(result["labels"])} for result in results]
+        results = dict(zip(image_ids, results, strict=True))
+        evaluator.update(results)
+        if on_results is not None:
+            on_results(results)
+
+    evaluator.synchronize_between_processes()
+    evaluator.accumulate()
+    evaluator.summarize()
+    stats = metrics.averages(device)
+    return {**stats, "coco_eval_bbox": evaluator.coco_eval["bbox"].stats.tolist()}, evaluator
+
+
+def _optimizer_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, scaler: GradScaler | None
+) -> Tensor:
+    """Clips and steps. Returns a 0-dimensional bool: False if the gradients are not finite; no weight moves then.
+
+    With a scaler such gradients are its business (it lowers its scale), and True is returned.
+    """
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if max_norm > 0:
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+        return torch.ones((), dtype=torch.bool, device=norm.device)
+    finite = torch.isfinite(norm)
+    # The fused optimisers' own way to skip a step without asking the host; GradScaler uses it, too.
+    optimizer.found_inf = (~finite).float()
+    optimizer.step()
+    del optimizer.found_inf
+    return finite
+
+
+def _named_losses(
+    loss_dict: Mapping[str, Tensor],
+    loss: Tensor,
+    weights: Mapping[str, float],
+    samples: NestedTensor,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> dict[str, Tensor]:
+    """A step's values under the original's names."""
+    named = {"loss": loss}
+    named.update({name: value * weights[name] for name, value in loss_dict.items() if name in weights})
+    named.update({f"{name}_unscaled": value for name, value in loss_dict.items()})
+    named["class_error"] = loss_dict["class_error"]
+    named["padding"] = samples.mask.float().mean()
+    if optimizer is not None:
+        named["lr"] = torch.full_like(loss, optimizer.param_groups[0]["lr"])
+    return named
+
+
+def _weighted_sum(loss_dict: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    return sum(value * weights[name] for name, value in loss_dict.items() if name in weights)
+
+
+def _to_device(samples, targets, device: torch.device) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
+    samples = samples.to(device, non_blocking=True)
+    return samples, [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in targets]
+
+
+def _autocast_dtype(precision: str) -> torch.dtype:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    return PRECISIONS[precision]
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _explain(model, criterion, batch, epoch: int, device: torch.device, dtype: torch.dtype) -> str:
+    """What a step that was not finite suffers from: its batch, a module, a loss or a gradient."""
+    index, samples, targets = batch
+    where = f"the loss or its gradient is not finite in epoch {epoch}, batch {index}"
+    model = _unwrap(model)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        reason = explain_non_finite(model, samples, targets)
+        if reason is not None:
+            return f"{where}: {reason}"
+        model.zero_grad()
+        outputs = model(samples)
+    loss_dict = criterion(outputs, targets)
+    bad = [name for name, value in loss_dict.items() if not torch.isfinite(value)]
+    if bad:
+        return f"{where}: images, weights and all modules' outputs are finite, {', '.join(bad)} is not"
+    _weighted_sum(loss_dict, criterion.weight_dict).backward()
+    reason = explain_gradients(model)
+    if reason is not None:
+        return f"{where}: {reason}"
+    return f"{where}; computed once more, with other dropout, it is finite. A lower learning rate may help"

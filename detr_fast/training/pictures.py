@@ -1,0 +1,164 @@
+"""Pictures for people: detections drawn on images, predictions beside the truth, and training curves."""
+
+import colorsys
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools.coco import COCO
+
+from detr_fast.training.log import read_log, scalars
+
+# Smaller images are enlarged for drawing, so that captions can be read.
+_SHORTEST_LONG_SIDE = 480
+
+
+def colour_of(label: int) -> tuple[int, int, int]:
+    """A colour for each label: strong, and different for labels that are close."""
+    # The golden ratio spreads hues evenly, however many there are.
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1.0, 0.85, 0.95)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def draw_detections(
+    image: Image.Image,
+    boxes: Sequence[Sequence[float]],
+    labels: Sequence[int],
+    names: Mapping[int, str],
+    scores: Sequence[float] | None = None,
+) -> Image.Image:
+    """A copy of an image with boxes, class names and scores; line and font sizes follow the image's size.
+
+    Args:
+        image: any size; one whose long side is below 480 pixels is enlarged.
+        boxes: n times x0, y0, x1, y1 in the image's pixels.
+        labels: n classes, which choose the colour.
+        names: label → name; a label without one is shown by its number.
+        scores: n numbers in 0..1, or None to show none. The highest is drawn last.
+    """
+    factor = max(1, -(-_SHORTEST_LONG_SIDE // max(image.size)))
+    picture = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(picture)
+    long_side = max(picture.size)
+    line = max(2, round(long_side / 250))
+    font = ImageFont.load_default(size=max(11, round(long_side / 45)))
+    order = range(len(boxes)) if scores is None else sorted(range(len(boxes)), key=lambda i: scores[i])
+    for i in order:
+        x0, y0, x1, y1 = (float(value) * factor for value in boxes[i])
+        x0, x1 = (min(max(x, 0.0), picture.width - 1.0) for x in (x0, x1))
+        y0, y1 = (min(max(y, 0.0), picture.height - 1.0) for y in (y0, y1))
+        colour = colour_of(int(labels[i]))
+        draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=line)
+        caption = names.get(int(labels[i]), f"class {int(labels[i])}")
+        if scores is not None:
+            caption += f" {float(scores[i]):.2f}"
+        _caption(draw, caption, x0, y0, colour, font, picture.size)
+    return picture
+
+
+def _caption(draw, text: str, x: float, y: float, colour, font, size: tuple[int, int]) -> None:
+    """Text on a filled background above the point, or below it where there is no room, and never outside."""
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    pad = 2
+    width, height = right - left + 2 * pad, bottom - top + 2 * pad
+    x = max(0, min(x, size[0] - width))
+    y = y - height if y >= height else y
+    y = max(0, min(y, size[1] - height))
+    draw.rectangle((x, y, x + width, y + height), fill=colour)
+    red, green, blue = colour
+    is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 140
+    draw.text((x + pad - left, y + pad - top), text, fill="black" if is_light else "white", font=font)
+
+
+def draw_samples(
+    path: str | os.PathLike,
+    coco: COCO,
+    images_dir: str | os.PathLike,
+    results: Mapping[int, Mapping[str, torch.Tensor]],
+    threshold: float = 0.5,
+) -> None:
+    """One picture with a row per image: the truth on the left, the predictions on the right.
+
+    Args:
+        path: the file to write.
+        coco: the annotations.
+        images_dir: folder of the images.
+        results: image id → "boxes" [n, 4] x0, y0, x1, y1 in pixels, "labels" [n] category ids, "scores" [n].
+        threshold: lowest score to draw. Where no prediction reaches it, the best three are drawn.
+    """
+    names = {category["id"]: category.get("name", str(category["id"])) for category in coco.loadCats(coco.getCatIds())}
+    rows = []
+    for image_id, result in results.items():
+        with Image.open(Path(images_dir) / coco.loadImgs(image_id)[0]["file_name"]) as file:
+            image = file.convert("RGB")
+        truth = [ann for ann in coco.loadAnns(coco.getAnnIds(image_id)) if not ann.get("iscrowd", 0)]
+        boxes = [(x, y, x + w, y + h) for x, y, w, h in (ann["bbox"] for ann in truth)]
+        left = draw_detections(image, boxes, [ann["category_id"] for ann in truth], names)
+        right = draw_detections(image, *best_detections(result, threshold, at_least=3), names=names)
+        rows.append(_beside(left, right))
+    width = max(row.width for row in rows)
+    sheet = Image.new("RGB", (width, sum(row.height for row in rows) + 8 * (len(rows) - 1)), "white")
+    y = 0
+    for row in rows:
+        sheet.paste(row, (0, y))
+        y += row.height + 8
+    sheet.save(path)
+
+
+def best_detections(result: Mapping[str, torch.Tensor], threshold: float, at_least: int = 0) -> tuple[list, list, list]:
+    """Boxes, labels and scores from `threshold` up, best first; at least the best `at_least`, whatever their scores."""
+    scores, order = result["scores"].cpu().sort(descending=True)
+    count = max(int((scores >= threshold).sum()), min(at_least, len(scores)))
+    order = order[:count]
+    return result["boxes"].cpu()[order].tolist(), result["labels"].cpu()[order].tolist(), scores[:count].tolist()
+
+
+def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    font = ImageFont.load_default(size=16)
+    sheet = Image.new("RGB", (left.width + right.width + 8, left.height + 24), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((4, 3), "annotated", fill="black", font=font)
+    draw.text((left.width + 12, 3), "predicted", fill="black", font=font)
+    sheet.paste(left, (0, 24))
+    sheet.paste(right, (left.width + 8, 24))
+    return sheet
+
+
+_CURVES = (
+    ("loss", ("loss",)),
+    ("losses, unweighted", ("loss_ce_unscaled", "loss_bbox_unscaled", "loss_giou_unscaled")),
+    ("class error [%]", ("class_error",)),
+    ("COCO average precision", ("coco_eval_bbox_AP", "coco_eval_bbox_AP50")),
+)
+
+
+def draw_curves(output_dir: str | os.PathLike) -> bool:
+    """Draws ``output_dir/curves.png`` from ``log.txt``: training solid, validation dashed, over epochs.
+
+    Returns:
+        False if matplotlib is not installed: nothing is drawn then.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    rows = [scalars(row) for row in read_log(output_dir)]
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, names) in zip(figure.subplots(2, 2).flat, _CURVES, strict=True):
+        for colour, name in enumerate(names):
+            for prefix, style in (("train", "-"), ("test", "--")):
+                points = [(row["epoch"], row[f"{prefix}_{name}"]) for row in rows if f"{prefix}_{name}" in row]
+                if points:
+                    label = f"{prefix} {name.removeprefix('coco_eval_bbox_').removesuffix('_unscaled')}"
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{colour}", label=label, marker=".")
+        axes.set_title(title)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(Path(output_dir) / "curves.png", dpi=90)
+    return True

@@ -1,0 +1,464 @@
+"""A whole run: from arguments to a trained model, its logs and its checkpoints; and evaluating a checkpoint.
+
+Source: facebookresearch/detr, main.py.
+"""
+
+import argparse
+import datetime
+import math
+import random
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from detr_fast.data import Categories, build_dataset, build_loader
+from detr_fast.models.build import build_model
+from detr_fast.training.checkpoint import (
+    load_model,
+    load_weights,
+    plain_args,
+    read_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+from detr_fast.training.config import UsageError, check_train_args, choose_device
+from detr_fast.training.distributed import all_gather, barrier, get_rank, init_distributed_mode, is_main_process
+from detr_fast.training.ema import ModelEma
+from detr_fast.training.engine import evaluate, train_one_epoch
+from detr_fast.training.log import RunLog
+from detr_fast.training.optim import build_optimizer, build_scheduler, load_optimizer, steps_every
+from detr_fast.training.pictures import draw_curves, draw_samples
+
+# The arguments that define the model and how it sees images: a checkpoint brings them along.
+MODEL_ARGS = (
+    "backbone", "backbone_norm", "backbone_level", "dilation", "position_embedding", "enc_layers", "dec_layers",
+    "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "short_side", "max_size",
+)  # fmt: skip
+
+
+def say(text: str) -> None:
+    """Prints in the first process only."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def train(args: argparse.Namespace) -> dict:
+    """Trains as the flags say (see `config.get_args_parser`) and evaluates on the way.
+
+    Returns:
+        The last epoch's log row; its "test_coco_eval_bbox" are pycocotools' twelve numbers.
+
+    Raises:
+        UsageError: the flags, the data or a checkpoint do not fit; the message is for the user.
+        NonFiniteLossError: the loss or a gradient became NaN or infinite.
+    """
+    check_train_args(args)
+    device = start(args)
+    return Trainer(args, device).run()
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Joins torchrun's processes, if any, chooses the device and seeds the generators, each process differently."""
+    asked = args.world_size
+    args.device = choose_device(args.device, args.precision)
+    init_distributed_mode(args)
+    if asked not in (1, args.world_size):
+        raise UsageError(
+            f"--world_size {asked}: processes are started by torchrun --nproc-per-node {asked} -m detr_fast …"
+        )
+    if args.device == "cuda" and args.gpu is not None:
+        args.device = f"cuda:{args.gpu}"
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    seed = args.seed + get_rank()
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    say(f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, {args.precision}")
+    return device
+
+
+def build(args: argparse.Namespace, own_weights: bool) -> tuple[nn.Module, nn.Module, dict[str, nn.Module]]:
+    """Model, criterion and post-processors from `args`, the model on the CPU.
+
+    Args:
+        args: as for `build_model`; `backbone_norm` is set if it is None.
+        own_weights: the caller loads a checkpoint of the whole model: pretrained backbone weights are not fetched.
+    """
+    if args.backbone_norm is None:
+        args.backbone_norm = "batch" if args.backbone_weights == "none" else "frozen"
+    if not own_weights or args.backbone_weights == "none":
+        return build_model(args)
+    built = build_model(argparse.Namespace(**{**vars(args), "backbone_weights": "none"}))
+    # Which parameters are trained is decided by where the weights once came from.
+    built[0].backbone[0].freeze(train_backbone=args.lr_backbone > 0)
+    return built
+
+
+class Trainer:
+    """All that a training run holds; `run` trains.
+
+    Args:
+        args: checked flags.
+        device: where to train.
+
+    Attributes:
+        epoch: the next epoch.
+        steps: optimiser steps so far.
+        best: the best AP so far, None before the first evaluation.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device = args, device
+        self.output_dir = Path(args.output_dir) if args.output_dir else None
+        if self.output_dir is not None:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.dataset_train = build_dataset("train", args)
+        self.dataset_val = build_dataset("val", args, categories=self.dataset_train.categories)
+        self.categories = self.dataset_train.categories
+        args.num_classes = self.categories.num_classes
+        self.loader_train = build_loader(self.dataset_train, "train", args)
+        self.loader_val = build_loader(self.dataset_val, "val", args)
+        if len(self.loader_train) == 0:
+            raise UsageError(
+                f"the {len(self.dataset_train)} training images do not fill one batch of --batch_size "
+                f"{args.batch_size} in each of {args.world_size} processes"
+            )
+        checkpoint = self._resume_from()
+        weights = read_checkpoint(args.weights) if args.weights and checkpoint is None else None
+
+        self.model, self.criterion, self.postprocessors = build(args, own_weights=bool(checkpoint or weights))
+        self.model.to(device)
+        self.n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        if weights is not None:
+            for line in load_weights(self.model, weights.get("ema", {}).get("values", weights["model"]), args.weights):
+                say(f"--weights: not taken, starts fresh: {line}")
+        self.optimizer = build_optimizer(self.model, args)
+        self.steps_per_epoch = math.ceil(len(self.loader_train) / args.accumulate_steps)
+        self.scheduler = build_scheduler(self.optimizer, args, self.steps_per_epoch)
+        self.scaler = GradScaler(device.type) if args.precision == "fp16" else None
+        self.ema = ModelEma(self.model, args.ema_decay) if args.ema_decay else None
+
+        self.epoch, self.steps, self.best = args.start_epoch, 0, None
+        self._unevaluated: dict | None = None  # training numbers of an epoch whose evaluation was interrupted
+        if checkpoint is not None:
+            self._continue(checkpoint)
+        self.log = None
+        if self.output_dir is not None and is_main_process():
+            self.log = RunLog(self.output_dir, self.epoch - (self._unevaluated is not None), args.tensorboard)
+
+        if args.compile:
+            self.model.compile(dynamic=True)
+        self.wrapped = self.model
+        if args.distributed:
+            ids = [device.index] if device.type == "cuda" else None
+            self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+
+    def run(self) -> dict:
+        """Trains up to `args.epochs` or `args.max_steps`. Returns the last epoch's log row."""
+        args, row = self.args, {}
+        say(
+            f"{self.n_parameters} trained parameters, {len(self.dataset_train)} training and {len(self.dataset_val)} "
+            f"validation images, {self.args.num_classes} classes, {self.steps_per_epoch} steps per epoch"
+        )
+        began = time.perf_counter()
+        if self._unevaluated is not None:
+            row = self._finish(self.epoch - 1, self._unevaluated)
+        while self.epoch < args.epochs and not self._at_last_step():
+            self.loader_train.set_epoch(self.epoch)
+            stats = train_one_epoch(
+                self.wrapped,
+                self.criterion,
+                self.loader_train,
+                self.optimizer,
+                self.device,
+                self.epoch,
+                args.clip_max_norm,
+                precision=args.precision,
+                scaler=self.scaler,
+                accumulate_steps=args.accumulate_steps,
+                step_scheduler=self.scheduler if steps_every(args) == "step" else None,
+                ema=self.ema,
+                max_steps=args.max_steps - self.steps if args.max_steps else None,
+                print_freq=args.print_freq,
+            )
+            if steps_every(args) == "epoch":
+                self.scheduler.step()
+            left = args.max_steps - self.steps if args.max_steps else self.steps_per_epoch
+            self.steps += min(self.steps_per_epoch, left)
+            self.epoch += 1
+            row = self._finish(self.epoch - 1, stats)
+        if self.log is not None:
+            self.log.close()
+        say(f"training took {datetime.timedelta(seconds=int(time.perf_counter() - began))}")
+        return row
+
+    def _at_last_step(self) -> bool:
+        return bool(self.args.max_steps) and self.steps >= self.args.max_steps
+
+    def _finish(self, epoch: int, train_stats: Mapping[str, float]) -> dict:
+        """Saves, evaluates if it is time, and logs. Returns the log row."""
+        args = self.args
+        is_last = self.epoch >= args.epochs or self._at_last_step()
+        row = {f"train_{name}": value for name, value in train_stats.items()}
+        if is_last or (epoch + 1) % args.eval_every == 0:
+            # Saved before as well: an evaluation that fails costs no training.
+            self._save(epoch, unevaluated=dict(train_stats))
+            row.update({f"test_{name}": value for name, value in self._evaluate(epoch).items()})
+        is_best = "test_coco_eval_bbox" in row and (self.best is None or row["test_coco_eval_bbox"][0] > self.best)
+        if is_best:
+            self.best = row["test_coco_eval_bbox"][0]
+        row.update(epoch=epoch, n_parameters=self.n_parameters)
+        if self.log is not None:
+            self.log.append(row)
+            if not draw_curves(self.output_dir):
+                say("no curves.png: matplotlib is not installed (pip install matplotlib)")
+        self._save(epoch, is_best=is_best, numbered=(epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0)
+        return row
+
+    def _evaluate(self, epoch: int) -> dict:
+        samples: dict[int, dict[str, Tensor]] = {}
+
+        def keep(results):
+            for image_id, result in results.items():
+                if len(samples) < self.args.sample_images:
+                    samples[image_id] = result
+
+        if self.ema is not None:
+            with self.ema.applied_to(self.model):
+                stats, evaluator = self._evaluate_model(keep)
+        else:
+            stats, evaluator = self._evaluate_model(keep)
+        if self.log is not None:
+            folder = self.output_dir / "eval"
+            folder.mkdir(exist_ok=True)
+            for name in ["latest.pth"] + ([f"{epoch:03}.pth"] if epoch % 50 == 0 else []):
+                save_evaluation(evaluator, folder / name)
+            if samples:
+                folder = self.output_dir / "samples"
+                folder.mkdir(exist_ok=True)
+                draw_samples(folder / f"epoch{epoch:04}.png", self.dataset_val.coco, self.dataset_val.root, samples)
+        return stats
+
+    def _evaluate_model(self, on_results):
+        return evaluate(
+            self.model,
+            self.criterion,
+            self.postprocessors,
+            self.loader_val,
+            self.dataset_val.coco,
+            self.device,
+            categories=self.categories,
+            precision=self.args.precision,
+            print_freq=self.args.print_freq,
+            on_results=on_results,
+        )
+
+    def _save(self, epoch: int, *, is_best: bool = False, numbered: bool = False, unevaluated: dict | None = None):
+        """Writes checkpoint.pth, and checkpoint_best.pth and checkpoint0123.pth if asked for."""
+        if self.output_dir is None:
+            return
+        generators = all_gather(rng_state(self.device))
+        if is_main_process():
+            state = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "lr_scheduler": self.scheduler.state_dict(),
+                "epoch": epoch,
+                "args": plain_args(self.args),
+                "categories": self.categories.to_dict(),
+                "steps": self.steps,
+                "best": self.best,
+                "rng": generators,
+                "unevaluated": unevaluated,
+                "version": 1,
+            }
+            if self.scaler is not None:
+                state["scaler"] = self.scaler.state_dict()
+            if self.ema is not None:
+                state["ema"] = self.ema.state_dict()
+            names = ["checkpoint.pth"]
+            names += ["checkpoint_best.pth"] if is_best else []
+            names += [f"checkpoint{epoch:04}.pth"] if numbered else []
+            for name in names:
+                save_checkpoint(state, self.output_dir / name)
+        barrier()
+
+    def _resume_from(self) -> dict | None:
+        path = self.args.resume
+        if path == "auto":
+            path = self.output_dir / "checkpoint.pth"
+            if not path.is_file():
+                say(f"--resume auto: there is no {path} yet, starting anew")
+                return None
+        if not path:
+            return None
+        checkpoint = read_checkpoint(path)
+        self.args.resume = str(path)
+        _check_same_run(self.args, checkpoint, self.categories)
+        return checkpoint
+
+    def _continue(self, checkpoint: dict) -> None:
+        """Takes over a checkpoint's state, as far as it has one."""
+        source = self.args.resume
+        load_model(self.model, checkpoint["model"], source)
+        if not {"optimizer", "lr_scheduler", "epoch"} <= set(checkpoint):
+            say(f"--resume: {source} holds only weights; the optimiser starts fresh at epoch {self.epoch}")
+            return
+        try:
+            load_optimizer(self.optimizer, checkpoint["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise UsageError(f"--resume: the optimiser in {source} does not fit: {error}") from error
+        self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        self.epoch = checkpoint["epoch"] + 1
+        self.steps = checkpoint.get("steps", self.epoch * self.steps_per_epoch)
+        self.best = checkpoint.get("best")
+        self._unevaluated = checkpoint.get("unevaluated")
+        if self.scaler is not None and "scaler" in checkpoint:
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        if self.ema is not None and "ema" in checkpoint:
+            self.ema.load_state_dict(checkpoint["ema"])
+        elif self.ema is not None:
+            self.ema = ModelEma(self.model, self.args.ema_decay)
+            say(f"--ema_decay: {source} holds no averaged weights; the average starts from its weights")
+        generators = checkpoint.get("rng", [])
+        if len(generators) == self.args.world_size:
+            set_rng_state(generators[get_rank()], self.device)
+            say(f"continuing {source} with epoch {self.epoch}")
+        else:
+            say(
+                f"continuing {source} with epoch {self.epoch}; it holds random states of {len(generators)} processes "
+                f"and there are {self.args.world_size}: not the very same numbers as without the interruption"
+            )
+
+
+def _check_same_run(args: argparse.Namespace, checkpoint: Mapping, categories: Categories) -> None:
+    """Refuses to continue a checkpoint with another model or other classes; says what else differs."""
+    theirs = checkpoint.get("args", {})
+    differing = {
+        name: (theirs[name], getattr(args, name))
+        for name in theirs
+        if hasattr(args, name) and theirs[name] != plain_args(args)[name]
+    }
+    if "backbone_norm" in differing and args.backbone_norm is None:
+        del differing["backbone_norm"]  # filled in when the model is built
+    model = [name for name in (*MODEL_ARGS, "dropout", "lr_schedule") if name in differing]
+    if model:
+        text = ", ".join(f"--{name} was {differing[name][0]} and is {differing[name][1]}" for name in model)
+        raise UsageError(f"--resume {args.resume}: {text}; to start a new run from its weights, use --weights")
+    if "categories" in checkpoint and checkpoint["categories"] != categories.to_dict():
+        raise UsageError(
+            f"--resume {args.resume}: it was trained for the categories {checkpoint['categories']['names']}, the data "
+            f"has {list(categories.names)}; to start a new run from its weights, use --weights"
+        )
+    own = {"resume", "weights", "output_dir", "start_epoch", "rank", "gpu", "world_size", "distributed", "device"}
+    changed = [name for name in differing if name not in own and name not in MODEL_ARGS]
+    for name in changed:
+        kept = name in ("lr", "lr_backbone", "weight_decay")
+        note = "the checkpoint's is kept" if kept else "the new one counts"
+        say(f"--resume: --{name} was {differing[name][0]} and is {differing[name][1]}: {note}")
+
+
+def save_evaluation(evaluator, path: Path) -> None:
+    """Writes pycocotools' precision and recall arrays as tensors, readable with ``weights_only=True``.
+
+    Keys: "precision" [IoU thresholds, recalls, classes, areas, detections], "scores" likewise, "recall" without the
+    second axis, "counts", and "stats", the twelve numbers; -1 where there is no object.
+    """
+    curves = evaluator.coco_eval["bbox"].eval
+    state = {name: torch.from_numpy(curves[name]) for name in ("precision", "recall", "scores")}
+    state["counts"] = list(curves["counts"])
+    state["stats"] = evaluator.coco_eval["bbox"].stats.tolist()
+    save_checkpoint(state, path)
+
+
+def load_for_inference(
+    args: argparse.Namespace, given: set[str], path: str
+) -> tuple[nn.Module, nn.Module, dict[str, nn.Module], Categories | None]:
+    """A checkpoint's model in evaluation mode on `args.device`, described by the checkpoint itself.
+
+    Args:
+        args: parsed flags; those that define the model are overwritten by the checkpoint's, unless they were given.
+        given: names of the flags that the user gave.
+        path: a checkpoint of ours, of the original, or bare weights of the original. Averaged weights (EMA) are taken
+            where there are some.
+
+    Returns:
+        Model, criterion, post-processors, and the categories; None where the checkpoint does not say.
+
+    Raises:
+        ValueError, FileNotFoundError: it cannot be read, or does not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    theirs = checkpoint.get("args", {})
+    for name in (*MODEL_ARGS, "aux_loss", "set_cost_class", "set_cost_bbox", "set_cost_giou", "bbox_loss_coef",
+                 "giou_loss_coef", "eos_coef"):  # fmt: skip
+        if name in theirs and name not in given:
+            setattr(args, name, theirs[name])
+    state = checkpoint["model"]
+    if "ema" in checkpoint:
+        say(f"{path}: using its averaged weights (EMA)")
+        state = checkpoint["ema"]["values"]
+    if "class_embed.bias" not in state:
+        raise ValueError(f"{path} has no class_embed.bias; expected the weights of a DETR")
+    args.num_classes = len(state["class_embed.bias"]) - 1
+    if args.backbone_norm is None:
+        args.backbone_norm = "frozen"
+    args.backbone_weights, args.lr_backbone, args.dropout = "none", 0.0, 0.0
+    model, criterion, postprocessors = build(args, own_weights=True)
+    load_model(model, state, path)
+    model.to(args.device).eval()
+    if args.compile:
+        model.compile(dynamic=True)
+    categories = Categories.from_dict(checkpoint["categories"]) if "categories" in checkpoint else None
+    return model, criterion, postprocessors, categories
+
+
+def evaluate_checkpoint(args: argparse.Namespace, given: set[str], path: str) -> dict:
+    """Evaluates a checkpoint on the validation data and prints COCO's numbers and those of each class.
+
+    Args:
+        args: parsed flags of ``detr-fast eval`` or ``detr-fast train --eval``.
+        given: names of the flags that the user gave.
+        path: the checkpoint.
+
+    Returns:
+        The losses and "coco_eval_bbox".
+    """
+    device = start(args)
+    model, criterion, postprocessors, categories = load_for_inference(args, given, path)
+    dataset = build_dataset("val", args, categories=categories)
+    if dataset.categories.num_classes != args.num_classes:
+        raise UsageError(
+            f"{path} knows {args.num_classes} classes, the annotations have {dataset.categories.num_classes} "
+            f"({', '.join(dataset.categories.names[:5])}, …)"
+        )
+    stats, evaluator = evaluate(
+        model,
+        criterion,
+        postprocessors,
+        build_loader(dataset, "val", args),
+        dataset.coco,
+        device,
+        categories=dataset.categories,
+        precision=args.precision,
+        print_freq=args.print_freq,
+    )
+    if is_main_process():
+        rows = evaluator.per_class()
+        width = max(len("category"), *(len(name) for name in rows))
+        print(f"{'category':{width}}     AP   AP50")
+        for name, row in rows.items():
+            if not math.isnan(row["AP"]):
+                print(f"{name:{width}}  {row['AP']:.3f}  {row['AP50']:.3f}")
+        if args.output_dir:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            save_evaluation(evaluator, Path(args.output_dir) / "eval.pth")
+    return stats
