@@ -1,1 +1,39 @@
+"""Datasets, augmentation and loading."""
 
+from detr_fast.data.categories import Categories
+from detr_fast.data.check import DatasetReport, check_coco
+from detr_fast.data.coco import (
+    CocoDetection,
+    CorruptImageError,
+    ImageReadError,
+    MissingImageError,
+    build_dataset,
+    get_coco_api_from_dataset,
+    load_image,
+    read_annotations,
+)
+from detr_fast.data.loader import EpochLoader, PackedBatch, PackedCollate, build_loader
+from detr_fast.data.shapes import make_shapes_dataset
+from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, make_coco_transforms
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Categories",
+    "CocoDetection",
+    "CorruptImageError",
+    "DatasetReport",
+    "EpochLoader",
+    "ImageReadError",
+    "MissingImageError",
+    "PackedBatch",
+    "PackedCollate",
+    "build_dataset",
+    "build_loader",
+    "check_coco",
+    "get_coco_api_from_dataset",
+    "load_image",
+    "make_coco_transforms",
+    "make_shapes_dataset",
+    "read_annotations",
+]

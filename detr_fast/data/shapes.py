@@ -1,0 +1,176 @@
+"""A generated detection dataset: circles, squares and triangles on textured backgrounds, in COCO's layout on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "square", "triangle")
+_ASPECT_RATIOS = (1.0, 4 / 3, 3 / 2)
+_DESCRIPTION = "detr_fast generated shapes"
+_SUPERSAMPLE = 4  # edges are drawn at this many times the size
+
+
+def make_shapes_dataset(
+    root: str | os.PathLike,
+    *,
+    num_train: int = 1000,
+    num_val: int = 200,
+    image_size: int | tuple[int, int] = 64,
+    max_objects: int = 3,
+    seed: int = 0,
+    empty_fraction: float = 0.0,
+) -> Path:
+    """Writes JPEG files and COCO json under ``root``, where ``coco_path`` finds them.
+
+    Each image has 1 to ``max_objects`` large objects (diameter 0.35 to 0.6 of the short side) of random bright colours, which
+    barely overlap, in one of five shapes of image: 1:1, 4:3, 3:2, lying or standing. Boxes, areas and polygons are exact up to
+    the drawing's pixels. An image is a function of (seed, split, its number) alone, so a larger set begins with the smaller one.
+
+    Args:
+        root: directory, made if need be. Files of an earlier generated dataset are overwritten.
+        num_train, num_val: images in ``train2017/`` and ``val2017/``.
+        image_size: short side in pixels, or the smallest and largest to draw from.
+        max_objects: most objects in an image.
+        seed: not negative.
+        empty_fraction: share of images without objects, in 0..1.
+
+    Returns:
+        ``root`` as a Path.
+
+    Raises:
+        ValueError: a number outside its range.
+        FileExistsError: ``root`` holds annotations that were not generated here.
+    """
+    low, high = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if not 16 <= low <= high:
+        raise ValueError(f"image_size must be at least 16 pixels, smallest first, got {image_size}")
+    if min(num_train, num_val, seed) < 0 or max_objects < 1 or not 0 <= empty_fraction <= 1:
+        raise ValueError(
+            "expected num_train, num_val and seed of at least 0, max_objects of at least 1 and empty_fraction in 0..1, got "
+            f"{num_train}, {num_val}, {seed}, {max_objects}, {empty_fraction}"
+        )
+    root = Path(root)
+    ann_files = {split: root / "annotations" / f"instances_{split}2017.json" for split in ("train", "val")}
+    for ann_file in ann_files.values():
+        if ann_file.exists() and not _is_generated(ann_file):
+            raise FileExistsError(f"{ann_file} exists and was not generated here; choose another directory")
+
+    for split_number, (split, count) in enumerate((("train", num_train), ("val", num_val))):
+        folder = root / f"{split}2017"
+        folder.mkdir(parents=True, exist_ok=True)
+        images, annotations = [], []
+        for number in range(count):
+            rng = np.random.default_rng((seed, split_number, number))
+            picture, objects = _draw_image(rng, low, high, max_objects, empty_fraction)
+            image_id = number + 1
+            name = f"{image_id:012}.jpg"
+            picture.save(folder / name, quality=92)
+            images.append({"id": image_id, "file_name": name, "width": picture.width, "height": picture.height})
+            for entry in objects:
+                annotations.append({"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0, **entry})
+        content = {
+            "info": {"description": _DESCRIPTION, "seed": seed},
+            "licenses": [],
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(SHAPES, start=1)],
+        }
+        ann_files[split].parent.mkdir(exist_ok=True)
+        ann_files[split].write_text(json.dumps(content))
+    return root
+
+
+def _is_generated(ann_file: Path) -> bool:
+    try:
+        return json.loads(ann_file.read_bytes())["info"]["description"] == _DESCRIPTION
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _draw_image(rng, low: int, high: int, max_objects: int, empty_fraction: float) -> tuple[Image.Image, list[dict]]:
+    short = int(rng.integers(low, high + 1))
+    long = round(short * _ASPECT_RATIOS[rng.integers(len(_ASPECT_RATIOS))])
+    width, height = (long, short) if rng.random() < 0.5 else (short, long)
+    pixels = _background(rng, width, height)
+    count = 0 if rng.random() < empty_fraction else int(rng.integers(1, max_objects + 1))
+    objects = []
+    for box in _place(rng, width, height, count):
+        kind = int(rng.integers(len(SHAPES)))
+        polygon = _outline(SHAPES[kind], box)
+        alpha = _coverage(polygon, width, height)
+        colour = _bright_colour(rng) + rng.normal(0, 6, (height, width, 1))
+        pixels = pixels * (1 - alpha) + colour * alpha
+        objects.append(_annotation(kind + 1, polygon))
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)), objects
+
+
+def _background(rng, width: int, height: int) -> np.ndarray:
+    """float [height, width, 3]: dim, soft blotches with fine grain."""
+    blotches = rng.uniform(40, 130, (int(rng.integers(3, 8)), int(rng.integers(3, 8)), 3)).astype(np.uint8)
+    soft = np.asarray(Image.fromarray(blotches).resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
+    grey = soft.mean(axis=2, keepdims=True)
+    return grey + 0.3 * (soft - grey) + rng.normal(0, 8, (height, width, 1))
+
+
+def _bright_colour(rng) -> np.ndarray:
+    """float [3]: a saturated colour, whose hue tells nothing about the class."""
+    high, low, middle = rng.uniform(200, 255), rng.uniform(0, 70), rng.uniform(0, 255)
+    return rng.permutation([high, low, middle])
+
+
+def _place(rng, width: int, height: int, count: int) -> list[tuple[float, float, float]]:
+    """Up to ``count`` squares (x, y, side) within the image, of which any two overlap by at most a tenth of the smaller."""
+    placed: list[tuple[float, float, float]] = []
+    short = min(width, height)
+    for _ in range(50):
+        if len(placed) == count:
+            break
+        side = rng.uniform(0.35, 0.6) * short
+        x, y = rng.uniform(0, width - side), rng.uniform(0, height - side)
+        if all(_overlap((x, y, side), other) <= 0.1 * min(side, other[2]) ** 2 for other in placed):
+            placed.append((x, y, side))
+    return placed
+
+
+def _overlap(a: tuple[float, float, float], b: tuple[float, float, float]) -> float:
+    overlap_x = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    overlap_y = min(a[1] + a[2], b[1] + b[2]) - max(a[1], b[1])
+    return max(0.0, overlap_x) * max(0.0, overlap_y)
+
+
+def _outline(shape: str, box: tuple[float, float, float]) -> list[tuple[float, float]]:
+    """Corner points of the shape that fills the square ``box`` = (x, y, side)."""
+    x, y, side = box
+    if shape == "circle":
+        angles = [2 * math.pi * i / 32 for i in range(32)]
+        return [(x + side / 2 * (1 + math.cos(a)), y + side / 2 * (1 + math.sin(a))) for a in angles]
+    if shape == "square":
+        return [(x, y), (x + side, y), (x + side, y + side), (x, y + side)]
+    return [(x + side / 2, y), (x + side, y + side), (x, y + side)]
+
+
+def _coverage(polygon: list[tuple[float, float]], width: int, height: int) -> np.ndarray:
+    """float [height, width, 1]: how much of each pixel the polygon covers, 0..1."""
+    canvas = Image.new("L", (width * _SUPERSAMPLE, height * _SUPERSAMPLE))
+    # PIL's coordinates name pixel centres.
+    ImageDraw.Draw(canvas).polygon([(x * _SUPERSAMPLE - 0.5, y * _SUPERSAMPLE - 0.5) for x, y in polygon], fill=255)
+    return np.asarray(canvas.reduce(_SUPERSAMPLE), dtype=np.float64)[..., None] / 255
+
+
+def _annotation(category_id: int, polygon: list[tuple[float, float]]) -> dict:
+    points = np.array(polygon).round(3)
+    (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
+    x, y = points.T
+    area = abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+    return {
+        "category_id": category_id,
+        "bbox": [round(float(v), 3) for v in (x0, y0, x1 - x0, y1 - y0)],
+        "area": round(area, 3),
+        "segmentation": [points.ravel().tolist()],
+    }
