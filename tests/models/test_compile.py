@@ -1,0 +1,71 @@
+"""The whole model under torch.compile and torch.export: one graph for all batch and image sizes."""
+
+import pytest
+import torch
+from test_detr import _flat, tiny_detr
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from detr_fast.nested_tensor import NestedTensor
+
+# Batch, height and width differ from each other, so that nothing is taken for equal.
+SIZES = [(2, 96, 130), (3, 70, 101), (5, 160, 64), (4, 64, 64)]
+
+
+def _samples(batch, height, width):
+    mask = torch.zeros(batch, height, width, dtype=torch.bool)
+    mask[0, height // 2 :] = True
+    mask[-1, :, width - 20 :] = True
+    return NestedTensor(torch.randn(batch, 3, height, width), mask)
+
+
+def _step(function, model, samples, cotangents):
+    model.zero_grad()
+    out = _flat(function(samples))
+    torch.autograd.backward(out, [x[:, : out[0].shape[1]] for x in cotangents])
+    return out, [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_once_for_all_sizes(backend):
+    torch._dynamo.reset()
+    model = tiny_detr()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    cotangents = [torch.randn(2, 5, 6, 6), torch.randn(2, 5, 6, 4)]
+    for size in SIZES:
+        samples = _samples(*size)
+        out, gradients = _step(compiled, model, samples, cotangents)
+        expected, expected_gradients = _step(model, model, samples, cotangents)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        for gradient, expected in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
+    assert counter.frame_count == 1
+
+
+def test_compiles_with_dropout():
+    torch._dynamo.reset()
+    model = tiny_detr(dropout=0.1, aux_loss=False)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    samples = _samples(2, 64, 96)
+    first, second = _flat(compiled(samples)), _flat(compiled(samples))
+    assert (first[0] - second[0]).abs().max() > 1e-4
+    torch.autograd.backward(first, [torch.randn_like(x) for x in first])
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@torch.no_grad()
+def test_exports_with_dynamic_sizes(nested):
+    model = tiny_detr(aux_loss=False).eval()
+    batch, height, width = (torch.export.Dim(name, min=2, max=2048) for name in ("batch", "height", "width"))
+    image_dims = {0: batch, 2: height, 3: width}
+    dims = [image_dims, {0: batch, 1: height, 2: width}] if nested else image_dims
+
+    def samples(*size):
+        out = _samples(*size)
+        return out if nested else out.tensors
+
+    program = torch.export.export(model, (samples(2, 96, 130),), dynamic_shapes=(dims,))
+    for size in SIZES[1:]:
+        x = samples(*size)
+        torch.testing.assert_close(_flat(program.module()(x)), _flat(model(x)), rtol=1e-4, atol=1e-5)
