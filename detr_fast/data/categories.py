@@ -16,8 +16,8 @@ class Categories:
     Args:
         ids: category ids as they stand in the annotations, ascending and unique.
         names: their names, in the same order.
-        contiguous: False: an id is its own label and the model has max(ids) + 1 classes, as the original does with COCO (ids to
-            90: 91 classes, and one more for no-object). True: labels are 0..len(ids) - 1.
+        contiguous: False: an id is its own label and the model has max(ids) + 1 classes, as the original does with
+            COCO (ids to 90: 91 classes, and one more for no-object). True: labels are 0..len(ids) - 1.
 
     Raises:
         ValueError: no category, ids that are negative, unsorted or repeated, or as many names as there are not ids.

@@ -66,10 +66,12 @@ class DatasetReport:
 def check_coco(images_dir: str | os.PathLike, ann_file: str | os.PathLike, *, num_threads: int = 8) -> DatasetReport:
     """Reads the json and decodes every image.
 
-    Errors: a json or image folder that is missing or malformed; image files that are missing or corrupt; sizes that differ
-    between json and file; annotations that are malformed, not finite, of an unknown category or image; repeated ids.
-    Warnings: boxes outside their image or of no extent (training clamps or drops them), the annotation id 0 (pycocotools counts
-    its matches as misses), categories without annotations, an image file that is listed twice.
+    Errors: a json or image folder that is missing or malformed; image files that are missing or corrupt; sizes that
+    differ between json and file; annotations that are malformed, not finite, of an unknown category or image;
+    repeated ids.
+
+    Warnings: boxes outside their image or of no extent (training clamps or drops them), the annotation id 0
+    (pycocotools counts its matches as misses), categories without annotations, an image file that is listed twice.
 
     Args:
         images_dir: folder to which the json's ``file_name`` are relative.
@@ -152,8 +154,8 @@ def _check_images(folder: Path, images: list[dict], num_threads: int, errors) ->
             stated = (entry.get("width", result[0]), entry.get("height", result[1]))
             if stated != result:
                 errors["image size"].append(
-                    f"image {entry['file_name']} (image id {entry['id']}) is {result[0]}x{result[1]} pixels, the json says "
-                    f"{stated[0]}x{stated[1]}"
+                    f"image {entry['file_name']} (image id {entry['id']}) is {result[0]}x{result[1]} pixels, "
+                    f"the json says {stated[0]}x{stated[1]}"
                 )
     return sizes
 

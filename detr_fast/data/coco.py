@@ -49,8 +49,8 @@ class CorruptImageError(ImageReadError):
 
 
 def load_image(path: str | os.PathLike, image_id: int | None = None) -> Image.Image:
-    """Reads an image file completely, as RGB. Grey, palette and CMYK images are converted; EXIF rotation is ignored, as in
-    the original.
+    """Reads an image file completely, as RGB. Grey, palette and CMYK images are converted; EXIF rotation is ignored,
+    as in the original.
 
     Raises:
         MissingImageError: no such file.
@@ -126,12 +126,12 @@ class CocoDetection(torchvision.datasets.CocoDetection):
 
     An item is (image, target). Without transforms the image is a PIL image in RGB. target, with N objects:
     ``boxes`` float32 [N, 4] (x0, y0, x1, y1 in pixels; after ``Normalize`` cx, cy, w, h in 0..1), ``labels`` int64 [N],
-    ``image_id`` int64 [1], ``area`` float32 [N] and ``iscrowd`` int64 [N], ``orig_size`` and ``size`` int64 [2] (height,
-    width of the file and of the image as it is returned), ``masks`` [N, H, W] with ``return_masks``, ``keypoints`` float32
-    [N, K, 3] where the annotations have them (in pixels of the file, whatever the transforms do).
+    ``image_id`` int64 [1], ``area`` float32 [N] and ``iscrowd`` int64 [N], ``orig_size`` and ``size`` int64 [2]
+    (height, width of the file and of the image as it is returned), ``masks`` [N, H, W] with ``return_masks``,
+    ``keypoints`` float32 [N, K, 3] where the annotations have them (in pixels of the file, whatever the transforms do).
 
-    Crowd regions are left out, boxes are clamped to the image and kept only if something of them is left. An image without
-    objects is kept, with an empty target of the same dtypes.
+    Crowd regions are left out, boxes are clamped to the image and kept only if something of them is left. An image
+    without objects is kept, with an empty target of the same dtypes.
 
     Args:
         img_folder: folder to which the json's ``file_name`` are relative.
@@ -202,7 +202,8 @@ def _check_same_names(own: Categories, categories: Categories, ann_file) -> None
     for category_id, name in zip(own.ids, own.names, strict=True):
         if expected.get(category_id, name) != name:
             raise ValueError(
-                f"{ann_file}: category {category_id} is {name!r} here, but {expected[category_id]!r} in the classes given"
+                f"{ann_file}: category {category_id} is {name!r} here, but {expected[category_id]!r} in the classes "
+                "given"
             )
 
 
@@ -225,7 +226,7 @@ def _check_annotations(content: dict, categories: Categories, ann_file) -> None:
 
 
 def segmentation_to_mask(segmentation: list | dict, height: int, width: int) -> torch.Tensor:
-    """uint8 [height, width], 1 inside: of polygons ([[x, y, x, y, …], …]), or of a run-length encoding, compressed or not."""
+    """uint8 [height, width], 1 inside, of polygons ([[x, y, x, y, …], …]) or of a run-length encoding."""
     if isinstance(segmentation, dict):
         compressed = isinstance(segmentation["counts"], (str, bytes))
         rles = [segmentation if compressed else coco_mask.frPyObjects(segmentation, height, width)]
@@ -237,7 +238,7 @@ def segmentation_to_mask(segmentation: list | dict, height: int, width: int) -> 
 
 
 class ConvertCocoPolysToMask:
-    """Turns (image, {"image_id", "annotations"}) into (image, target); see ``CocoDetection``. Named as in the original."""
+    """Turns (image, {"image_id", "annotations"}) into (image, target); see ``CocoDetection``."""
 
     def __init__(self, return_masks: bool = False):
         self.return_masks = return_masks
@@ -287,13 +288,14 @@ def build_dataset(image_set: str, args, *, categories: Categories | None = None,
         args: namespace with either ``coco_path``, a directory in COCO's layout (``train2017/``, ``val2017/``,
             ``annotations/instances_{train,val}2017.json``; category ids are the labels), or the four of own data,
             ``train_ann``, ``train_images``, ``val_ann``, ``val_images`` (labels are 0..K-1 in the order of the ids of
-            ``train_ann``). Optional: ``masks``; ``image_size``, the short side at full size in pixels (default 800); ``max_size``,
-            the longest side (default 1333, scaled with ``image_size``).
+            ``train_ann``). Optional: ``masks``; ``image_size``, the short side at full size in pixels (default 800);
+            ``max_size``, the longest side (default 1333, scaled with ``image_size``).
         categories: the classes, for instance a checkpoint's. None: from the annotations.
         uint8: see ``make_coco_transforms``.
 
     Raises:
-        ValueError: an unknown ``image_set`` or ``dataset_file``, no data named, both ways at once, or one half of a pair missing.
+        ValueError: an unknown ``image_set`` or ``dataset_file``, no data named, both ways at once, or one half of a
+            pair missing.
         FileNotFoundError: what is named does not exist; the message lists everything that is missing.
     """
     dataset_file = getattr(args, "dataset_file", "coco")
@@ -341,7 +343,7 @@ def _paths(image_set: str, args) -> tuple[Path, Path]:
 
 
 def get_coco_api_from_dataset(dataset) -> COCO | None:
-    """The ``pycocotools`` object of a dataset, through any wrappers that keep theirs in ``.dataset``; None if it has none."""
+    """The ``pycocotools`` object of a dataset, found through wrappers that have a ``.dataset``; None if there is none."""
     while not isinstance(dataset, torchvision.datasets.CocoDetection):
         if not hasattr(dataset, "dataset"):
             return None

@@ -1,8 +1,9 @@
 """From a dataset to batches: samplers, seeds, workers, and the packed batch that goes to the GPU.
 
-Every random draw is a function of (seed, epoch, index of the image): the augmentation of a sample depends neither on the
-worker that made it nor on their number, and epoch e of a resumed run has the batches and pictures of epoch e of a run that
-was never interrupted. The epoch travels with the index, so that workers that live on from epoch to epoch have it, too.
+Every random draw is a function of (seed, epoch, index of the image): the augmentation of a sample depends neither on
+the worker that made it nor on their number, and epoch e of a resumed run has the batches and pictures of epoch e of a
+run that was never interrupted. The epoch travels with the index, so that workers that live on from epoch to epoch
+have it, too.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class PackedCollate:
 
 @contextlib.contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Seeds Python's, numpy's and torch's CPU generator from non-negative numbers, and restores all three afterwards."""
+    """Seeds Python's, numpy's and torch's CPU generator from non-negative numbers; restores all three afterwards."""
     python, numpy, torch_cpu = np.random.SeedSequence(entropy).generate_state(3)
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     random.seed(int(python))
@@ -164,8 +165,8 @@ def build_loader(
     """A loader with the original's samplers.
 
     Training: ``RandomSampler``, or ``DistributedSampler`` with shuffling, in a ``BatchSampler`` that drops the last
-    incomplete batch. Validation: ``SequentialSampler``, or ``DistributedSampler`` without shuffling (which repeats images so that all
-    processes get as many), nothing dropped.
+    incomplete batch. Validation: ``SequentialSampler``, or ``DistributedSampler`` without shuffling (which repeats
+    images so that all processes get as many), nothing dropped.
 
     Args:
         dataset: items (image, target).
@@ -176,12 +177,12 @@ def build_loader(
         seed: not negative, the same in all processes.
         pin_memory: None: if there is a CUDA GPU.
         drop_last: None: as ``train``.
-        collate_fn: default ``detr_fast.collate_fn``: (NestedTensor, targets), padded in the worker. ``PackedCollate()``, with a
-            dataset of uint8 images: padded and normalised on the training device.
+        collate_fn: default ``detr_fast.collate_fn``: (NestedTensor, targets), padded in the worker.
+            ``PackedCollate()``, with a dataset of uint8 images: padded and normalised on the training device.
 
     Raises:
-        ValueError: an empty dataset, a batch size below 1, a negative seed, or a dataset too small for a single batch where
-            incomplete ones are dropped.
+        ValueError: an empty dataset, a batch size below 1, a negative seed, or a dataset too small for a single batch
+            where incomplete ones are dropped.
     """
     drop_last = train if drop_last is None else drop_last
     if len(dataset) == 0:

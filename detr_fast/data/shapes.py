@@ -28,9 +28,10 @@ def make_shapes_dataset(
 ) -> Path:
     """Writes JPEG files and COCO json under ``root``, where ``coco_path`` finds them.
 
-    Each image has 1 to ``max_objects`` large objects (diameter 0.35 to 0.6 of the short side) of random bright colours, which
-    barely overlap, in one of five shapes of image: 1:1, 4:3, 3:2, lying or standing. Boxes, areas and polygons are exact up to
-    the drawing's pixels. An image is a function of (seed, split, its number) alone, so a larger set begins with the smaller one.
+    Each image has 1 to ``max_objects`` large objects (diameter 0.35 to 0.6 of the short side) of random bright
+    colours, which barely overlap, in one of five shapes of image: 1:1, 4:3, 3:2, lying or standing. Boxes, areas and
+    polygons are exact up to the drawing's pixels. An image is a function of (seed, split, its number) alone, so a
+    larger set begins with the smaller one.
 
     Args:
         root: directory, made if need be. Files of an earlier generated dataset are overwritten.
@@ -52,8 +53,8 @@ def make_shapes_dataset(
         raise ValueError(f"image_size must be at least 16 pixels, smallest first, got {image_size}")
     if min(num_train, num_val, seed) < 0 or max_objects < 1 or not 0 <= empty_fraction <= 1:
         raise ValueError(
-            "expected num_train, num_val and seed of at least 0, max_objects of at least 1 and empty_fraction in 0..1, got "
-            f"{num_train}, {num_val}, {seed}, {max_objects}, {empty_fraction}"
+            "expected num_train, num_val and seed of at least 0, max_objects of at least 1 and empty_fraction in 0..1, "
+            f"got {num_train}, {num_val}, {seed}, {max_objects}, {empty_fraction}"
         )
     root = Path(root)
     ann_files = {split: root / "annotations" / f"instances_{split}2017.json" for split in ("train", "val")}
@@ -125,7 +126,7 @@ def _bright_colour(rng) -> np.ndarray:
 
 
 def _place(rng, width: int, height: int, count: int) -> list[tuple[float, float, float]]:
-    """Up to ``count`` squares (x, y, side) within the image, of which any two overlap by at most a tenth of the smaller."""
+    """Up to ``count`` squares (x, y, side) in the image; any two overlap by at most a tenth of the smaller."""
     placed: list[tuple[float, float, float]] = []
     short = min(width, height)
     for _ in range(50):

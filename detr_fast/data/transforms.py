@@ -1,8 +1,9 @@
 """Augmentations of an image together with its target, with the original's numbers.
 
-Until ``ToTensor`` an image is a PIL image and ``target["boxes"]`` is float32 [N, 4], x0, y0, x1, y1 in pixels; ``Normalize``
-turns the boxes into cx, cy, w, h in 0..1 of the image as it then is. Draws come from Python's ``random`` (flip, select,
-sizes) and from torch's CPU generator (crop position), in the original's order: the same seeds give the same pictures.
+Until ``ToTensor`` an image is a PIL image and ``target["boxes"]`` is float32 [N, 4], x0, y0, x1, y1 in pixels;
+``Normalize`` turns the boxes into cx, cy, w, h in 0..1 of the image as it then is. Draws come from Python's
+``random`` (flip, select, sizes) and from torch's CPU generator (crop position), in the original's order: the same
+seeds give the same pictures.
 
 A target may be None everywhere (prediction). Keypoints pass through untouched, as in the original.
 
@@ -31,8 +32,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def crop(image: Image.Image, target: Target, region: tuple[int, int, int, int]) -> tuple[Image.Image, Target]:
     """Cuts out ``region`` = (top, left, height, width) in pixels.
 
-    Boxes are moved and clamped to the region, ``area`` becomes the area of what is left of the box, and objects of which
-    nothing is left are removed (judged by boxes, or by masks where there are no boxes).
+    Boxes are moved and clamped to the region, ``area`` becomes the area of what is left of the box, and objects of
+    which nothing is left are removed (judged by boxes, or by masks where there are no boxes).
     """
     top, left, height, width = region
     cropped = F.crop(image, top, left, height, width)
@@ -291,18 +292,18 @@ def make_coco_transforms(
 ) -> Compose:
     """The original's augmentation, or the same one at another size.
 
-    train: flip; then, with equal chance, either resize, or resize to a short side of 400, 500 or 600, crop 384..600 pixels
-    and resize. val: resize to the largest scale.
+    train: flip; then, with equal chance, either resize, or resize to a short side of 400, 500 or 600, crop 384..600
+    pixels and resize. val: resize to the largest scale.
 
     Args:
         image_set: "train" or "val".
-        scales: short sides in pixels to draw from (val: the largest of them). None: 480 to 800 in steps of 32. One number:
-            those eleven scaled so that it is the largest.
+        scales: short sides in pixels to draw from (val: the largest of them). None: 480 to 800 in steps of 32. One
+            number: those eleven scaled so that it is the largest.
         max_size: longest side in pixels. None: 1333, scaled like the largest of ``scales`` to 800.
         crop_scales: short sides before the crop. None: 400, 500, 600, scaled likewise.
         crop_range: smallest and largest side of the crop. None: 384, 600, scaled likewise.
-        uint8: leave the image uint8 [3, H, W] for ``pad_collate`` to normalise with IMAGENET_MEAN and IMAGENET_STD; boxes are
-            normalised all the same.
+        uint8: leave the image uint8 [3, H, W] for ``pad_collate`` to normalise with IMAGENET_MEAN and IMAGENET_STD;
+            boxes are normalised all the same.
 
     Raises:
         ValueError: another ``image_set``, or sizes that are not positive.
