@@ -78,6 +78,8 @@ class SetCriterion(nn.Module):
         layers = [{k: v for k, v in outputs.items() if k != "aux_outputs"}, *outputs.get("aux_outputs", [])]
         for layer in layers:
             self._check(layer, targets)
+        if "masks" in self.losses:
+            self._check_masks(outputs, targets)
         device = layers[0]["pred_logits"].device
         num_boxes = _average_over_ranks(sum(len(t["labels"]) for t in targets), device)
 
@@ -186,6 +188,16 @@ class SetCriterion(nn.Module):
                         f"targets[{i}]['labels'] has {target['labels'].max().item()}, "
                         f"the classes are 0 to {self.num_classes - 1}"
                     )
+
+    def _check_masks(self, outputs: Mapping[str, Tensor], targets: Targets) -> None:
+        if "pred_masks" not in outputs:
+            raise ValueError(f"outputs lack the key 'pred_masks', they have {sorted(outputs)}")
+        for i, target in enumerate(targets):
+            if "masks" not in target:
+                raise ValueError(f"targets[{i}] lacks the key 'masks', it has {sorted(target)}")
+            shape, count = tuple(target["masks"].shape), len(target["labels"])
+            if len(shape) != 3 or shape[0] != count:
+                raise ValueError(f"targets[{i}]['masks'] must be [{count}, H, W], got shape {shape}")
 
     @staticmethod
     def _get_src_permutation_idx(indices: Indices) -> tuple[Tensor, Tensor]:
