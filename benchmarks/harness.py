@@ -393,8 +393,8 @@ def run_case(case: Case, providers: list[Provider], ceilings: Ceilings | None, s
         try:
             return _run_case(case, providers, ceilings, settings)
         finally:
-            gc.collect()
             if device.type == "cuda":
+                gc.collect()
                 torch.cuda.synchronize(device)
                 torch.cuda.empty_cache()
 

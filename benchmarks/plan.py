@@ -156,6 +156,11 @@ def shape_of(spec: Spec, scale: Scale) -> BatchShape:
 
 def build(spec: Spec, scale: Scale, device: torch.device, *, compile: bool, quick: bool) -> tuple[Case, list[Provider]]:
     """The case of `spec`, and who is asked."""
+    case, providers = _build(spec, scale, device, compile=compile, quick=quick)
+    return dataclasses.replace(case, shape={"model": spec.model, "padding": spec.padding} | case.shape), providers
+
+
+def _build(spec, scale, device, *, compile, quick) -> tuple[Case, list[Provider]]:
     shape = shape_of(spec, scale)
     if spec.suite == "collate":
         return collate.case(spec.kind, shape, spec.precision, spec.mode, device), collate.providers(spec.kind)

@@ -68,18 +68,27 @@ class BatchShape:
     def has_padding(self) -> bool:
         return len(set(self.sizes)) > 1
 
-    def mask(self) -> torch.Tensor:
-        """[B, H, W] bool, True = padding, at full resolution."""
+    def _inside(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, H] and [B, W] bool: which rows and which columns belong to the image."""
         height, width = self.padded
         heights, widths = torch.tensor(self.sizes).unbind(1)
-        inside_y = torch.arange(height) < heights[:, None]
-        inside_x = torch.arange(width) < widths[:, None]
-        return ~(inside_y[:, :, None] & inside_x[:, None, :])
+        return torch.arange(height) < heights[:, None], torch.arange(width) < widths[:, None]
+
+    def mask(self) -> torch.Tensor:
+        """[B, H, W] bool, True = padding, at full resolution."""
+        rows, columns = self._inside()
+        return ~(rows[:, :, None] & columns[:, None, :])
 
     def key_padding_mask(self) -> torch.Tensor:
-        """[B, h·w] bool, True = padding: the mask resized to the feature map as the backbone does it."""
-        mask = torch.nn.functional.interpolate(self.mask()[:, None].float(), size=self.feature)
-        return mask.bool().flatten(1)
+        """[B, h·w] bool, True = padding: `mask` resized to the feature map as the backbone does it.
+
+        Rows and columns are resized apart, which for rectangles is the same and takes a thousandth of the time.
+        """
+        rows, columns = (
+            torch.nn.functional.interpolate(inside[:, None].float(), size=size)[:, 0].bool()
+            for inside, size in zip(self._inside(), self.feature, strict=True)
+        )
+        return ~(rows[:, :, None] & columns[:, None, :]).flatten(1)
 
     def valid_shares(self) -> dict[str, float]:
         """Shares of valid pixels, of valid tokens, and of query-key pairs with both ends valid, in 0..1."""

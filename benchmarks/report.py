@@ -1,0 +1,124 @@
+"""The README's table of measurements, written from the results files between two markers."""
+
+from pathlib import Path
+
+from .results import load
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+# What the README quotes: suite, kind or task, model, padding, precision, mode, dropout; batch 16.
+QUOTED = [
+    ("collate", "uint8", "R50", "none", "bf16", "forward", None),
+    ("collate", "uint8", "R50", "coco", "bf16", "forward", None),
+    ("collate", "float", "R50", "coco", "fp32", "forward", None),
+    ("position", None, "R50", "coco", "fp32", "forward", None),
+    ("position", None, "DC5", "coco", "fp32", "forward", None),
+    ("attention", "encoder", "R50", "none", "bf16", "forward", 0.0),
+    ("attention", "encoder", "R50", "none", "bf16", "forward", 0.1),
+    ("attention", "encoder", "R50", "none", "bf16", "both", 0.1),
+    ("attention", "encoder", "R50", "coco", "bf16", "forward", 0.1),
+    ("attention", "encoder", "R50", "coco", "bf16", "both", 0.1),
+    ("attention", "encoder", "DC5", "none", "bf16", "both", 0.1),
+    ("attention", "encoder", "DC5", "coco", "bf16", "both", 0.1),
+    ("attention", "cross", "R50", "coco", "bf16", "forward", 0.1),
+    ("attention", "decoder", "R50", "coco", "bf16", "forward", 0.1),
+    ("mha", "encoder", "R50", "coco", "bf16", "both", 0.1),
+]
+SHIPPED = {"collate": "original loop", "position": "original, eager", "attention": "as shipped", "mha": "as shipped"}
+# Peers that answer less than the question: no padding, no mask, or inputs packed for free.
+PARTIAL = {"SDPA flash, no mask", "flash varlen, packed", "torchvision batch_images"}
+
+
+def _quoted(row: dict) -> tuple:
+    shape = row["shape"]
+    kind = shape.get("kind") or shape.get("task")
+    return row["suite"], kind, shape["model"], shape["padding"], row["precision"], row["mode"], shape.get("dropout")
+
+
+def _times(rows: list[dict]) -> dict[str, dict]:
+    """provider → its best row: CUDA graph or eager, whichever is faster for it."""
+    best: dict[str, dict] = {}
+    for row in rows:
+        if row["status"] in ("ok", "limit"):
+            kept = best.get(row["provider"])
+            if kept is None or row["median_ms"] < kept["median_ms"]:
+                best[row["provider"]] = row
+    return best
+
+
+def _microseconds(row: dict | None) -> str:
+    return "–" if row is None else f"{1e3 * row['median_ms']:.1f}"
+
+
+def _line(key: tuple, rows: list[dict]) -> str | None:
+    suite, kind, model, padding, precision, mode, dropout = key
+    times = _times(rows)
+    ours = times.get("detr_fast")
+    if ours is None:
+        return None
+    peers = [r for n, r in times.items() if n != "limit" and not n.startswith("detr_fast") and n not in PARTIAL]
+    peers = [row for row in peers if row["provider"] != SHIPPED[suite]]
+    peer, shipped = min(peers, key=lambda row: row["median_ms"], default=None), times.get(SHIPPED[suite])
+    words = [suite, kind, model, {"none": "no padding", "coco": "COCO padding"}[padding], precision]
+    words += [{"both": "forward + backward"}.get(mode, mode)] + ([f"dropout {dropout:g}"] if dropout else [])
+
+    def gain(other: dict | None) -> str:
+        return "" if other is None else f" ({other['median_ms'] / ours['median_ms']:.1f}x)"
+
+    cells = [
+        ", ".join(word for word in words if word),
+        _microseconds(times.get("limit")),
+        f"**{_microseconds(ours)}**",
+        f"{ours['percent_of_ceiling']:.0f} %",
+        f"{peer['provider']}: {_microseconds(peer)}{gain(peer)}" if peer else "–",
+        f"{_microseconds(shipped)}{gain(shipped)}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(results: Path) -> str:
+    """Markdown: one table per device with results of a GPU, or one sentence where there are none."""
+    devices: dict[str, list[dict]] = {}
+    for record in load(results):
+        if record["provenance"]["device_type"] == "cuda":
+            devices.setdefault(record["provenance"]["device"], []).append(record)
+    parts = []
+    for device, records in sorted(devices.items()):
+        rows = [row for record in records for row in record["rows"] if row["shape"]["batch"] == 16]
+        lines = [_line(key, [row for row in rows if _quoted(row) == key]) for key in QUOTED]
+        lines = [line for line in lines if line]
+        where = records[0]["provenance"]
+        commits = sorted({(r["provenance"]["git_sha"] or "unknown")[:9] for r in records})
+        changed = " with uncommitted changes" if any(r["provenance"]["git_dirty"] for r in records) else ""
+        dates = sorted({record["provenance"]["date"][:10] for record in records})
+        parts.append(
+            f"**{device}**, driver {where['driver']}, torch {where['torch']}, triton {where['triton']}, "
+            f"commit {', '.join(commits)}{changed}, {', '.join(dates)}; µs, median, batch 16, the better of eager "
+            "launch and CUDA graph.\n"
+        )
+        parts.append("| op | limit | ours | of limit | best stock peer that answers the question | as shipped |")
+        parts.append("|---|---|---|---|---|---|")
+        parts += lines + [""]
+    if not parts:
+        return (
+            "No GPU has been measured yet; `make gpu` measures the one at hand, and `python -m benchmarks report` "
+            "writes the table here."
+        )
+    return "\n".join(parts).rstrip()
+
+
+def update_readme(readme: Path, results: Path) -> int:
+    """Replaces what stands between the markers in `readme`; everything else stays as it is.
+
+    Returns:
+        0; 1 if the file or its markers are missing.
+    """
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        print(f"{readme}: expected the lines {BEGIN} and {END}")
+        return 1
+    readme.write_text(f"{head}{BEGIN}\n{table(results)}\n{END}{tail}", encoding="utf-8")
+    print(f"{readme}: table written from {results}")
+    return 0
