@@ -59,8 +59,7 @@ def _sincos(x):
         "mask_w",
         "h",
         "w",
-        "num_pairs",
-        "pairs_per_program",
+        "blocks_per_program",
     ],
     do_not_specialize_on_alignment=["mask_ptr"],
 )
@@ -79,7 +78,7 @@ def _sine_position_forward_kernel(
     h,
     w,
     num_pairs,
-    pairs_per_program,
+    blocks_per_program,
     scale,
     NORMALIZE: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -129,11 +128,12 @@ def _sine_position_forward_kernel(
         embed = tl.div_rn(embed, total.to(tl.float32) + 1e-6) * scale
 
     pos_ptr += batch * (4 * num_pairs) * cells
-    first = part * pairs_per_program
-    last = tl.minimum(first + pairs_per_program, num_pairs)
-    for start in range(first, last, BLOCK_F):
+    first = part * blocks_per_program
+    last = tl.minimum(first + blocks_per_program, tl.cdiv(num_pairs, BLOCK_F))
+    for block in range(first, last):
+        start = block * BLOCK_F
         offs_f = start + tl.arange(0, BLOCK_F)
-        mask_f = offs_f < last
+        mask_f = offs_f < num_pairs
         frequency = tl.load(frequencies_ptr + 2 * offs_f, mask=mask_f, other=1.0)
         argument = tl.div_rn(embed[:, None], frequency[None, :])  # [BLOCK_T, BLOCK_F]
         if LARGE:
@@ -147,7 +147,7 @@ def _sine_position_forward_kernel(
         if TOKENS:
             both = tl.reshape(tl.join(sin, cos), [BLOCK_T, 2 * BLOCK_F])
             offs_c = 2 * (is_x * num_pairs + start) + tl.arange(0, 2 * BLOCK_F)
-            mask_c = tl.arange(0, 2 * BLOCK_F) < 2 * (last - start)
+            mask_c = tl.arange(0, 2 * BLOCK_F) < 2 * (num_pairs - start)
             ptrs = pos_ptr + offs_t.to(tl.int64)[:, None] * (4 * num_pairs) + offs_c[None, :]
             tl.store(ptrs, both, mask=mask_t[:, None] & mask_c[None, :])
         else:
@@ -190,32 +190,33 @@ def sine_position_forward(
     num_pairs = features // 2
     block_t, block_f = (32, 32) if tokens else (128, 8)
     tiles = batch * triton.cdiv(height * width, block_t)
-    parts = min(triton.cdiv(_PROGRAMS, 2 * tiles), triton.cdiv(num_pairs, block_f))
-    pairs_per_program = triton.cdiv(triton.cdiv(num_pairs, parts), block_f) * block_f
+    blocks = triton.cdiv(num_pairs, block_f)
+    blocks_per_program = triton.cdiv(blocks, min(triton.cdiv(_PROGRAMS, 2 * tiles), blocks))
     largest = abs(scale) if normalize else max(height, width)
-    _sine_position_forward_kernel[(tiles, 2 * triton.cdiv(num_pairs, pairs_per_program))](
-        mask_ptr=mask,
-        frequencies_ptr=frequencies,
-        pos_ptr=pos,
-        resized_ptr=resized,
-        stride_mask_batch=mask.stride(0),
-        stride_mask_h=mask.stride(1),
-        stride_mask_w=mask.stride(2),
-        mask_h=mask_h,
-        mask_w=mask_w,
-        ratio_h=mask_h / height,
-        ratio_w=mask_w / width,
-        h=height,
-        w=width,
-        num_pairs=num_pairs,
-        pairs_per_program=pairs_per_program,
-        scale=float(scale),
-        NORMALIZE=normalize,
-        TOKENS=tokens,
-        LARGE=not largest <= _LARGEST_REDUCED,
-        BLOCK_N=32,
-        BLOCK_T=block_t,
-        BLOCK_F=block_f,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(mask):
+        _sine_position_forward_kernel[(tiles, 2 * triton.cdiv(blocks, blocks_per_program))](
+            mask_ptr=mask,
+            frequencies_ptr=frequencies,
+            pos_ptr=pos,
+            resized_ptr=resized,
+            stride_mask_batch=mask.stride(0),
+            stride_mask_h=mask.stride(1),
+            stride_mask_w=mask.stride(2),
+            mask_h=mask_h,
+            mask_w=mask_w,
+            ratio_h=mask_h / height,
+            ratio_w=mask_w / width,
+            h=height,
+            w=width,
+            num_pairs=num_pairs,
+            blocks_per_program=blocks_per_program,
+            scale=float(scale),
+            NORMALIZE=normalize,
+            TOKENS=tokens,
+            LARGE=not largest <= _LARGEST_REDUCED,
+            BLOCK_N=32,
+            BLOCK_T=block_t,
+            BLOCK_F=block_f,
+            num_warps=4,
+        )
     return pos, resized

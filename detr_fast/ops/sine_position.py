@@ -179,3 +179,8 @@ def _sine_position_fake(mask, frequencies, height, width, normalize, scale, dtyp
     batch, channels = mask.shape[0], 2 * frequencies.shape[0]
     shape = (batch, height * width, channels) if tokens else (batch, channels, height, width)
     return mask.new_empty(shape, dtype=dtype), mask.new_empty((batch, height, width))
+
+
+@_sine_position.register_vmap
+def _sine_position_vmap(info, in_dims, *args):
+    raise NotImplementedError("sine_position does not support vmap: it takes a batch of masks as it is")

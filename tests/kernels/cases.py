@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from detr_fast.ops.pad_collate import pad_collate
 from detr_fast.ops.sine_position import sine_position
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,3 +41,76 @@ CASES: list[Case] = []
 CASES += [_sine(dtype, layout) for dtype in DTYPES for layout in ("nchw", "tokens")]
 CASES += [_sine("fp32", layout, normalize=False) for layout in ("nchw", "tokens")]
 CASES += [_sine("fp32", layout, scale=1e6) for layout in ("nchw", "tokens")]
+
+
+def _pad(
+    name: str,
+    source: torch.dtype,
+    target: torch.dtype | None = None,
+    channels: int = 3,
+    hwc: bool = False,
+    detr: bool = False,
+    backward: bool = False,
+    **options,
+) -> Case:
+    def run():
+        images = []
+        for height, width in ((40, 300), (33, 280)):
+            image = torch.zeros((height, width, channels) if hwc else (channels, height, width)).to(source)
+            image = image.permute(2, 0, 1) if hwc else image
+            images.append(image.requires_grad_() if backward else image)
+        batch, _ = pad_collate(images, dtype=target, **options)
+        if backward:
+            batch.backward(torch.zeros_like(batch))
+
+    bf16 = torch.bfloat16 in (source, target)
+    return Case(f"pad_collate {name}", run, detr, from_chip=80 if bf16 else 75)
+
+
+_NORM = dict(mean=[0.5] * 3, std=[0.25] * 3)
+for _name, _dtype in DTYPES.items():
+    CASES += [
+        _pad(f"uint8 -> {_name} normalised", torch.uint8, _dtype, detr=True, **_NORM),
+        _pad(
+            f"uint8 HWC -> {_name} normalised channels_last",
+            torch.uint8,
+            _dtype,
+            hwc=True,
+            channels_last=True,
+            detr=True,
+            **_NORM,
+        ),
+        _pad(f"{_name} copy", _dtype, detr=True),
+        _pad(f"{_name} copy backward", _dtype, backward=True),
+        _pad(f"{_name} normalised backward", _dtype, backward=True, **_NORM),
+    ]
+CASES += [
+    _pad("bool copy, 5 channels", torch.bool, channels=5, detr=True),
+    _pad("uint8 HWC -> fp32 normalised", torch.uint8, torch.float32, hwc=True, **_NORM),
+    _pad("uint8 CHW -> bf16 normalised channels_last", torch.uint8, torch.bfloat16, channels_last=True, **_NORM),
+    _pad("fp32 4 channels normalised", torch.float32, channels=4, mean=[0.5] * 4, std=[0.25] * 4),
+    _pad("fp32 4 channels channels_last", torch.float32, channels=4, channels_last=True),
+    _pad(
+        "fp32 4 channels normalised channels_last",
+        torch.float32,
+        channels=4,
+        channels_last=True,
+        mean=[0.5] * 4,
+        std=[0.25] * 4,
+    ),
+    _pad("fp64 normalised backward", torch.float64, backward=True, **_NORM),
+    _pad("fp64 copy", torch.float64),
+]
+CASES += [
+    _pad(f"{str(_dtype)[6:]} -> fp32", _dtype, torch.float32)
+    for _dtype in (
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.float64,
+    )
+]

@@ -238,6 +238,25 @@ def test_sine_position_rejects(function, error, message, arguments):
         function(**{"mask": MASK, **arguments})
 
 
+def test_sine_position_refuses_vmap():
+    with pytest.raises(NotImplementedError, match="does not support vmap"):
+        torch.vmap(lambda mask: sine_position(mask, None, 4)[0])(MASK[None])
+
+
+@pytest.mark.skipif(INTERPRET, reason="exported as it is without the interpreter")
+def test_sine_position_exports():
+    class Module(torch.nn.Module):
+        def forward(self, mask):
+            return sine_position(mask, (3, 5), 6, normalize=True)
+
+    mask = padded(2, 12, 14, torch.Generator().manual_seed(5))
+    batch, height, width = (torch.export.Dim(name, min=2, max=2000) for name in ("batch", "height", "width"))
+    program = torch.export.export(Module(), (mask,), dynamic_shapes=({0: batch, 1: height, 2: width},))
+    other = padded(3, 40, 31, torch.Generator().manual_seed(6))
+    for got, want in zip(program.module()(other), Module()(other), strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.skipif(INTERPRET, reason="the interpreter is no part of the op's contract")
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -284,12 +303,12 @@ def test_sine_position_compiles_with_inductor():
 @pytest.mark.interpret
 @pytest.mark.parametrize("seed", range(10))
 def test_sine_position_kernel_generated_cases(seed):
-    """80 cases of sizes, strides, masks, options, dtypes and layouts; int32 overflow in the kernel is an error."""
+    """80 cases of sizes, strides, masks, options, dtypes and layouts."""
     choose = random.Random(seed)
     for case in range(8):
         generator = torch.Generator().manual_seed(100 * seed + case)
-        batch, features = choose.randint(1, 3), 2 * choose.choice([1, 2, 3, 5, 8, 16, 33])
-        h, w = choose.choice([(1, 1), (5, 7), (12, 11), (25, 9), (9, 25), (2, 70), (40, 3)])
+        batch, features = choose.randint(1, 2), 2 * choose.choice([1, 2, 3, 5, 8, 33])
+        h, w = choose.choice([(1, 1), (5, 7), (12, 11), (2, 36), (40, 3)])
         size = (h, w) if choose.random() < 0.7 else None
         if size is not None:
             h, w = choose.randint(1, 200), choose.randint(1, 200)
