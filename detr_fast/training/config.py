@@ -122,9 +122,9 @@ def add_data_flags(parser: argparse.ArgumentParser, train: bool) -> None:
 def add_size_flags(parser: argparse.ArgumentParser) -> None:
     """The images' size."""
     parser.add_argument(
-        "--short_side", default=None, type=int, help="largest short side in pixels, the others in proportion (800)"
+        "--image_size", "--short_side", default=None, type=int, help="largest short side in pixels (default 800)"
     )
-    parser.add_argument("--max_size", default=None, type=int, help="longest side in pixels (1333, in proportion)")
+    parser.add_argument("--max_size", default=None, type=int, help="longest side in pixels (default 1333, in proportion to --image_size)")
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +178,7 @@ def check_args(args: argparse.Namespace) -> None:
     """
     _check_segmentation(args)
     positive = ("batch_size", "epochs", "lr_drop", "accumulate_steps", "eval_every", "print_freq", "num_queries",
-                "enc_layers", "dec_layers", "hidden_dim", "nheads", "dim_feedforward", "short_side", "max_size")  # fmt: skip
+                "enc_layers", "dec_layers", "hidden_dim", "nheads", "dim_feedforward", "image_size", "max_size")  # fmt: skip
     for name in positive:
         _require(args, name, lambda value: value >= 1, "at least 1")
     not_negative = ("lr", "lr_backbone", "weight_decay", "max_steps", "warmup_steps", "clip_max_norm", "num_workers",

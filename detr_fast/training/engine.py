@@ -10,6 +10,7 @@ from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from detr_fast.data.categories import Categories
 from detr_fast.evaluation import CocoEvaluator
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.training.ema import ModelEma
@@ -45,7 +46,8 @@ def train_one_epoch(
     Args:
         model: on `device`; may be wrapped in DistributedDataParallel.
         criterion: returns the losses by name; its `weight_dict` says which are summed, and with what weight.
-        data_loader: yields (samples with ``.to(device)`` → NestedTensor, targets: a dict of tensors per image).
+        data_loader: yields (samples, targets). ``samples.to(device)`` gives a NestedTensor of normalised
+            images (a NestedTensor, or a PackedBatch of `detr_fast.data`); targets are one dict of tensors per image.
         optimizer: steps once per `accumulate_steps` batches.
         device: where to train.
         epoch: for the progress line.
@@ -138,7 +140,7 @@ def evaluate(
     device: torch.device,
     output_dir: str = "",
     *,
-    categories=None,
+    categories: Categories | None = None,
     precision: str = "fp32",
     print_freq: int = 10,
     on_results: Callable[[dict[int, dict[str, Tensor]]], None] | None = None,
@@ -150,7 +152,7 @@ def evaluate(
         postprocessors: "bbox": outputs, sizes [B, 2] → scores, labels and boxes of each image.
         base_ds: the annotations.
         output_dir: there for the original's signature; box evaluation writes no files.
-        categories: maps the model's labels to category ids (see `detr_fast.data.Categories`). None: they are the same.
+        categories: maps the model's labels to category ids. None: they are the same.
         on_results: called for every batch with {image id: {"scores", "labels" (category ids), "boxes"}}.
 
     Returns:

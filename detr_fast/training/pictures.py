@@ -96,7 +96,8 @@ def draw_samples(
         truth = [ann for ann in coco.loadAnns(coco.getAnnIds(image_id)) if not ann.get("iscrowd", 0)]
         boxes = [(x, y, x + w, y + h) for x, y, w, h in (ann["bbox"] for ann in truth)]
         left = draw_detections(image, boxes, [ann["category_id"] for ann in truth], names)
-        right = draw_detections(image, *best_detections(result, threshold, at_least=3), names=names)
+        boxes, labels, scores = best_detections(result, threshold, at_least=3)
+        right = draw_detections(image, boxes, labels, names, scores)
         rows.append(_beside(left, right))
     width = max(row.width for row in rows)
     sheet = Image.new("RGB", (width, sum(row.height for row in rows) + 8 * (len(rows) - 1)), "white")

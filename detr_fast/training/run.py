@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from detr_fast.data import Categories, build_dataset, build_loader
+from detr_fast.data.categories import Categories
+from detr_fast.data.coco import CocoDetection, build_dataset, read_annotations
+from detr_fast.data.loader import EpochLoader, PackedCollate, build_loader
 from detr_fast.models.build import build_model
 from detr_fast.training.checkpoint import (
     load_model,
@@ -38,7 +40,7 @@ from detr_fast.training.pictures import draw_curves, draw_samples
 # The arguments that define the model and how it sees images: a checkpoint brings them along.
 MODEL_ARGS = (
     "backbone", "backbone_norm", "backbone_level", "dilation", "position_embedding", "enc_layers", "dec_layers",
-    "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "short_side", "max_size",
+    "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "image_size", "max_size",
 )  # fmt: skip
 
 
@@ -120,17 +122,12 @@ class Trainer:
         self.output_dir = Path(args.output_dir) if args.output_dir else None
         if self.output_dir is not None:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.dataset_train = build_dataset("train", args)
-        self.dataset_val = build_dataset("val", args, categories=self.dataset_train.categories)
+        self.dataset_train = build_dataset("train", args, uint8=True)
+        self.dataset_val = build_dataset("val", args, categories=self.dataset_train.categories, uint8=True)
         self.categories = self.dataset_train.categories
         args.num_classes = self.categories.num_classes
-        self.loader_train = build_loader(self.dataset_train, "train", args)
-        self.loader_val = build_loader(self.dataset_val, "val", args)
-        if len(self.loader_train) == 0:
-            raise UsageError(
-                f"the {len(self.dataset_train)} training images do not fill one batch of --batch_size "
-                f"{args.batch_size} in each of {args.world_size} processes"
-            )
+        self.loader_train = _loader(self.dataset_train, args, train=True)
+        self.loader_val = _loader(self.dataset_val, args, train=False)
         checkpoint = self._resume_from()
         weights = read_checkpoint(args.weights) if args.weights and checkpoint is None else None
 
@@ -339,6 +336,18 @@ class Trainer:
             )
 
 
+def _loader(dataset: CocoDetection, args: argparse.Namespace, train: bool) -> EpochLoader:
+    return build_loader(
+        dataset,
+        args.batch_size,
+        train=train,
+        num_workers=args.num_workers,
+        distributed=args.distributed,
+        seed=args.seed,
+        collate_fn=PackedCollate(),
+    )
+
+
 def _check_same_run(args: argparse.Namespace, checkpoint: Mapping, categories: Categories) -> None:
     """Refuses to continue a checkpoint with another model or other classes; says what else differs."""
     theirs = checkpoint.get("args", {})
@@ -434,17 +443,20 @@ def evaluate_checkpoint(args: argparse.Namespace, given: set[str], path: str) ->
     """
     device = start(args)
     model, criterion, postprocessors, categories = load_for_inference(args, given, path)
-    dataset = build_dataset("val", args, categories=categories)
-    if dataset.categories.num_classes != args.num_classes:
+    if categories is None and args.val_ann:
+        # Without word of the contrary labels are category ids, as in the original.
+        categories = Categories.from_coco(read_annotations(args.val_ann)["categories"])
+    dataset = build_dataset("val", args, categories=categories, uint8=True)
+    if dataset.categories.num_classes > args.num_classes:
         raise UsageError(
-            f"{path} knows {args.num_classes} classes, the annotations have {dataset.categories.num_classes} "
-            f"({', '.join(dataset.categories.names[:5])}, …)"
+            f"{path} has {args.num_classes} classes, the annotations need {dataset.categories.num_classes}: category ids "
+            f"up to {dataset.categories.ids[-1]}"
         )
     stats, evaluator = evaluate(
         model,
         criterion,
         postprocessors,
-        build_loader(dataset, "val", args),
+        _loader(dataset, args, train=False),
         dataset.coco,
         device,
         categories=dataset.categories,

@@ -1,0 +1,250 @@
+"""The command line: ``detr-fast train | eval | predict | check-data | demo``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+
+from detr_fast import __version__
+from detr_fast.training.config import (
+    UsageError,
+    add_data_flags,
+    add_device_flags,
+    add_loss_flags,
+    add_model_flags,
+    add_size_flags,
+    check_args,
+    get_args_parser,
+    normalise_options,
+    parse_with_given,
+)
+from detr_fast.training.nonfinite import NonFiniteLossError
+
+_TRACEBACK = "DETR_FAST_TRACEBACK"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: arguments; None: those of the process.
+
+    Returns:
+        The exit code: 0; 1 if `check-data` found errors or `predict` could not read an image; 2 for a user's error,
+        whose message is printed to stderr; 130 if interrupted. With DETR_FAST_TRACEBACK=1 in the environment errors
+        are raised instead, to see where they come from.
+    """
+    argv = normalise_options(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    if argv[0] not in _COMMANDS:
+        return _complain(f"unknown command {argv[0]!r}; the commands are {', '.join(_COMMANDS)}")
+    make_parser, run, _ = _COMMANDS[argv[0]]
+    try:
+        args, given = parse_with_given(make_parser(), argv[1:])
+        code = run(args, given)
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+        return code
+    except SystemExit as error:  # argparse, after --help
+        return int(error.code or 0)
+    except KeyboardInterrupt:
+        print("detr-fast: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, NotImplementedError, NonFiniteLossError) as error:
+        if os.environ.get(_TRACEBACK) == "1":
+            raise
+        return _complain(_message(error))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an error in one line, without its page of flags."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _parser(command: str, description: str, **kwargs) -> _Parser:
+    return _Parser(
+        prog=f"detr-fast {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **kwargs,
+    )
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    return _parser(
+        "train",
+        "Trains DETR on data in COCO's format. For several GPUs:\n"
+        "  torchrun --nproc-per-node N -m detr_fast train …",
+        parents=[get_args_parser()],
+    )
+
+
+def _train(args: argparse.Namespace, given: set[str]) -> int:
+    from detr_fast.training.run import evaluate_checkpoint, train
+
+    if args.eval:
+        check_args(args)
+        path = args.resume or args.weights
+        if not path or path == "auto":
+            raise UsageError("--eval needs a checkpoint: --resume PATH or --weights PATH")
+        evaluate_checkpoint(args, given, path)
+    else:
+        train(args)
+    return 0
+
+
+def _eval_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "eval", "Evaluates a checkpoint with pycocotools. The model's flags are only needed for bare weights."
+    )
+    _add_weights(parser)
+    add_data_flags(parser, train=False)
+    parser.add_argument("--batch_size", default=2, type=int, help="images per process (default %(default)s)")
+    parser.add_argument("--output_dir", default="", help="where to save eval.pth; empty: nothing is saved")
+    parser.add_argument("--print_freq", default=10, type=int, help="batches between progress lines")
+    parser.add_argument("--seed", default=42, type=int)
+    parser.add_argument("--world_size", default=1, type=int, help="set by torchrun")
+    parser.add_argument("--dist_url", default="env://", help="address of the first process, for torchrun's processes")
+    add_device_flags(parser)
+    add_model_flags(parser)
+    add_loss_flags(parser)
+    return parser
+
+
+def _eval(args: argparse.Namespace, given: set[str]) -> int:
+    from detr_fast.training.run import evaluate_checkpoint
+
+    check_args(args)
+    evaluate_checkpoint(args, given, args.weights)
+    return 0
+
+
+def _predict_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "predict", "Detects objects in images. The model's flags are only needed for bare weights."
+    )
+    parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_FOLDER")
+    _add_weights(parser)
+    parser.add_argument("--output_dir", default="outputs/predict", help="default %(default)s")
+    parser.add_argument("--threshold", default=0.5, type=float, help="lowest score; 0 keeps all (default %(default)s)")
+    parser.add_argument("--ann", default=None, metavar="JSON", help="COCO json to take the image ids from")
+    parser.add_argument("--batch_size", default=1, type=int, help="default %(default)s")
+    add_size_flags(parser)
+    add_device_flags(parser)
+    add_model_flags(parser)
+    return parser
+
+
+def _predict(args: argparse.Namespace, given: set[str]) -> int:
+    from detr_fast.predict import predict
+
+    # The model is built with its criterion, which prediction does not use: any values will do.
+    defaults = vars(get_args_parser().parse_args([]))
+    args = argparse.Namespace(**{**defaults, **vars(args)})
+    check_args(args)
+    return 1 if predict(args, given) else 0
+
+
+def _check_data_parser() -> argparse.ArgumentParser:
+    parser = _parser("check-data", "Reads annotations and all images, and lists what is wrong with them.")
+    parser.add_argument("--coco_path", help="folder in COCO's layout: both sets are checked")
+    for name in ("train", "val"):
+        parser.add_argument(f"--{name}_ann", help=f"own data: COCO json of the {name} images")
+        parser.add_argument(f"--{name}_images", help=f"own data: folder of the {name} images")
+    return parser
+
+
+def _check_data(args: argparse.Namespace, given: set[str]) -> int:
+    from detr_fast.data import check_coco
+
+    pairs = []
+    if args.coco_path:
+        if given != {"coco_path"}:
+            raise UsageError("give either --coco_path or the folders and jsons of own data, not both")
+        for name in ("train", "val"):
+            pairs.append((f"{args.coco_path}/{name}2017", f"{args.coco_path}/annotations/instances_{name}2017.json"))
+    for name in ("train", "val"):
+        images, annotations = getattr(args, f"{name}_images"), getattr(args, f"{name}_ann")
+        if bool(images) != bool(annotations):
+            raise UsageError(f"--{name}_images and --{name}_ann belong together, only one is given")
+        if images:
+            pairs.append((images, annotations))
+    if not pairs:
+        raise UsageError("nothing to check: give --coco_path, or --train_images and --train_ann (or val)")
+    reports = [check_coco(images, annotations) for images, annotations in pairs]
+    for report in reports:
+        print(report)
+        print()
+    return max(report.exit_code for report in reports)
+
+
+def _demo_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "demo",
+        "Generates a small data set of JPEG files, trains DETR on it, evaluates, and leaves pictures and curves.\n"
+        "Without a GPU it is smaller: a few minutes on two cores.",
+    )
+    parser.add_argument("--output_dir", default="outputs/demo", help="default %(default)s")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cuda, cpu (default %(default)s)")
+    parser.add_argument("--max_steps", default=0, type=int, help="fewer optimiser steps, for a quick look")
+    return parser
+
+
+def _demo(args: argparse.Namespace, given: set[str]) -> int:
+    from detr_fast.demo import demo
+
+    demo(args.output_dir, args.device, args.max_steps)
+    return 0
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        "--checkpoint",
+        "--resume",
+        required=True,
+        metavar="PATH",
+        help="a checkpoint of ours or of the original, a file or an https address",
+    )
+
+
+_COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
+    "train": (_train_parser, _train, "train DETR on data in COCO's format"),
+    "eval": (_eval_parser, _eval, "evaluate a checkpoint with pycocotools"),
+    "predict": (_predict_parser, _predict, "detect objects in images: pictures and a json"),
+    "check-data": (_check_data_parser, _check_data, "find what is wrong with a data set"),
+    "demo": (_demo_parser, _demo, "generate data, train, evaluate, draw: the whole way in minutes"),
+}
+
+
+def _overview() -> str:
+    lines = ["usage: detr-fast COMMAND …", ""]
+    lines += [f"  {name:12}{text}" for name, (_, _, text) in _COMMANDS.items()]
+    return "\n".join([*lines, "", "detr-fast COMMAND --help lists a command's flags; - and _ are alike in them."])
+
+
+def _complain(message: str) -> int:
+    print(f"detr-fast: error: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _message(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    if "Original Traceback" in text:
+        # From a loader's worker: its whole traceback is in the text, the message in its last line.
+        text = text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
+    expected = isinstance(error, (UsageError, OSError, NonFiniteLossError))
+    return text if expected else f"{text} ({_TRACEBACK}=1 shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
