@@ -1,0 +1,220 @@
+"""`MultiheadAttention`: nn.MultiheadAttention's parameters around the fused `attention`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detr_fast.ops.attention import attention
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """Multi-head attention with `nn.MultiheadAttention`'s constructor, parameters, initial values and state-dict.
+
+    Weights are not returned unless asked for, which lets the attention run fused; asking for them, or passing an
+    `attn_mask` or a float `key_padding_mask`, computes the [Lq, Lk] matrix in plain PyTorch. A row without any key
+    gives zeros before the output projection, where `nn.MultiheadAttention` gives NaN. Fused, the attention dropout is
+    applied at the multiple of 1/256 nearest to `dropout` (`detr_fast.ops.applied_dropout`).
+
+    Args:
+        embed_dim: E, width of the queries and of the output; a multiple of `num_heads`.
+        num_heads: H.
+        dropout: drop probability of the attention's probabilities, in training.
+        bias: biases in the four projections.
+        add_bias_kv: append a learned key and value.
+        add_zero_attn: append a key and value of zeros.
+        kdim, vdim: widths of keys and values; None means `embed_dim`.
+        batch_first: inputs and output are [B, L, E], otherwise [L, B, E].
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: `embed_dim` is not a positive multiple of `num_heads`; `dropout` is outside 0..1.
+
+    Source: Vaswani et al. 2017, section 3.2.2; `torch.nn.MultiheadAttention`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
+            raise ValueError(f"embed_dim is {embed_dim}, num_heads {num_heads}; expected a positive multiple")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout is {dropout}; expected a probability in 0..1")
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        The projections of inputs that are one and the same tensor are computed in one matrix product.
+
+        Args:
+            query: [B, Lq, E] with `batch_first`, otherwise [Lq, B, E]; or [Lq, E] without a batch.
+            key, value: like `query`, of lengths Lk and widths `kdim` and `vdim`.
+            key_padding_mask: [B, Lk], or [Lk] without a batch; bool, True = padding, or float, added to the scores.
+            need_weights: also return the weights.
+            attn_mask: [Lq, Lk] or [B * H, Lq, Lk]; bool, True = may not attend, or float, added to the scores.
+            average_attn_weights: return the weights' mean over the heads.
+            is_causal: says of an `attn_mask` that it is causal, which changes nothing here; not allowed without one.
+
+        Returns:
+            The output, shaped as `query`; and the weights after dropout, [B, Lq, Lk] or [B, H, Lq, Lk], without B
+            where the inputs have none; None without `need_weights`.
+
+        Raises:
+            TypeError: a mask is neither bool nor floating point.
+            ValueError: shapes do not fit together; `is_causal` without `attn_mask`.
+        """
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal=True without attn_mask; expected the causal mask in attn_mask")
+        batched = self._check_inputs(query, key, value)
+        q, k, v = self._project(query, key, value, batched)  # each [B, H, L, D]
+        batch, heads, q_len, _ = q.shape
+        key_padding_mask = _check_padding(key_padding_mask, batch, k.shape[2], batched)
+        attn_mask = _check_attn_mask(attn_mask, batch, heads, q_len, k.shape[2])
+        k, v, key_padding_mask, attn_mask = self._append_keys(k, v, key_padding_mask, attn_mask)
+
+        dropout_p = self.dropout if self.training else 0.0
+        weights = None
+        if (
+            need_weights
+            or attn_mask is not None
+            or (key_padding_mask is not None and key_padding_mask.dtype != torch.bool)
+        ):
+            out, weights = _attention_with_weights(q, k, v, key_padding_mask, attn_mask, dropout_p)
+        else:
+            out, _ = attention(q, k, v, key_padding_mask, dropout_p)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Lq, E]
+
+        if not need_weights:
+            weights = None
+        elif average_attn_weights:
+            weights = weights.mean(dim=1)
+        if not batched:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether the inputs have a batch dimension."""
+        shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
+            raise ValueError(f"{shapes}; expected three 3-D tensors, or three 2-D ones without a batch")
+        if (query.shape[-1], key.shape[-1], value.shape[-1]) != (self.embed_dim, self.kdim, self.vdim):
+            raise ValueError(f"{shapes}; expected widths of {self.embed_dim}, {self.kdim} and {self.vdim}")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(f"{shapes}; expected one length and batch size of keys and values")
+        batched = query.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if batched and query.shape[batch_dim] != key.shape[batch_dim]:
+            raise ValueError(f"{shapes}; expected one batch size (dimension {batch_dim})")
+        return batched
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> list[Tensor]:
+        """Queries, keys and values [B, H, L, D], as views of the projections' outputs."""
+        width = self.embed_dim
+        bias = self.in_proj_bias
+        if not self._qkv_same_embed_dim:
+            sizes = [1, 1, 1]
+            weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+        else:
+            if query is key:
+                sizes = [3] if key is value else [2, 1]
+            else:
+                sizes = [1, 2] if key is value else [1, 1, 1]
+            weights = self.in_proj_weight.split([size * width for size in sizes])
+        biases = [None] * len(sizes) if bias is None else bias.split([size * width for size in sizes])
+
+        inputs = (query, key, value)
+        heads = []
+        for size, weight, part in zip(sizes, weights, biases, strict=True):
+            x = F.linear(inputs[len(heads)], weight, part)
+            x = x.unflatten(-1, (size, self.num_heads, self.head_dim))
+            if not batched:
+                x = x.unsqueeze(0)
+            elif not self.batch_first:
+                x = x.transpose(0, 1)
+            heads += x.permute(2, 0, 3, 1, 4).unbind(0)  # [B, L, size, H, D] to [B, H, L, D] each
+        return heads
+
+    def _append_keys(self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None):
+        """Append the learned key and value and those of zeros, which every query may attend to."""
+        extra = []
+        if self.bias_k is not None:
+            extra.append([b.view(1, self.num_heads, 1, self.head_dim).to(k.dtype) for b in (self.bias_k, self.bias_v)])
+        if self.add_zero_attn:
+            extra.append([k.new_zeros(1, self.num_heads, 1, self.head_dim)] * 2)
+        for extra_k, extra_v in extra:
+            k = torch.cat([k, extra_k.expand(k.shape[0], -1, -1, -1)], dim=2)
+            v = torch.cat([v, extra_v.expand(v.shape[0], -1, -1, -1)], dim=2)
+        if extra and key_padding_mask is not None:
+            key_padding_mask = F.pad(key_padding_mask, (0, len(extra)))
+        if extra and attn_mask is not None:
+            attn_mask = F.pad(attn_mask, (0, len(extra)))
+        return k, v, key_padding_mask, attn_mask
+
+
+def _check_padding(mask: Tensor | None, batch: int, k_len: int, batched: bool) -> Tensor | None:
+    """The key padding mask as [B, Lk]."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"key_padding_mask has dtype {mask.dtype}; expected bool (True = padding) or floating point")
+    expected = (batch, k_len) if batched else (k_len,)
+    if mask.shape != expected:
+        raise ValueError(f"key_padding_mask has shape {list(mask.shape)}; expected {list(expected)}")
+    return mask if batched else mask.unsqueeze(0)
+
+
+def _check_attn_mask(mask: Tensor | None, batch: int, heads: int, q_len: int, k_len: int) -> Tensor | None:
+    """The attention mask as [1, 1, Lq, Lk] or [B, H, Lq, Lk]."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"attn_mask has dtype {mask.dtype}; expected bool (True = may not attend) or floating point")
+    if mask.shape == (q_len, k_len):
+        return mask[None, None]
+    if mask.shape == (batch * heads, q_len, k_len):
+        return mask.view(batch, heads, q_len, k_len)
+    raise ValueError(
+        f"attn_mask has shape {list(mask.shape)}; expected {[q_len, k_len]} or {[batch * heads, q_len, k_len]}"
+    )
+
+
+def _attention_with_weights(
+    q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """Attention that has its weights: out [B, H, Lq, D] and weights [B, H, Lq, Lk] after dropout."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if key_padding_mask is not None:
+        scores = _apply_mask(scores, key_padding_mask[:, None, None, :])
+    if attn_mask is not None:
+        scores = _apply_mask(scores, attn_mask)
+    no_key = (scores == -torch.inf).all(dim=-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(no_key, 0), dim=-1).masked_fill(no_key, 0)
+    weights = F.dropout(weights, dropout_p)
+    return (weights.to(v.dtype) @ v), weights
+
+
+def _apply_mask(scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)

@@ -1,0 +1,349 @@
+"""`attention`: softmax(q kᵀ · scale) v with padded keys and dropout, without the [Lq, Lk] matrix in memory.
+
+Dropout draws one byte per element from Philox 4x32 with 7 rounds, keyed by the seed. One call gives 16 bytes; its
+counter is (query row, column group, batch · heads + head, 0), all absolute, so that the same seed drops the same
+elements whatever the tiles, in the forward, in the backward and in `attention_dropout_mask`. Within 64 columns, group g
+of four holds the columns 8 j + 2 g + b at byte 2 j + b (j < 8, b < 2): the elements of one row that one GPU thread owns
+in a matrix product's result, so that a kernel can use all 16 bytes where they are made.
+"""
+
+import torch
+
+from detr_fast.ops._dispatch import use_kernel
+
+_PHILOX_ROUNDS = 7
+_PHILOX_A, _PHILOX_B = 0xD2511F53, 0xCD9E8D57
+_PHILOX_KEY_A, _PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
+_LOW_32 = 0xFFFFFFFF
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST_KERNEL_HEAD_DIM = 128
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_padding_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    seed: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multi-head attention: softmax(q kᵀ · scale), padded keys at -inf, dropout on the probabilities, times v.
+
+    Differentiable once in query, key and value; memory linear in the lengths on CUDA. A row without any key (all
+    padding) gives zeros and zero gradients; what padded keys and values hold, NaN included, reaches nothing.
+    Under autocast the three are cast to autocast's dtype, as `F.scaled_dot_product_attention` does. float64 and head
+    dimensions above 128 are computed in plain PyTorch on every device, with the [Lq, Lk] matrix in memory. float32
+    matrix products on CUDA use TF32 where `torch.backends.cuda.matmul` says so.
+
+    Args:
+        query: [B, H, Lq, D], any strides; float16, bfloat16, float32 or float64.
+        key: [B, H, Lk, D], like `query`.
+        value: [B, H, Lk, Dv], like `query`; Dv may differ from D.
+        key_padding_mask: [B, Lk] bool, any strides, True = padding; None for no padding.
+        dropout_p: drop probability in 0..1. `applied_dropout(dropout_p)`, the nearest multiple of 1/256 (but neither 0
+            nor 1 unless `dropout_p` is), is what is applied and what the kept elements are scaled up for.
+        seed: [1] int64 on the same device, fixes the dropout mask; None draws one from torch's generator of that
+            device, so that `torch.manual_seed`, checkpointing and CUDA graphs behave as with torch's own dropout.
+        scale: multiplies q kᵀ; None means D ** -0.5.
+
+    Returns:
+        out [B, H, Lq, Dv] in the inputs' dtype, a view of [B, Lq, H, Dv]-contiguous memory; and the natural
+        logarithm of the sum of exponentials [B, H, Lq], float32 (float64 for float64 inputs), +inf for a row without
+        any key, not differentiable.
+
+    Raises:
+        TypeError: a dtype is not one of the four or the three differ; `key_padding_mask` is not bool; `seed` is not an
+            int64 tensor.
+        ValueError: shapes do not fit together, devices differ, `dropout_p` is outside 0..1.
+
+    Source: Vaswani et al. 2017, section 3.2; Dao 2023 (FlashAttention-2); Salmon et al. 2011 (Philox).
+    """
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = (
+            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (query, key, value)
+        )
+    _check(query, key, value, key_padding_mask, dropout_p, seed)
+    if dropout_p == 0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _attention(query, key, value, key_padding_mask, float(dropout_p), seed, scale)
+
+
+def attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_padding_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    keep: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention` in plain, differentiable PyTorch, in `promote_types(dtype, float32)`.
+
+    Args:
+        query, key, value, key_padding_mask, dropout_p, scale: as `attention`.
+        keep: [B, H, Lq, Lk] bool, True = kept: the dropout mask, for example from `attention_dropout_mask`; None
+            means that nothing is dropped or scaled, whatever `dropout_p` is.
+
+    Returns:
+        As `attention`, with strides as they come.
+    """
+    dtype = query.dtype
+    probs, value, logsumexp = _probabilities(query, key, value, key_padding_mask, scale)
+    if keep is not None:
+        probs = probs * keep * _dropout_scale(dropout_p)
+    return (probs @ value).to(dtype), logsumexp
+
+
+def applied_dropout(dropout_p: float) -> float:
+    """The drop rate that `attention` applies for `dropout_p`: the nearest multiple of 1/256.
+
+    0 and 1 are exact; between them the rate is at least 1/256 and at most 255/256.
+    """
+    return _dropout_threshold(dropout_p) / 256
+
+
+def attention_dropout_mask(
+    seed: torch.Tensor,
+    batch: int,
+    heads: int,
+    q_len: int,
+    k_len: int,
+    dropout_p: float,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """The dropout mask that `attention` uses for `seed`, bit for bit, on every device.
+
+    Args:
+        seed: [1] int64.
+        batch, heads, q_len, k_len: sizes of the attention.
+        dropout_p: as `attention`'s.
+        device: of the result; None means the seed's.
+
+    Returns:
+        [B, H, Lq, Lk] bool, True = kept. An element is kept if its byte is at least 256 · `applied_dropout(p)`.
+    """
+    device = seed.device if device is None else torch.device(device)
+    seed = seed.to(device)
+    slices = torch.arange(batch * heads, device=device)[:, None, None]
+    rows = torch.arange(q_len, device=device)[:, None]
+    blocks = (k_len + 63) // 64
+    groups = torch.arange(4 * blocks, device=device)
+    words = _philox(seed, rows, groups, slices, torch.zeros_like(seed))
+    words = torch.stack([word.expand(batch * heads, q_len, 4 * blocks) for word in words], dim=-1)
+    kept = words.to(torch.int32).view(torch.uint8) >= _dropout_threshold(dropout_p)
+    kept = kept.view(batch, heads, q_len, blocks, 4, 8, 2).transpose(4, 5)
+    return kept.reshape(batch, heads, q_len, 64 * blocks)[..., :k_len].contiguous()
+
+
+def _philox(seed, c0, c1, c2, c3):
+    """Philox 4x32 in int64 arithmetic: four words in 0..2**32 - 1. A product wraps at 64 bits, which keeps its bits."""
+    k0, k1 = seed & _LOW_32, (seed >> 32) & _LOW_32
+    for _ in range(_PHILOX_ROUNDS):
+        product_0, product_2 = c0 * _PHILOX_A, c2 * _PHILOX_B
+        c0 = ((product_2 >> 32) & _LOW_32) ^ c1 ^ k0
+        c2 = ((product_0 >> 32) & _LOW_32) ^ c3 ^ k1
+        c1, c3 = product_2 & _LOW_32, product_0 & _LOW_32
+        k0, k1 = (k0 + _PHILOX_KEY_A) & _LOW_32, (k1 + _PHILOX_KEY_B) & _LOW_32
+    return c0, c1, c2, c3
+
+
+def _dropout_threshold(dropout_p: float) -> int:
+    """Elements whose byte is below this are dropped: 0 for none to 256 for all."""
+    if dropout_p in (0, 1):
+        return int(256 * dropout_p)
+    return min(max(round(256 * dropout_p), 1), 255)
+
+
+def _dropout_scale(dropout_p: float) -> float:
+    """What kept elements are multiplied by."""
+    kept = 256 - _dropout_threshold(dropout_p)
+    return 256 / kept if kept else 0.0
+
+
+def _check(query, key, value, key_padding_mask, dropout_p, seed):
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected float16, bfloat16, float32 or float64")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [B, H, L, D]")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}; expected one device")
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(f"query, key and value have dtypes {query.dtype}, {key.dtype}, {value.dtype}; expected one")
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+    if query.shape[:2] != key.shape[:2] or key.shape[:3] != value.shape[:3] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"{shapes}; expected [B, H, Lq, D], [B, H, Lk, D] and [B, H, Lk, Dv]")
+    if query.shape[3] == 0 or value.shape[3] == 0:
+        raise ValueError(f"{shapes}; expected head dimensions of at least 1")
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask has dtype {key_padding_mask.dtype}; expected bool, True = padding")
+        if key_padding_mask.dim() != 2 or key_padding_mask.shape != (key.shape[0], key.shape[2]):
+            raise ValueError(
+                f"key_padding_mask has shape {list(key_padding_mask.shape)}; expected [B, Lk], here "
+                f"[{key.shape[0]}, {key.shape[2]}]"
+            )
+        if key_padding_mask.device != query.device:
+            raise ValueError(f"key_padding_mask is on {key_padding_mask.device}, query on {query.device}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p is {dropout_p}; expected a probability in 0..1")
+    if seed is not None:
+        if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64:
+            raise TypeError(f"seed is {getattr(seed, 'dtype', type(seed).__name__)}; expected an int64 tensor [1]")
+        if seed.shape != (1,) or seed.device != query.device:
+            raise ValueError(f"seed is {list(seed.shape)} on {seed.device}; expected [1] on {query.device}")
+
+
+def _on_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
+    head_dim = max(query.shape[-1], value.shape[-1])
+    return use_kernel(query.device) and query.dtype != torch.float64 and head_dim <= _LARGEST_KERNEL_HEAD_DIM
+
+
+def _keep(query, key, dropout_p, seed):
+    if dropout_p == 0:
+        return None
+    return attention_dropout_mask(seed, query.shape[0], query.shape[1], query.shape[2], key.shape[2], dropout_p)
+
+
+def _probabilities(query, key, value, key_padding_mask, scale):
+    """softmax(q kᵀ · scale) [B, H, Lq, Lk], the values that may be read, and the log-sum-exp, all promoted."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if key_padding_mask is None:
+        scores = (query * scale) @ key.transpose(-2, -1)
+        return torch.softmax(scores, dim=-1), value, _no_keys_at_inf(torch.logsumexp(scores.detach(), dim=-1))
+    padding = key_padding_mask[:, None, :, None]
+    key, value = key.masked_fill(padding, 0), value.masked_fill(padding, 0)  # 0 · NaN is NaN
+    scores = ((query * scale) @ key.transpose(-2, -1)).masked_fill(padding.transpose(-2, -1), -torch.inf)
+    no_key = key_padding_mask.all(dim=-1)[:, None, None, None]
+    probs = torch.softmax(scores.masked_fill(no_key, 0), dim=-1).masked_fill(no_key, 0)
+    return probs, value, _no_keys_at_inf(torch.logsumexp(scores.detach(), dim=-1))
+
+
+def _no_keys_at_inf(logsumexp: torch.Tensor) -> torch.Tensor:
+    return logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf)
+
+
+def _empty_blhd(batch, heads, length, head_dim, like: torch.Tensor) -> torch.Tensor:
+    """[B, H, L, D] view of [B, L, H, D] memory: what a projection on either side reads as [B, L, H · D]."""
+    return like.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+
+
+@torch.library.custom_op(
+    "detr_fast::attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, float dropout_p, Tensor? seed, "
+    "float scale) -> (Tensor, Tensor)",
+)
+def _attention(query, key, value, key_padding_mask, dropout_p, seed, scale):
+    out, logsumexp = _attention_fake(query, key, value, key_padding_mask, dropout_p, seed, scale)
+    if _on_kernel(query, value):
+        from detr_fast.kernels.attention import attention_forward
+
+        threshold, dropout_scale = _dropout_threshold(dropout_p), _dropout_scale(dropout_p)
+        attention_forward(
+            query, key, value, key_padding_mask, seed, threshold, dropout_scale, scale, out=out, logsumexp=logsumexp
+        )
+        return out, logsumexp
+    keep = _keep(query, key, dropout_p, seed)
+    result = attention_reference(query, key, value, key_padding_mask, dropout_p, keep, scale=scale)
+    return out.copy_(result[0]), logsumexp.copy_(result[1])
+
+
+@_attention.register_fake
+def _attention_fake(query, key, value, key_padding_mask, dropout_p, seed, scale):
+    batch, heads, q_len, _ = query.shape
+    out = _empty_blhd(batch, heads, q_len, value.shape[3], query)
+    return out, query.new_empty((batch, heads, q_len), dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+@torch.library.custom_op(
+    "detr_fast::attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
+    "Tensor? key_padding_mask, float dropout_p, Tensor? seed, float scale) -> (Tensor, Tensor, Tensor)",
+)
+def _attention_backward(grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale):
+    grads = _attention_backward_fake(
+        grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale
+    )
+    if _on_kernel(query, value):
+        from detr_fast.kernels.attention import attention_backward
+
+        threshold, dropout_scale = _dropout_threshold(dropout_p), _dropout_scale(dropout_p)
+        attention_backward(
+            grad_out,
+            query,
+            key,
+            value,
+            out,
+            logsumexp,
+            key_padding_mask,
+            seed,
+            threshold,
+            dropout_scale,
+            scale,
+            grad_query=grads[0],
+            grad_key=grads[1],
+            grad_value=grads[2],
+        )
+        return grads
+    keep = _keep(query, key, dropout_p, seed)
+    results = _reference_backward(grad_out, query, key, value, key_padding_mask, dropout_p, keep, scale)
+    return tuple(grad.copy_(result) for grad, result in zip(grads, results, strict=True))
+
+
+@_attention_backward.register_fake
+def _attention_backward_fake(grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale):
+    return tuple(_empty_blhd(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x) for x in (query, key, value))
+
+
+def _reference_backward(grad_out, query, key, value, key_padding_mask, dropout_p, keep, scale):
+    """Gradients of query, key, value by the formulas the kernels use."""
+    probs, value, _ = _probabilities(query, key, value, key_padding_mask, scale)
+    query, key, grad_out = query.to(probs.dtype), key.to(probs.dtype), grad_out.to(probs.dtype)
+    if key_padding_mask is not None:
+        key = key.masked_fill(key_padding_mask[:, None, :, None], 0)
+    grad_probs = grad_out @ value.transpose(-2, -1)
+    dropped = probs
+    if keep is not None:
+        keep = keep * _dropout_scale(dropout_p)
+        dropped, grad_probs = probs * keep, grad_probs * keep
+    grad_value = dropped.transpose(-2, -1) @ grad_out
+    grad_scores = probs * (grad_probs - (probs * grad_probs).sum(dim=-1, keepdim=True)) * scale
+    return grad_scores @ key, grad_scores.transpose(-2, -1) @ query, grad_value
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, key_padding_mask, dropout_p, seed, scale = inputs
+    out, logsumexp = output
+    ctx.mark_non_differentiable(logsumexp)
+    ctx.save_for_backward(query, key, value, out, logsumexp, key_padding_mask, seed)
+    ctx.dropout_p, ctx.scale = dropout_p, scale
+
+
+def _backward(ctx, grad_out, _):
+    query, key, value, out, logsumexp, key_padding_mask, seed = ctx.saved_tensors
+    grads = _attention_backward(
+        grad_out, query, key, value, out, logsumexp, key_padding_mask, ctx.dropout_p, seed, ctx.scale
+    )
+    return *grads, None, None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+@_attention.register_vmap
+def _attention_vmap(info, in_dims, *args):
+    raise NotImplementedError("attention has no vmap rule; fold the mapped dimension into the batch")
