@@ -343,7 +343,7 @@ def _paths(image_set: str, args) -> tuple[Path, Path]:
 
 
 def get_coco_api_from_dataset(dataset) -> COCO | None:
-    """The ``pycocotools`` object of a dataset, found through wrappers that have a ``.dataset``; None if there is none."""
+    """The ``pycocotools`` object of a dataset, found through wrappers with a ``.dataset``, or None."""
     while not isinstance(dataset, torchvision.datasets.CocoDetection):
         if not hasattr(dataset, "dataset"):
             return None
