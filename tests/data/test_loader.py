@@ -1,0 +1,57 @@
+import random
+
+import pytest
+import torch
+
+from detr_fast.data import CocoDetection, PackedCollate, build_loader, make_coco_transforms
+
+
+def dataset(root, image_set="train", uint8=False):
+    transforms = make_coco_transforms(image_set, scales=48, uint8=uint8)
+    return CocoDetection(root / "train2017", root / "annotations" / "instances_train2017.json", transforms)
+
+
+def epoch(loader, number):
+    loader.set_epoch(number)
+    return [(s.tensors, [(t["image_id"].item(), t["boxes"]) for t in targets]) for s, targets in loader]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x, y) and all(i == j and torch.equal(p, q) for (i, p), (j, q) in zip(s, t, strict=True))
+        for (x, s), (y, t) in zip(a, b, strict=True)
+    )
+
+
+def test_epoch_is_independent_of_workers_and_history(shapes):
+    plain = build_loader(dataset(shapes), 5, train=True)
+    workers = build_loader(dataset(shapes), 5, train=True, num_workers=2)
+    first, second = epoch(workers, 0), epoch(workers, 1)
+    assert len(second) == 2 and same(epoch(plain, 1), second) and same(epoch(plain, 0), first)
+    assert not same(first, second) and not same(second, epoch(build_loader(dataset(shapes), 5, train=True, seed=1), 1))
+
+
+def test_loading_leaves_the_global_generators_alone(shapes):
+    before = random.getstate(), torch.get_rng_state()
+    epoch(build_loader(dataset(shapes), 4, train=True), 0)
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_validation_keeps_order_and_the_last_batch(shapes):
+    batches = epoch(build_loader(dataset(shapes, "val"), 5, train=False), 0)
+    assert [i for _, targets in batches for i, _ in targets] == list(range(1, 13))
+
+
+def test_packed_batches_equal_padding_in_the_worker(shapes):
+    plain = build_loader(dataset(shapes), 4, train=True)
+    packed = build_loader(dataset(shapes, uint8=True), 4, train=True, num_workers=1, collate_fn=PackedCollate())
+    for (expected, targets), (batch, packed_targets) in zip(plain, packed, strict=True):
+        got = batch.to("cpu")
+        torch.testing.assert_close(got.tensors, expected.tensors, rtol=1e-5, atol=1e-6)
+        assert torch.equal(got.mask, expected.mask) and len(batch) == len(targets)
+        assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(targets, packed_targets, strict=True))
+
+
+def test_rejects_a_dataset_smaller_than_a_batch(shapes):
+    with pytest.raises(ValueError, match="12 images per process give no complete batch of 13"):
+        build_loader(dataset(shapes), 13, train=True)
