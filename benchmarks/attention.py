@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from detr_fast.ops import attention, attention_reference
 
+from .case import Case, Inputs, Outputs, Provider, Unavailable
 from .ceilings import PRECISIONS, Work
-from .harness import Case, Inputs, Outputs, Provider, Unavailable
 from .shapes import BatchShape
 
 HEADS, HEAD_DIM, QUERIES = 8, 32, 100
@@ -236,7 +236,7 @@ def providers(max_autotune: bool = False) -> list[Provider]:
     sdpa = functools.partial
     flex = functools.partial(_flex, max_autotune=max_autotune)
     return [
-        Provider("detr_fast", "padding skipped, dropout", _ours, ours=True),
+        Provider("detr_fast", "padding honoured, dropout", _ours, ours=True),
         Provider(
             "as shipped", "nn.MultiheadAttention's core, need_weights=True; padding as bias made beforehand, dropout",
             _as_shipped, _with_bias,

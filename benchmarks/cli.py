@@ -1,30 +1,15 @@
-"""The command line: `python -m benchmarks` and `detr-fast bench`."""
+"""The command line: `python -m benchmarks` and `detr-fast bench`. Imports nothing heavy until something runs."""
 
 import argparse
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import torch
-
-from . import plan
-from .ceilings import PRECISIONS, measure_ceilings
-from .harness import Row, Settings, run_case
-from .provenance import device_name, provenance, slug
-from .results import load_record, save, suite_record
-from .table import print_case, print_ceilings
-
-# Shares of a whole run's time budget.
-SHARES = {"collate": 0.15, "position": 0.12, "attention": 0.48, "mha": 0.25}
-CHOICES = ("precision", "mode", "batch", "model", "padding", "kind", "dropout")
+from . import PRECISIONS, SUITES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's arguments to `parser`; `run` takes what it parses."""
     parser.add_argument(
-        "suite", choices=[*plan.SUITES, "all", "report", "static"],
+        "suite", choices=[*SUITES, "all", "report", "static"],
         help="what to measure; report: write the README's table from the results; static: what the compiler says",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few cases, short measurements")
@@ -37,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only check the kernels, through Triton's interpreter on tiny shapes (no GPU needed, nothing is timed)",
     )  # fmt: skip
     parser.add_argument("--check-only", action="store_true", help="check every provider, time none")
-    parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS))
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS)
     parser.add_argument("--mode", nargs="+", choices=["forward", "backward", "both"])
     parser.add_argument("--batch", nargs="+", type=int)
     parser.add_argument("--model", nargs="+", choices=["R50", "DC5"])
@@ -66,180 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs what `args` asks for.
+    """Runs what `args` (of `add_arguments`) asks for; returns the exit status, see `runner.run`."""
+    from . import runner
 
-    Returns:
-        The exit status: 1 if a provider of ours is wrong or fails, else 0.
-
-    Raises:
-        SystemExit: `--device cuda` where there is none, an unknown padding or kind.
-    """
-    _validate(args)
-    if args.suite == "report":
-        from .report import update_readme
-
-        return update_readme(args.readme, args.output or Path("benchmarks/results"))
-    if args.suite == "static":
-        from .static import run_static
-
-        return run_static(args.output)
-    if args.interpret and os.environ.get("TRITON_INTERPRET") != "1":
-        # The interpreter must be chosen before Triton is imported.
-        return _again(args, args.suite, {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"})
-    if args.suite == "all":
-        return _run_all(args)
-    return _run_suite(args)
-
-
-def _validate(args: argparse.Namespace) -> None:
-    for padding in args.padding or ():
-        share = padding[5:] if padding.startswith("valid") else ""
-        if padding not in plan.PADDINGS and not (share.isdigit() and 1 <= int(share) <= 100):
-            raise SystemExit(f"--padding {padding}: expected one of {', '.join(plan.PADDINGS)}, or valid1 to valid100")
-    kinds = {kind for kinds in plan.KINDS.values() for kind in kinds}
-    for kind in args.kind or ():
-        if kind not in kinds:
-            raise SystemExit(f"--kind {kind}: expected one of {', '.join(sorted(kinds))}")
-    for batch in args.batch or ():
-        if batch < 1:
-            raise SystemExit(f"--batch {batch}: expected at least 1")
-    for dropout in args.dropout or ():
-        if not 0 <= dropout < 1:
-            raise SystemExit(f"--dropout {dropout}: expected 0 <= p < 1")
-
-
-def _argv(args: argparse.Namespace, suite: str) -> list[str]:
-    """The command line that gives `args` again, for `suite`."""
-    argv = [suite]
-    for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        if name in _OWN_OPTIONS and value is not None and value is not False:
-            argv += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]
-    if args.compile is False:
-        argv.append("--no-compile")
-    return argv
-
-
-_OWN_OPTIONS = {
-    "quick", "device", "budget", "interpret", "check_only", *CHOICES, "provider", "launch", "compile", "seed", "output",
-    "no_plots", "no_save",
-}  # fmt: skip
-
-
-def _again(args: argparse.Namespace, suite: str, environment: dict[str, str], timeout: float | None = None) -> int:
-    """Runs one suite in a process of its own; 124 if it did not end in `timeout` seconds."""
-    command = [sys.executable, "-m", __package__, *_argv(args, suite)]
-    try:
-        return subprocess.run(command, env=os.environ | environment, timeout=timeout).returncode
-    except subprocess.TimeoutExpired:
-        print(
-            f"{suite}: stopped after {timeout:.0f} s; what was measured until then is in its results file", flush=True
-        )
-        return 124
-
-
-def _run_all(args: argparse.Namespace) -> int:
-    """Every suite in a process of its own, so that a broken kernel does not take the other suites with it."""
-    status = {}
-    for suite in plan.SUITES:
-        budget = args.budget and args.budget * SHARES[suite]
-        each = argparse.Namespace(**vars(args) | {"budget": budget})
-        status[suite] = _again(each, suite, {}, timeout=budget and 1.3 * budget + 15)
-    for suite, code in status.items():
-        if code:
-            print(f"{suite}: exit status {code}")
-    return int(any(status.values()))
-
-
-def _device(args: argparse.Namespace) -> torch.device:
-    if args.device is None:
-        return torch.device("cuda" if torch.cuda.is_available() and not args.interpret else "cpu")
-    device = torch.device(args.device)
-    if device.type not in ("cuda", "cpu"):
-        raise SystemExit(f"--device {args.device}: expected cuda or cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: PyTorch finds no CUDA GPU here")
-    return device
-
-
-def _specs(args: argparse.Namespace, device: torch.device) -> list[plan.Spec]:
-    if args.interpret:
-        base = plan.interpreter_plan(args.suite)
-    elif device.type == "cuda":
-        base = plan.gpu_plan(args.suite, args.quick)
-    else:
-        base = plan.cpu_plan(args.suite, args.quick)
-    chosen = {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
-    return plan.chosen_plan(args.suite, base, chosen)
-
-
-def _announce(args: argparse.Namespace, device: torch.device) -> None:
-    if args.interpret:
-        print(
-            "Triton's interpreter: the kernels' results on tiny shapes. Not shown: time, memory, anything in bfloat16 "
-            "(the interpreter rounds it wrongly), races, what only the compiler refuses."
-        )
-    elif device.type == "cpu":
-        print(
-            f"CPU ({device_name(device)}): the ops run their PyTorch references, on small shapes. Not measured without "
-            "a GPU: the kernels, CUDA graphs, peers that exist on CUDA only, peak memory. Other work on the machine "
-            "shows in the times."
-        )
-
-
-def _run_suite(args: argparse.Namespace) -> int:
-    started = time.monotonic()
-    device = _device(args)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    _announce(args, device)
-    specs = _specs(args, device)
-    check_only = args.check_only or args.interpret
-    settings = Settings(
-        device=device,
-        launches=tuple(launch for launch in args.launch if launch == "eager" or device.type == "cuda"),
-        seconds_per_case=0.3 if args.quick else 1.0,
-        min_rounds=5 if device.type == "cuda" else 3,
-        check_only=check_only,
-        seed=args.seed,
-    )
-    compile_peers = device.type == "cuda" if args.compile is None else args.compile
-    ceilings = None
-    if not check_only and specs:
-        ceilings = measure_ceilings(device, sorted({spec.precision for spec in specs}), args.quick)
-        print_ceilings(ceilings, device_name(device))
-    scale = plan.scale_for(device, args.quick, args.interpret)
-    record = suite_record(args.suite, provenance(device), _argv(args, args.suite), ceilings)
-    folder = args.output or Path("benchmarks/results") / slug(device_name(device))
-    saving = not args.no_save and not check_only
-    for spec in specs:
-        if args.budget is not None and time.monotonic() - started > args.budget:
-            record["not_measured"].append({"case": str(spec), "reason": f"time budget of {args.budget:g} s"})
-            continue
-        rows = _run_spec(spec, args, settings, ceilings, scale, compile_peers)
-        record["rows"] += rows
-        print_case(rows)
-        if saving:
-            save(record, folder)
-    if saving and specs:
-        saved = save(record, folder)
-        print(f"results: {saved}")
-        if not args.no_plots:
-            from .plots import plot_suite
-
-            for path in plot_suite(load_record(saved), folder):
-                print(f"plot: {path}")
-    for left in record["not_measured"]:
-        print(f"not measured: {left['case']}: {left['reason']}")
-    return int(
-        any(row.status in ("wrong", "failed") and row.provider.startswith("detr_fast") for row in record["rows"])
-    )
-
-
-def _run_spec(spec, args, settings, ceilings, scale, compile_peers) -> list[Row]:
-    if compile_peers:
-        torch._dynamo.reset()  # or the recompilation limit is reached after a few shapes
-    case, providers = plan.build(spec, scale, settings.device, compile=compile_peers, quick=args.quick)
-    if args.provider:
-        providers = [p for p in providers if any(part.lower() in p.name.lower() for part in args.provider)]
-    return run_case(case, providers, ceilings, settings)
+    return runner.run(args)

@@ -13,8 +13,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from detr_fast.ops import pad_collate, pad_collate_packed, pad_collate_reference
 from detr_fast.ops.pad_collate import pack_images
 
+from .case import Case, Inputs, Outputs, Provider, Unavailable
 from .ceilings import PRECISIONS, Work
-from .harness import Case, Inputs, Outputs, Provider, Unavailable
 from .shapes import BatchShape
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

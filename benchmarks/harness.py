@@ -1,284 +1,25 @@
-"""Cases, providers, the check that comes before every measurement, and the measurement.
+"""The measurement: `run_case` refuses wrong providers, then measures the others interleaved.
 
-A case is one question (op, shape, precision, mode) with its inputs and its float64 answer. A provider is one way to
-answer it. `run_case` first holds every provider's answer against float64; one that fails is refused: its row says WRONG
-and has no time. The others are measured interleaved, launched eagerly and replayed as a CUDA graph.
+A provider that fails the check has a row that says WRONG and no time. The others are launched eagerly and replayed as a
+CUDA graph, in turn, over inputs rotated past the L2.
 """
 
 import contextlib
 import dataclasses
 import gc
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .ceilings import PRECISIONS, Ceilings, Work, set_precision
+from .case import Case, Inputs, Provider, Row, Settings, Unavailable
+from .ceilings import Ceilings, set_precision
+from .check import Checker, cotangents_for, flat, float_outputs, leaf
 from .timing import clock_for, interleave, quantiles
-
-Inputs = dict[str, Any]
-Outputs = tuple[torch.Tensor, ...]
-
-# Allowed beside twice the plain implementation's error, relative to the largest value of the slice: about one rounding
-# of the result; for fp32 torch.testing's absolute tolerance.
-FLOORS = {"fp32": 1e-5, "tf32": 2.0**-10, "bf16": 2.0**-8, "fp16": 2.0**-11}
-
-
-class Unavailable(Exception):
-    """A provider cannot answer this case here; the message says why."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One question.
-
-    Attributes:
-        suite, name: "attention", "encoder R50-B16-coco p=0.1".
-        precision: a key of `ceilings.PRECISIONS`.
-        mode: "forward", "backward" or "both".
-        inputs: seed → inputs on the device; equal seeds give equal inputs.
-        reference: inputs (floating point ones in float64) → outputs, differentiable.
-        plain: inputs in the case's precision → outputs of the textbook implementation, whose error is the measure.
-        leaves: names of the inputs with a gradient; empty for an op without one.
-        work: stages for the physical limit.
-        shape: what to write down about the sizes.
-        dropout: probability while timing. The comparison with float64 is made without dropout, and
-            `dropout_mean` then checks that dropout is applied and scaled.
-    """
-
-    suite: str
-    name: str
-    precision: str
-    mode: str
-    inputs: Callable[[int], Inputs]
-    reference: Callable[[Inputs], Outputs]
-    plain: Callable[[Inputs], Outputs]
-    work: list[Work]
-    shape: dict[str, Any]
-    leaves: tuple[str, ...] = ()
-    dropout: float = 0.0
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return PRECISIONS[self.precision][0]
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One way to answer a case.
-
-    Attributes:
-        name, label: the label says what the numbers do and do not contain (padding, dropout, packing).
-        run: state → outputs: what is timed. With `state["dropout_p"]` where the case has dropout.
-        prepare: inputs → state, not timed; keeps the leaves' names. Raises `Unavailable`.
-        finish: (state, outputs) → outputs in the case's layout, not timed.
-        reference, plain: the question it answers, where that is not the case's.
-        compare: (outputs, inputs) → the part of the outputs that it promises.
-        ours: a fault of ours is an error of the run; a fault of a peer is a row.
-    """
-
-    name: str
-    label: str
-    run: Callable[[Inputs], Outputs]
-    prepare: Callable[[Inputs], Inputs] = lambda inputs: dict(inputs)
-    finish: Callable[[Inputs, Outputs], Outputs] = lambda state, outputs: outputs
-    reference: Callable[[Inputs], Outputs] | None = None
-    plain: Callable[[Inputs], Outputs] | None = None
-    compare: Callable[[Outputs, Inputs], Outputs] = lambda outputs, inputs: outputs
-    ours: bool = False
-
-
-@dataclass
-class Row:
-    """One line of a result. `status`: ok, limit, checked (right, not timed), wrong, unavailable or failed."""
-
-    suite: str
-    case: str
-    provider: str
-    label: str
-    precision: str
-    mode: str
-    launch: str
-    status: str
-    reason: str = ""
-    shape: dict[str, Any] = field(default_factory=dict)
-    median_ms: float | None = None
-    p20_ms: float | None = None
-    p80_ms: float | None = None
-    rounds: int | None = None
-    gb_per_s: float | None = None
-    tflop_per_s: float | None = None
-    percent_of_ceiling: float | None = None
-    peak_memory_mib: float | None = None
-    max_error: float | None = None
-    plain_error: float | None = None
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to measure: see `cli.add_arguments`."""
-
-    device: torch.device
-    launches: tuple[str, ...] = ("eager", "graph")
-    seconds_per_case: float = 1.0
-    min_rounds: int = 5
-    check_only: bool = False
-    seed: int = 0
-
-
-# -- the check ---------------------------------------------------------------------------------------------------------
-
-
-def _as_double(inputs: Inputs) -> Inputs:
-    def convert(value):
-        if isinstance(value, torch.Tensor):
-            return value.double() if value.is_floating_point() else value
-        if isinstance(value, list):
-            return [convert(v) for v in value]
-        return value
-
-    return {name: convert(value) for name, value in inputs.items()}
-
-
-def _leaf(value):
-    return [v.detach().requires_grad_() for v in value] if isinstance(value, list) else value.detach().requires_grad_()
-
-
-def _flat(values) -> list[torch.Tensor]:
-    return [t for v in values for t in (v if isinstance(v, list) else [v])]
-
-
-def _cotangents(outputs: Outputs, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
-    """Random, rounded to `dtype` first, so that every precision is given the very same numbers."""
-    generator = torch.Generator(outputs[0].device).manual_seed(seed)
-    return [torch.randn(o.shape, generator=generator, device=o.device).to(dtype).to(o.dtype) for o in outputs]
-
-
-def _float_outputs(outputs: Outputs) -> Outputs:
-    return tuple(o for o in outputs if o.is_floating_point())
-
-
-def _answers(case: Case, inputs: Inputs, function: Callable[[Inputs], Outputs], compare) -> list[torch.Tensor]:
-    """Outputs of `function`, and their gradients where the case asks for them."""
-    if case.mode == "forward":
-        with torch.no_grad():
-            return list(compare(function(inputs), inputs))
-    inputs = {name: _leaf(value) if name in case.leaves else value for name, value in inputs.items()}
-    outputs = compare(function(inputs), inputs)
-    leaves = _flat(inputs[name] for name in case.leaves)
-    differentiable = _float_outputs(outputs)
-    grads = torch.autograd.grad(differentiable, leaves, _cotangents(differentiable, case.dtype, seed=1))
-    return [o.detach() for o in outputs] + list(grads)
-
-
-def judge(
-    actual: torch.Tensor, expected: torch.Tensor, plain: torch.Tensor, precision: str
-) -> tuple[str, float, float]:
-    """Judges one tensor element by element against float64.
-
-    An element may be wrong by twice the largest error of the plain implementation in the same slice (the last two
-    axes: one head, one image's channel) plus `FLOORS` times the slice's largest value, so that one dead head or one
-    wrong image is seen. NaN and infinity are never within a bound. Integers and bools must be equal.
-
-    Returns:
-        (what is wrong or "", largest error, largest error of the plain implementation)
-    """
-    if actual.shape != expected.shape:
-        return f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}", math.inf, 0.0
-    if not expected.is_floating_point():
-        different = int((actual != expected).sum())
-        return (f"{different} of {expected.numel()} values differ" if different else ""), float(different), 0.0
-    if not expected.numel():
-        return "", 0.0, 0.0
-    axes = tuple(range(max(0, expected.ndim - 2), expected.ndim)) or None
-    error, plain_error = (actual.double() - expected).abs(), (plain.double() - expected).abs()
-    size = expected.abs().amax(axes, keepdim=True)
-    bound = 2 * plain_error.amax(axes, keepdim=True) + FLOORS[precision] * size + 1e-6 * FLOORS[precision] * size.max()
-    outside = ~(error <= bound)
-    worst = float(error.max()) if not bool(error.isnan().any()) else math.nan
-    wrong = ""
-    if bool(outside.any()):
-        # The element furthest beyond its bound, for the reader.
-        ratio = torch.where(error.isnan(), math.inf, error / bound.clamp_min(1e-300))
-        where = torch.unravel_index(ratio.argmax(), ratio.shape)
-        index = tuple(int(i) for i in where)
-        wrong = (
-            f"{int(outside.sum())} of {outside.numel()} values beyond the bound, e.g. {index}: "
-            f"{float(actual[index]):.6g}, expected {float(expected[index]):.6g}"
-        )
-    return wrong, worst, float(plain_error.max())
-
-
-class Checker:
-    """Float64 and plain answers of one case, computed once per question and shared by its providers."""
-
-    def __init__(self, case: Case, seed: int):
-        self.case = case
-        self.inputs = case.inputs(seed) | {"dropout_p": 0.0}
-        self.cache: dict[Any, list[torch.Tensor]] = {}
-
-    def _cached(self, function, compare, inputs: Callable[[], Inputs]) -> list[torch.Tensor]:
-        key = (function, compare)
-        if key not in self.cache:
-            self.cache[key] = _answers(self.case, inputs(), function, compare)
-        return self.cache[key]
-
-    def check(self, provider: Provider) -> tuple[str, float, float]:
-        """(what is wrong or "", largest error, the plain implementation's largest error)."""
-        case = self.case
-        reference, plain = provider.reference or case.reference, provider.plain or case.plain
-        expected = self._cached(reference, provider.compare, lambda: _as_double(self.inputs))
-        with set_precision(case.precision):
-            baseline = self._cached(plain, provider.compare, lambda: self.inputs)
-
-            def whole(inputs: Inputs) -> Outputs:
-                state = provider.prepare(inputs)
-                return provider.finish(state, provider.run(state))
-
-            actual = _answers(case, self.inputs, whole, provider.compare)
-        if len(actual) != len(expected):
-            return f"{len(actual)} results, expected {len(expected)}", math.inf, 0.0
-        judged = [judge(a, e, p, case.precision) for a, e, p in zip(actual, expected, baseline, strict=True)]
-        wrong = "; ".join(f"result {i}: {w}" for i, (w, _, _) in enumerate(judged) if w)
-        if not wrong and case.dropout > 0:
-            with set_precision(case.precision):
-                wrong = dropout_mean(case, self.inputs, provider)
-        return wrong, max(e for _, e, _ in judged), max(p for _, _, p in judged)
-
-
-def dropout_mean(case: Case, inputs: Inputs, provider: Provider) -> str:
-    """What is wrong with a provider's dropout, or "": it must change the rows, but not their mean.
-
-    With all values 1 the output without dropout is one vector c (plus a bias), and dropout scales c by the sum of the
-    surviving weights, 1 on average. The sums' own spread, which must be more than rounding, gives the standard error;
-    six of them are allowed.
-    """
-
-    def run(dropout: float) -> torch.Tensor:
-        ones = inputs | {"value": torch.ones_like(inputs["value"]), "dropout_p": dropout}
-        with torch.no_grad():
-            state = provider.prepare(ones)
-            return provider.compare(provider.finish(state, provider.run(state)), ones)[0].double()
-
-    without = run(0.0)
-    norm = without.square().sum(-1)
-    sums = 1 + ((run(case.dropout) - without) * without).sum(-1)[norm > 0] / norm[norm > 0]
-    spread = float(sums.std()) if sums.numel() > 1 else 0.0
-    if spread <= 1e-4:
-        return "dropout is not applied"
-    bound = 6 * spread / math.sqrt(sums.numel()) + FLOORS[case.precision]
-    if abs(float(sums.mean()) - 1) > bound:
-        return f"dropout changes the mean: {float(sums.mean()):.4f}, expected 1 within {bound:.4f}"
-    return ""
-
-
-# -- the measurement ---------------------------------------------------------------------------------------------------
 
 
 def _tensor_bytes(inputs: Inputs) -> int:
-    return sum(t.numel() * t.element_size() for t in _flat(inputs.values()) if isinstance(t, torch.Tensor))
+    return sum(t.numel() * t.element_size() for t in flat(inputs.values()) if isinstance(t, torch.Tensor))
 
 
 def input_copies(device: torch.device, size: int) -> int:
@@ -299,16 +40,16 @@ def _calls(case: Case, provider: Provider, seeds: range) -> list[Callable[[], An
                 state = provider.prepare(inputs)
             calls.append(lambda state=state: provider.run(state))
             continue
-        inputs |= {name: _leaf(inputs[name]) for name in case.leaves}
+        inputs |= {name: leaf(inputs[name]) for name in case.leaves}
         with torch.no_grad():
             state = provider.prepare(inputs)
         for name in case.leaves:
             # What was packed anew is a leaf of its own: the packing's backward is not part of the call either.
-            if not all(t.requires_grad for t in _flat([state[name]])):
-                state[name] = _leaf(state[name])
-        leaves = _flat(state[name] for name in case.leaves)
-        outputs = _float_outputs(provider.run(state))
-        cotangents = _cotangents(outputs, case.dtype, seed)
+            if not all(t.requires_grad for t in flat([state[name]])):
+                state[name] = leaf(state[name])
+        leaves = flat(state[name] for name in case.leaves)
+        outputs = float_outputs(provider.run(state))
+        cotangents = cotangents_for(outputs, case.dtype, seed)
         if case.mode == "backward":
 
             def backward(outputs=outputs, leaves=leaves, cotangents=cotangents):
@@ -319,7 +60,7 @@ def _calls(case: Case, provider: Provider, seeds: range) -> list[Callable[[], An
             del outputs
 
             def both(state=state, leaves=leaves, cotangents=cotangents):
-                return torch.autograd.grad(_float_outputs(provider.run(state)), leaves, cotangents)
+                return torch.autograd.grad(float_outputs(provider.run(state)), leaves, cotangents)
 
             calls.append(both)
     return calls

@@ -15,8 +15,8 @@ from detr_fast.layers import MultiheadAttention
 
 from . import attention as attention_suite
 from .attention import HEADS
+from .case import Case, Inputs, Outputs, Provider, Unavailable
 from .ceilings import PRECISIONS, Work
-from .harness import Case, Inputs, Outputs, Provider, Unavailable
 from .shapes import BatchShape
 
 EMBED = 256
@@ -111,7 +111,7 @@ def providers() -> list[Provider]:
     shipped = functools.partial(_module_state, kind=nn.MultiheadAttention)
     return [
         Provider(
-            "detr_fast", "padding skipped, dropout", functools.partial(_module, need_weights=False),
+            "detr_fast", "padding honoured, dropout", functools.partial(_module, need_weights=False),
             functools.partial(_module_state, kind=MultiheadAttention), ours=True,
         ),
         Provider(

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from . import attention, collate, mha, position
-from .harness import Case, Provider
+from .case import Case, Provider
 from .shapes import BatchShape, nominal_batch, shrunk_batch, typical_real_batch
 
-SUITES = ("collate", "position", "attention", "mha")
 KINDS = {"attention": ("encoder", "cross", "decoder"), "mha": ("encoder", "cross", "decoder"), "collate": collate.TASKS}
 PADDINGS = ("none", "coco", "coco-dense")
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from detr_fast.ops import sine_position, sine_position_reference
 
+from .case import Case, Inputs, Outputs, Provider, Unavailable
 from .ceilings import PRECISIONS, Work
-from .harness import Case, Inputs, Outputs, Provider, Unavailable
 from .shapes import BatchShape
 
 FEATURES, TEMPERATURE = 128, 10000

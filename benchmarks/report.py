@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
+from .markers import replace_between
 from .results import load
-
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 # What the README quotes: suite, kind or task, model, padding, precision, mode, dropout; batch 16.
 QUOTED = [
@@ -108,17 +107,12 @@ def table(results: Path) -> str:
 
 
 def update_readme(readme: Path, results: Path) -> int:
-    """Replaces what stands between the markers in `readme`; everything else stays as it is.
+    """Writes `table` between the markers `benchmarks:begin` and `benchmarks:end` of `readme`.
 
     Returns:
         0; 1 if the file or its markers are missing.
     """
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        print(f"{readme}: expected the lines {BEGIN} and {END}")
+    if not replace_between(readme, "benchmarks", table(results)):
         return 1
-    readme.write_text(f"{head}{BEGIN}\n{table(results)}\n{END}{tail}", encoding="utf-8")
     print(f"{readme}: table written from {results}")
     return 0

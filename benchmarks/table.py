@@ -1,7 +1,7 @@
 """The terminal's tables."""
 
+from .case import Row
 from .ceilings import Ceilings
-from .harness import Row
 
 COLUMNS = (
     "provider",

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from detr_fast.benchmarks import plan
+from detr_fast.benchmarks import PRECISIONS, SUITES, ceilings, plan
 from detr_fast.benchmarks.cli import main
 from detr_fast.benchmarks.plots import plot_suite
 from detr_fast.benchmarks.provenance import slug
-from detr_fast.benchmarks.report import BEGIN, END, table, update_readme
+from detr_fast.benchmarks.report import table, update_readme
 from detr_fast.benchmarks.results import load_record, save
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--quick", "--device", "cpu", "--batch", "1", "--precision", "fp32"]
 
 
-@pytest.mark.parametrize("suite", plan.SUITES)
+@pytest.mark.parametrize("suite", SUITES)
 def test_every_suite_runs_on_a_cpu(suite, tmp_path, capsys):
     kind = {"collate": ["float"], "position": []}.get(suite, ["decoder"])
     chosen = ["--kind", *kind] if kind else []
@@ -82,7 +82,7 @@ def test_bad_options_are_refused(arguments):
         main(["attention", *arguments])
 
 
-@pytest.mark.parametrize("suite", plan.SUITES)
+@pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("quick", [True, False])
 def test_plans_are_sound(suite, quick):
     specs = plan.gpu_plan(suite, quick)
@@ -104,15 +104,25 @@ def test_chosen_options_multiply():
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("suite", plan.SUITES)
+@pytest.mark.parametrize("suite", SUITES)
 def test_kernels_are_right_through_the_interpreter(suite, capsys):
     assert main([suite, "--interpret", "--batch", "2", "--precision", "fp32"]) == 0
     printed = capsys.readouterr().out
     assert "Not shown: time" in printed and re.search(r"detr_fast +- .*right, not timed", printed), printed
 
 
+def test_command_line_knows_the_suites_and_precisions():
+    from detr_fast.benchmarks import runner
+
+    assert PRECISIONS == tuple(ceilings.PRECISIONS) and set(SUITES) == set(runner.SHARES)
+    assert sum(runner.SHARES.values()) == pytest.approx(1.0)
+
+
 def test_slug():
     assert slug("NVIDIA H200") == "nvidia-h200" and slug("AMD EPYC 9004 (x)") == "amd-epyc-9004-x"
+
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 # -- report and plots: from a made-up GPU's results --------------------------------------------------------------------

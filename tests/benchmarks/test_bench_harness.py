@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from detr_fast.benchmarks.case import Provider, Row, Settings, Unavailable
 from detr_fast.benchmarks.ceilings import Ceilings, Work, measure_ceilings, set_precision
-from detr_fast.benchmarks.harness import Provider, Row, Settings, Unavailable, input_copies, judge, run_case
+from detr_fast.benchmarks.check import judge
+from detr_fast.benchmarks.harness import input_copies, run_case
 from detr_fast.benchmarks.timing import WallClock, interleave, quantiles
 
 
