@@ -19,9 +19,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # `detr_fast/kernels` is a link to `kernels/`: found here, and never installed under the top-level name `kernels`.
+    # `detr_fast/kernels` and `detr_fast/benchmarks` are links to `kernels/` and `benchmarks/`: found here, and never
+    # installed under those top-level names.
     packages=find_packages(include=["detr_fast", "detr_fast.*"]),
-    package_data={"detr_fast": ["py.typed"]},
+    package_data={"detr_fast": ["py.typed"], "detr_fast.benchmarks": ["coco_sizes.json"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
