@@ -20,8 +20,7 @@ import triton.language as tl
 
 _TABLE_COLUMNS = tl.constexpr(7)  # address, strides of C, H, W in elements, sizes of C, H, W
 
-_BLOCK_H, _BLOCK_W = 16, 256
-_BLOCK_H_CHANNELS_LAST = 32
+_BLOCK_H, _BLOCK_W = 32, 256
 _NUM_WARPS = 4
 
 _TRITON_TYPES = {
@@ -163,8 +162,9 @@ def _pad_collate_forward_kernel(
             batch_rows = batch_ptr + (((image * channels + c) * height + row_start + offs_h) * width + col_start)
             tl.store(batch_rows + offs_col, values.to(batch_ptr.dtype.element_ty), mask=in_batch)
 
-    # The mask's columns are pixels: the first W / BLOCK_W programs of a row write it. In two halves, because a byte tile
-    # of the batch's own shape would impose its 16 elements per thread on the loads and cost a pass through shared memory.
+    # The mask's columns are pixels: the first W / BLOCK_W programs of a row write it. In two halves, because a byte
+    # tile of the batch's own shape would impose its 16 elements per thread on the loads and cost a pass through shared
+    # memory.
     if group == 0:
         HALF: tl.constexpr = BLOCK_W // 2
         for half in tl.static_range(2):
@@ -260,8 +260,7 @@ def pad_collate_forward(
         unit_stride = all(image.shape[0] == channels == image.stride(2) and image.stride(0) == 1 for image in images)
     else:
         unit_stride = all(image.stride(2) == 1 for image in images)
-    block_h = _BLOCK_H_CHANNELS_LAST if pixel_rows else _BLOCK_H
-    col_blocks, row_blocks = triton.cdiv(row_width, _BLOCK_W), triton.cdiv(height, block_h)
+    col_blocks, row_blocks = triton.cdiv(row_width, _BLOCK_W), triton.cdiv(height, _BLOCK_H)
     with torch.cuda.device_of(batch):
         table, norm_values = _table_on_device(images, norm, compute_type)
         _pad_collate_forward_kernel[(len(images) * channel_groups * row_blocks * col_blocks,)](
@@ -282,7 +281,7 @@ def pad_collate_forward(
             CHANNELS_LAST=pixel_rows,
             CHANNELS=fixed_channels,
             UNIT_STRIDE=unit_stride,
-            BLOCK_H=block_h,
+            BLOCK_H=_BLOCK_H,
             BLOCK_W=_BLOCK_W,
             num_warps=_NUM_WARPS,
         )

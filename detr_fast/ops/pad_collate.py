@@ -356,7 +356,7 @@ def _check_mean_std(mean, std, image_dtype: torch.dtype, channels: int):
         values = [float(value) for value in values]
         if len(values) != channels:
             raise ValueError(f"{name} has {len(values)} values; expected one for each of the {channels} channels")
-        if not all(math.isfinite(value) for value in values):
+        if not all(-math.inf < value < math.inf for value in values):  # torch.compile cannot trace isfinite
             raise ValueError(f"{name} is {values}; expected finite values")
         checked.append(values)
     if min(abs(value) for value in [1.0, *checked[1]]) < _SMALLEST_STD:
