@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from detr_fast.ops.attention import attention
 from detr_fast.ops.pad_collate import pad_collate
 from detr_fast.ops.sine_position import sine_position
 
@@ -18,13 +19,15 @@ class Case:
     Attributes:
         name: what varies, the dtype among it (bf16, fp16, fp32).
         run: makes the call, forward and backward.
-        detr: DETR's own shapes and options run this; then no kernel may spill, and every chip compiles it.
+        detr: DETR's own shapes and options run this; then no kernel may spill.
+        every_chip: compiled for every chip, not only for the main one unless everything is asked for.
         from_chip: the first compute capability, times ten, it is meant for.
     """
 
     name: str
     run: Callable[[], None]
     detr: bool = False
+    every_chip: bool = False
     from_chip: int = 75
 
 
@@ -34,7 +37,8 @@ def _sine(dtype: str, layout: str, normalize: bool = True, scale: float | None =
         sine_position(mask, (4, 6), 128, normalize=normalize, scale=scale, dtype=DTYPES[dtype], layout=layout)
 
     name = f"sine_position {dtype} {layout}{'' if normalize else ' counts'}{f' scale={scale:g}' if scale else ''}"
-    return Case(name, run, detr=normalize and scale is None, from_chip=80 if dtype == "bf16" else 75)
+    every_chip = (dtype, layout) in (("fp32", "nchw"), ("bf16", "tokens")) and normalize and scale is None
+    return Case(name, run, normalize and scale is None, every_chip, from_chip=80 if dtype == "bf16" else 75)
 
 
 CASES: list[Case] = []
@@ -64,7 +68,7 @@ def _pad(
             batch.backward(torch.zeros_like(batch))
 
     bf16 = torch.bfloat16 in (source, target)
-    return Case(f"pad_collate {name}", run, detr, from_chip=80 if bf16 else 75)
+    return Case(f"pad_collate {name}", run, detr, detr and target != torch.float16, from_chip=80 if bf16 else 75)
 
 
 _NORM = dict(mean=[0.5] * 3, std=[0.25] * 3)
@@ -80,12 +84,12 @@ for _name, _dtype in DTYPES.items():
             detr=True,
             **_NORM,
         ),
-        _pad(f"{_name} copy", _dtype, detr=True),
+        _pad(f"{_name} copy", _dtype, detr=_name == "fp32"),
         _pad(f"{_name} copy backward", _dtype, backward=True),
         _pad(f"{_name} normalised backward", _dtype, backward=True, **_NORM),
     ]
 CASES += [
-    _pad("bool copy, 5 channels", torch.bool, channels=5, detr=True),
+    _pad("bool copy, 5 channels", torch.bool, channels=5),
     _pad("uint8 HWC -> fp32 normalised", torch.uint8, torch.float32, hwc=True, **_NORM),
     _pad("uint8 CHW -> bf16 normalised channels_last", torch.uint8, torch.bfloat16, channels_last=True, **_NORM),
     _pad("fp32 4 channels normalised", torch.float32, channels=4, mean=[0.5] * 4, std=[0.25] * 4),
@@ -114,3 +118,53 @@ CASES += [
         torch.float64,
     )
 ]
+
+
+def _attention(
+    dtype: str,
+    lengths: tuple[int, int] = (950, 950),
+    head_dims: tuple[int, int] = (32, 32),
+    padding: bool = True,
+    dropout: float = 0.1,
+    tf32: bool = False,
+    detr: bool = False,
+) -> Case:
+    def run():
+        heads = 8
+        query, key, value = (
+            # As a projection gives them: [L, B, H, D] in memory.
+            torch.empty(length, 2, heads, dim, dtype=DTYPES[dtype]).permute(1, 2, 0, 3).requires_grad_()
+            for length, dim in zip((lengths[0], lengths[1], lengths[1]), (head_dims[0], *head_dims), strict=True)
+        )
+        mask = torch.zeros(2, lengths[1], dtype=torch.bool) if padding else None
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        try:
+            out, _ = attention(query, key, value, mask, dropout)
+            out.backward(torch.empty_like(out))
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+
+    name = f"attention {dtype}{' tf32' if tf32 else ''} {lengths[0]}x{lengths[1]} d={head_dims[0]}"
+    name += f",{head_dims[1]}" if head_dims[0] != head_dims[1] else ""
+    name += f"{' padding' if padding else ''}{' dropout' if dropout else ''}"
+    return Case(name, run, detr, detr and dtype != "fp16" and padding, from_chip=80)
+
+
+# Encoder, cross and decoder self-attention, in training and in evaluation; DC5's encoder.
+for _dtype in ("bf16", "fp16"):
+    CASES += [
+        _attention(_dtype, detr=True),
+        _attention(_dtype, dropout=0.0, detr=True),
+        _attention(_dtype, (100, 950), detr=True),
+        _attention(_dtype, (100, 100), padding=False, detr=True),
+        _attention(_dtype, (100, 100), padding=False, dropout=0.0, detr=True),
+        _attention(_dtype, (3800, 3800), detr=True),
+    ]
+CASES += [_attention("fp32", tf32=True, detr=True)]
+for _tf32 in (False, True):
+    CASES += [_attention("fp32", tf32=_tf32), _attention("fp32", (100, 100), tf32=_tf32, padding=False, dropout=0.0)]
+# Every padded head dimension, and a value dimension of its own.
+for _dims in ((16, 16), (64, 64), (128, 128), (24, 40)):
+    CASES += [_attention("bf16", head_dims=_dims), _attention("fp32", head_dims=_dims, dropout=0.0)]
+    CASES += [_attention("fp32", head_dims=_dims, tf32=True)]

@@ -1,0 +1,77 @@
+"""Every kernel compiles for every chip within its limits (gate.py). `python -m tests.kernels.gate` prints the table."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(INTERPRET, reason="needs Triton's compiler"),
+]
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory):
+    """Rows and problems of one run of the gate, in a process of its own: it replaces Triton's driver."""
+    result = tmp_path_factory.mktemp("gate") / "gate.json"
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.gate", "--json", str(result)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    print(run.stdout)
+    assert result.exists(), run.stdout + run.stderr
+    return json.loads(result.read_text())
+
+
+def test_kernels_compile_within_the_limits(gate):
+    assert not gate["problems"], "\n".join(gate["problems"])
+
+
+def test_the_table_is_complete(gate):
+    rows = gate["rows"]
+    assert {row["chip"] for row in rows} == {75, 80, 90, 100}
+    assert all(row["registers"] > 0 for row in rows if not row["error"])
+    kernels = {row["kernel"] for row in rows}
+    for op in ("pad_collate", "sine_position", "attention"):
+        assert any(op in kernel for kernel in kernels), f"no kernel of {op} among {sorted(kernels)}"
+
+
+def test_the_gate_finds_what_it_is_for():
+    from tests.kernels.gate import Row, problems_of
+
+    good = Row("attention bf16", "_kernel", "BLOCK=64", 90, True, True, True, 128, 0, 227 * 1024, 12)
+    assert problems_of([good]) == []
+    for change, message in (
+        (dict(error="CompilationError: no"), "does not compile"),
+        (dict(shared=227 * 1024 + 1), "shared memory"),
+        (dict(spills=8), "spills 8 bytes"),
+        (dict(tensor_core=0), "has no wgmma"),
+        (dict(chip=80), "shared memory"),
+        (dict(chip=75), "shared memory"),
+    ):
+        found = problems_of([dataclasses.replace(good, **change)])
+        assert len(found) == 1 and message in found[0], (change, found)
+    assert problems_of([dataclasses.replace(good, spills=8, detr=False)]) == []
+    assert problems_of([dataclasses.replace(good, tensor_core=0, low_precision=False)]) == []
+
+
+def test_the_gate_finds_what_no_case_launches(monkeypatch):
+    from tests.kernels import gate
+    from tests.kernels.cases import CASES
+
+    sine = [case for case in CASES if case.name.startswith("sine_position")]
+    modules = [module for module in gate.kernel_modules() if module.__name__.endswith("sine_position")]
+    monkeypatch.setattr(gate, "kernel_modules", lambda: modules)
+    assert gate.coverage(gate.record(sine, 90)[0]) == []
+    assert gate.coverage([]) == ["_sine_position_forward_kernel is launched by no case"]
+    found = gate.coverage(gate.record([case for case in sine if "tokens" not in case.name], 90)[0])
+    assert found == ["_sine_position_forward_kernel is only ever launched with TOKENS=False"]
