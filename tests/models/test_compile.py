@@ -25,13 +25,30 @@ def _step(function, model, samples, cotangents):
     return out, [parameter.grad.clone() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_once_for_all_sizes(backend):
+def test_compiles_once_for_all_sizes():
+    """fullgraph forbids a graph break, the counter a recompile. Dropout is on: the seed must not break the graph."""
     torch._dynamo.reset()
-    model = tiny_detr()
-    counter = CompileCounterWithBackend(backend)
+    model = tiny_detr(level=0, layers=1, dropout=0.1)
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    cotangents = [torch.randn(2, 5, 6, 6), torch.randn(2, 5, 6, 4)]
+    cotangents = [torch.randn(1, 5, 6, 6), torch.randn(1, 5, 6, 4)]
+    counts = []
+    for size in SIZES:
+        samples = _samples(*size)
+        first, second = _flat(compiled(samples)), _flat(compiled(samples))
+        assert (first[0] - second[0]).abs().max() > 1e-4
+        torch.autograd.backward(first, [x[:, : size[0]] for x in cotangents])
+        counts.append(counter.frame_count)
+    # Dynamo may call the backend more than once for the first compilation, when it specialises a float.
+    assert counts == counts[:1] * len(SIZES)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_compiled_gradients_match_eager():
+    torch._dynamo.reset()
+    model = tiny_detr(level=0, layers=1)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    cotangents = [torch.randn(1, 5, 6, 6), torch.randn(1, 5, 6, 4)]
     for size in SIZES:
         samples = _samples(*size)
         out, gradients = _step(compiled, model, samples, cotangents)
@@ -39,24 +56,12 @@ def test_compiles_once_for_all_sizes(backend):
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
         for gradient, expected in zip(gradients, expected_gradients, strict=True):
             torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
-    assert counter.frame_count == 1
-
-
-def test_compiles_with_dropout():
-    torch._dynamo.reset()
-    model = tiny_detr(dropout=0.1, aux_loss=False)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    samples = _samples(2, 64, 96)
-    first, second = _flat(compiled(samples)), _flat(compiled(samples))
-    assert (first[0] - second[0]).abs().max() > 1e-4
-    torch.autograd.backward(first, [torch.randn_like(x) for x in first])
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("nested", [False, True])
 @torch.no_grad()
 def test_exports_with_dynamic_sizes(nested):
-    model = tiny_detr(aux_loss=False).eval()
+    model = tiny_detr(aux_loss=False, level=0, layers=1).eval()
     batch, height, width = (torch.export.Dim(name, min=2, max=2048) for name in ("batch", "height", "width"))
     image_dims = {0: batch, 2: height, 3: width}
     dims = [image_dims, {0: batch, 1: height, 2: width}] if nested else image_dims
