@@ -108,7 +108,7 @@ def cpu_plan(suite: str, quick: bool) -> list[Spec]:
 
 def interpreter_plan(suite: str) -> list[Spec]:
     """Tiny cases for the kernels through Triton's interpreter: correctness only."""
-    specs = [Spec(suite, kind, "DC5", batch=2, precision="fp32") for kind in KINDS.get(suite, ("",))]
+    specs = [Spec(suite, kind, "DC5", 2, "valid60", "fp32") for kind in KINDS.get(suite, ("",))]
     if suite in ("attention", "mha"):
         specs += [dataclasses.replace(s, mode="both") for s in specs]
         specs.append(dataclasses.replace(specs[0], dropout=0.1))

@@ -20,8 +20,9 @@ from .provenance import device_name, provenance, slug
 from .results import load_record, save, suite_record
 from .table import print_case, print_ceilings
 
-# Shares of a whole run's time budget.
+# Shares of a whole run's time budget, and the seconds a process takes before it measures.
 SHARES = {"collate": 0.15, "position": 0.12, "attention": 0.48, "mha": 0.25}
+START_UP = 6.0
 CHOICES = ("precision", "mode", "batch", "model", "padding", "kind", "dropout")
 
 
@@ -102,9 +103,10 @@ def _run_all(args: argparse.Namespace) -> int:
     """Every suite in a process of its own, so that a broken kernel does not take the other suites with it."""
     status = {}
     for suite in SUITES:
-        budget = args.budget and args.budget * SHARES[suite]
-        each = argparse.Namespace(**vars(args) | {"budget": budget})
-        status[suite] = _again(each, suite, {}, timeout=budget and 1.3 * budget + 15)
+        share = None if args.budget is None else args.budget * SHARES[suite]
+        # Importing PyTorch counts, and a case that has begun may end.
+        each = argparse.Namespace(**vars(args) | {"budget": share and max(1.0, share - START_UP)})
+        status[suite] = _again(each, suite, {}, timeout=share and share + max(8.0, 0.1 * share))
     for suite, code in status.items():
         if code:
             print(f"{suite}: exit status {code}")

@@ -115,7 +115,7 @@ class StaticRow:
     slots: float | None
 
 
-def _load_gate():
+def load_gate():
     if not (ROOT / "tests" / "kernels" / "gate.py").is_file():
         raise SystemExit("static: needs a checkout of the repository (tests/kernels/gate.py)")
     if str(ROOT) not in sys.path:
@@ -123,11 +123,11 @@ def _load_gate():
     return importlib.import_module("tests.kernels.gate")
 
 
-def measure(gate, chips: tuple[int, ...], name_part: str = "") -> list[StaticRow]:
-    """Compiles the gate's DETR cases for `chips` and reads them.
+def measure(gate, cases: list, chips: tuple[int, ...]) -> list[StaticRow]:
+    """Compiles the gate's `cases` for `chips` and reads the result.
 
-    Args:
-        name_part: only kernels whose name contains it.
+    Raises:
+        RuntimeError: a case cannot be launched or a kernel does not compile.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -135,9 +135,10 @@ def measure(gate, chips: tuple[int, ...], name_part: str = "") -> list[StaticRow
 
     rows = []
     for chip in chips:
-        for launch in gate.record([case for case in gate.CASES if case.detr], chip):
-            if name_part not in launch.kernel.__name__:
-                continue
+        launches, problems = gate.record(cases, chip)
+        if problems:
+            raise RuntimeError("; ".join(problems))
+        for launch in launches:
             compiled = gate.compile_launch(launch)
             if compiled.error:
                 raise RuntimeError(f"{compiled.kernel} ({compiled.case}) on sm_{chip}: {compiled.error}")
@@ -189,9 +190,9 @@ def run_static(save: bool = True) -> int:
     """Prints the table and, with `save`, writes it into NOTES.md."""
     import triton
 
-    gate = _load_gate()
+    gate = load_gate()
     if triton.knobs.runtime.interpret:
         raise SystemExit("static: needs Triton's compiler; unset TRITON_INTERPRET")
-    text = markdown(measure(gate, CHIPS), triton.__version__)
+    text = markdown(measure(gate, [case for case in gate.CASES if case.detr], CHIPS), triton.__version__)
     print(text)
     return 0 if not save or replace_between(NOTES, "static", text) else 1

@@ -1,7 +1,9 @@
 """The command line on tiny CPU runs, the results files, the pictures and the README's table."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -223,3 +225,11 @@ def test_results_are_json_without_nan(tmp_path):
 def test_module_is_a_command():
     done = subprocess.run([sys.executable, "-m", "benchmarks", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--interpret" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_gpu_says_that_there_is_no_gpu():
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = ["make", "gpu", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
+    assert done.returncode != 0 and "no CUDA GPU" in done.stdout

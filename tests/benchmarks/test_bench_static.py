@@ -1,9 +1,21 @@
 """Reading compiled kernels: loops in SASS, occupancy."""
 
+import os
+
 import pytest
 
 from detr_fast.benchmarks.markers import replace_between
-from detr_fast.benchmarks.static import Loop, loops, occupancy, slots_per_element
+from detr_fast.benchmarks.static import (
+    Loop,
+    load_gate,
+    loops,
+    markdown,
+    measure,
+    occupancy,
+    slots_per_element,
+)
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 # An outer loop around the loop over keys, and a spin at the end, in the form that triton's disassembler prints.
 SASS = """Function:_attention_forward_kernel
@@ -52,6 +64,17 @@ def test_slots_count_unrolled_tiles():
 )
 def test_occupancy(chip, registers, shared, warps, expected):
     assert occupancy(chip, registers, shared, warps) == pytest.approx(expected)
+
+
+@pytest.mark.skipif(INTERPRET, reason="needs Triton's compiler")
+def test_the_gates_kernels_are_read():
+    pytest.importorskip("triton")
+    gate = load_gate()
+    cases = [case for case in gate.CASES if case.name.startswith("sine_position fp32 nchw") and case.detr][:1]
+    (row,) = measure(gate, cases, (90,))
+    assert "sine_position" in row.kernel and row.registers > 8 and row.spills == 0 and 0 < row.occupancy <= 1
+    text = markdown([row], "9.9")
+    assert "triton 9.9" in text and f"| sm_90 | `{row.kernel}` | {row.case} |" in text
 
 
 def test_markers(tmp_path, capsys):
