@@ -82,8 +82,7 @@ def _parser(command: str, description: str, **kwargs) -> _Parser:
 def _train_parser() -> argparse.ArgumentParser:
     return _parser(
         "train",
-        "Trains DETR on data in COCO's format. For several GPUs:\n"
-        "  torchrun --nproc-per-node N -m detr_fast train …",
+        "Trains DETR on data in COCO's format. For several GPUs:\n  torchrun --nproc-per-node N -m detr_fast train …",
         parents=[get_args_parser()],
     )
 
@@ -129,9 +128,7 @@ def _eval(args: argparse.Namespace, given: set[str]) -> int:
 
 
 def _predict_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "predict", "Detects objects in images. The model's flags are only needed for bare weights."
-    )
+    parser = _parser("predict", "Detects objects in images. The model's flags are only needed for bare weights.")
     parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_FOLDER")
     _add_weights(parser)
     parser.add_argument("--output_dir", default="outputs/predict", help="default %(default)s")
@@ -194,7 +191,9 @@ def _demo_parser() -> argparse.ArgumentParser:
         "Without a GPU it is smaller: a few minutes on two cores.",
     )
     parser.add_argument("--output_dir", default="outputs/demo", help="default %(default)s")
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cuda, cpu (default %(default)s)")
+    parser.add_argument(
+        "--device", default="auto", help="auto (a GPU if there is one), cuda, cpu (default %(default)s)"
+    )
     parser.add_argument("--max_steps", default=0, type=int, help="fewer optimiser steps, for a quick look")
     return parser
 

@@ -19,7 +19,7 @@ _COMMON = {
 }  # fmt: skip
 _CPU = {
     "image_size": 64, "hidden_dim": 128, "dim_feedforward": 256, "nheads": 4, "batch_size": 8, "epochs": 10,
-    "num_workers": 0, "eval_every": 5, "print_freq": 25,
+    "num_workers": 0, "eval_every": 2, "print_freq": 25,
 }  # fmt: skip
 _CPU_DATA = {"image_size": 64, "num_train": 1200, "num_val": 200}
 _GPU = {

@@ -10,7 +10,7 @@ import torch
 from detr_fast.data.coco import ImageReadError, load_image, read_annotations
 from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, make_coco_transforms
 from detr_fast.nested_tensor import nested_tensor_from_tensor_list
-from detr_fast.training.config import UsageError, choose_device
+from detr_fast.training.config import UsageError, choose_device, usage_errors
 from detr_fast.training.engine import PRECISIONS
 from detr_fast.training.pictures import best_detections, draw_detections
 from detr_fast.training.run import load_for_inference
@@ -40,6 +40,11 @@ def predict(args: argparse.Namespace, given: set[str]) -> int:
         UsageError: no image is found, or one is not in `args.ann`.
         ValueError, FileNotFoundError: the checkpoint cannot be read or does not fit.
     """
+    with usage_errors():
+        return _predict(args, given)
+
+
+def _predict(args: argparse.Namespace, given: set[str]) -> int:
     if not 0 <= args.threshold <= 1:
         raise UsageError(f"--threshold must be in 0..1, got {args.threshold}")
     if args.batch_size < 1:
@@ -91,8 +96,8 @@ def predict(args: argparse.Namespace, given: set[str]) -> int:
     (output_dir / "predictions.json").write_text(json.dumps(predictions), encoding="utf-8")
     (output_dir / "images.json").write_text(json.dumps(described), encoding="utf-8")
     print(
-        f"{len(predictions)} detections with a score of at least {args.threshold} in {len(described)} images; pictures, "
-        f"predictions.json and images.json are in {output_dir}",
+        f"{len(predictions)} detections with a score of at least {args.threshold} in {len(described)} images; "
+        f"pictures, predictions.json and images.json are in {output_dir}",
         flush=True,
     )
     return failed

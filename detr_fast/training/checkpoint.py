@@ -48,11 +48,13 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file holds something else.
-        RuntimeError: a download failed.
+        ValueError: the file holds something else, or the download failed.
     """
     if str(path).startswith(("https://", "http://")):
-        checkpoint = load_url(str(path), "give the path of a file")
+        try:
+            checkpoint = load_url(str(path), "give the path of a file")
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
     else:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no checkpoint file at {str(path)!r}")
@@ -60,8 +62,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{str(path)!r} is not a checkpoint written by torch.save: {reason}") from error
+            raise ValueError(
+                f"{str(path)!r} cannot be read; expected a file written by torch.save that holds only tensors, "
+                "numbers, strings, lists and dicts"
+            ) from error
     if isinstance(checkpoint, dict) and "model" not in checkpoint and _is_state_dict(checkpoint):
         checkpoint = {"model": checkpoint}
     if not isinstance(checkpoint, dict) or not _is_state_dict(checkpoint.get("model")):
@@ -104,9 +108,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     """
     own = model.state_dict()
     replaced = [
-        name
-        for name in own
-        if name.startswith(_REPLACEABLE) and name in state and state[name].shape != own[name].shape
+        name for name in own if name.startswith(_REPLACEABLE) and name in state and state[name].shape != own[name].shape
     ]
     load_model(model, {**state, **{name: own[name] for name in replaced}}, source)
     return [f"{name}: {list(state[name].shape)} there, {list(own[name].shape)} here" for name in replaced]

@@ -4,7 +4,8 @@ Source: facebookresearch/detr, main.py.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -16,6 +17,17 @@ _SEGMENTATION = "segmentation is not available yet"
 
 class UsageError(ValueError):
     """What the user asked for cannot be done as asked; the message says why and is all that needs to be shown."""
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """While a run is set up, what a part refuses is the user's business: its message becomes a UsageError's."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, NotImplementedError) as error:
+        raise UsageError(str(error)) from error
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -124,7 +136,12 @@ def add_size_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image_size", "--short_side", default=None, type=int, help="largest short side in pixels (default 800)"
     )
-    parser.add_argument("--max_size", default=None, type=int, help="longest side in pixels (default 1333, in proportion to --image_size)")
+    parser.add_argument(
+        "--max_size",
+        default=None,
+        type=int,
+        help="longest side in pixels (default 1333, in proportion to --image_size)",
+    )
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
@@ -177,8 +194,10 @@ def check_args(args: argparse.Namespace) -> None:
         UsageError: says which flag, what it was and what is expected.
     """
     _check_segmentation(args)
-    positive = ("batch_size", "epochs", "lr_drop", "accumulate_steps", "eval_every", "print_freq", "num_queries",
-                "enc_layers", "dec_layers", "hidden_dim", "nheads", "dim_feedforward", "image_size", "max_size")  # fmt: skip
+    positive = (
+        "batch_size", "epochs", "lr_drop", "accumulate_steps", "eval_every", "print_freq", "num_queries", "enc_layers",
+        "dec_layers", "hidden_dim", "nheads", "dim_feedforward", "image_size", "max_size",
+    )  # fmt: skip
     for name in positive:
         _require(args, name, lambda value: value >= 1, "at least 1")
     not_negative = ("lr", "lr_backbone", "weight_decay", "max_steps", "warmup_steps", "clip_max_norm", "num_workers",
@@ -233,13 +252,13 @@ def choose_device(name: str, precision: str = "fp32") -> str:
     if precision == "fp16" and device.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU; on the CPU use bf16 or fp32")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UsageError(f"--precision bf16: {torch.cuda.get_device_name(device)} does not support it; use fp16 or fp32")
+        raise UsageError(
+            f"--precision bf16: {torch.cuda.get_device_name(device)} does not support it; use fp16 or fp32"
+        )
     return name
 
 
-def parse_with_given(
-    parser: argparse.ArgumentParser, argv: Sequence[str]
-) -> tuple[argparse.Namespace, set[str]]:
+def parse_with_given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     """Parses `argv`, and tells which flags were really given (by their names in the namespace)."""
     args = parser.parse_args(argv)
     # argparse leaves alone what a namespace already has: what still holds the mark was not given.

@@ -38,6 +38,14 @@ class ModelEma:
         torch._foreach_lerp_(
             [self.values[name] for name in self._averaged], [current[name] for name in self._averaged], 1 - decay
         )
+        self._copy_buffers(current)
+
+    @torch.no_grad()
+    def copy_buffers(self, model: nn.Module) -> None:
+        """Takes the model's buffers."""
+        self._copy_buffers(model.state_dict())
+
+    def _copy_buffers(self, current: Mapping[str, Tensor]) -> None:
         for name in self._copied:
             self.values[name].copy_(current[name])
 

@@ -230,7 +230,7 @@ def _named_losses(
     named["class_error"] = loss_dict["class_error"]
     named["padding"] = samples.mask.float().mean()
     if optimizer is not None:
-        named["lr"] = torch.full_like(loss, optimizer.param_groups[0]["lr"])
+        named["lr"] = torch.full_like(loss, optimizer.param_groups[0]["lr"], dtype=torch.float64)
     return named
 
 

@@ -57,12 +57,12 @@ class Metrics:
             self._names = list(values)
         elif self._names != list(values):
             raise ValueError(f"the metrics of a step are {sorted(values)}, those of the first were {self._names}")
-        self._pending.append(torch.stack([value.detach().float() for value in values.values()]))
+        self._pending.append(torch.stack([value.detach().double() for value in values.values()]))
 
     def latest(self) -> dict[str, float]:
         """Means over the steps since the last call, in this process. Waits for the device."""
         if self._pending:
-            rows = torch.stack(self._pending).double().cpu()  # [steps, names]
+            rows = torch.stack(self._pending).cpu()  # [steps, names]
             self._pending.clear()
             for name, value in zip(self._names, rows.sum(dim=0).tolist(), strict=True):
                 self._sums[name] = self._sums.get(name, 0.0) + value
@@ -144,7 +144,10 @@ class Progress:
 
 
 def max_memory_mb(device: torch.device) -> float | None:
-    """The most memory used so far, in MiB: of torch's allocator on a GPU, of the process on the CPU (None on Windows)."""
+    """The most memory used so far, in MiB: of torch's allocator on a GPU, of the process on the CPU.
+
+    None where the system does not say (Windows).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if resource is None:

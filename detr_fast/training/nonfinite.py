@@ -57,9 +57,7 @@ class FiniteWatch:
         return None if finite.item() else batch
 
 
-def explain_non_finite(
-    model: nn.Module, samples: NestedTensor, targets: Sequence[Mapping[str, Tensor]]
-) -> str | None:
+def explain_non_finite(model: nn.Module, samples: NestedTensor, targets: Sequence[Mapping[str, Tensor]]) -> str | None:
     """The first thing that is not finite: an image, a target, a parameter, or else the output of a module.
 
     Runs the model forward once more (under the caller's autocast), looking at the output of every module.

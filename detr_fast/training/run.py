@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
@@ -29,7 +30,7 @@ from detr_fast.training.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from detr_fast.training.config import UsageError, check_train_args, choose_device
+from detr_fast.training.config import UsageError, check_train_args, choose_device, usage_errors
 from detr_fast.training.distributed import all_gather, barrier, get_rank, init_distributed_mode, is_main_process
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.engine import evaluate, train_one_epoch
@@ -61,8 +62,9 @@ def train(args: argparse.Namespace) -> dict:
         NonFiniteLossError: the loss or a gradient became NaN or infinite.
     """
     check_train_args(args)
-    device = start(args)
-    return Trainer(args, device).run()
+    with usage_errors():
+        trainer = Trainer(args, start(args))
+    return trainer.run()
 
 
 def start(args: argparse.Namespace) -> torch.device:
@@ -97,7 +99,11 @@ def build(args: argparse.Namespace, own_weights: bool) -> tuple[nn.Module, nn.Mo
     if args.backbone_norm is None:
         args.backbone_norm = "batch" if args.backbone_weights == "none" else "frozen"
     if not own_weights or args.backbone_weights == "none":
-        return build_model(args)
+        try:
+            return build_model(args)
+        except RuntimeError as error:  # the download of the backbone's weights
+            hint = "; or --backbone_weights none, or PATH"
+            raise UsageError(f"{error}{hint}") from error
     built = build_model(argparse.Namespace(**{**vars(args), "backbone_weights": "none"}))
     # Which parameters are trained is decided by where the weights once came from.
     built[0].backbone[0].freeze(train_backbone=args.lr_backbone > 0)
@@ -200,9 +206,18 @@ class Trainer:
     def _at_last_step(self) -> bool:
         return bool(self.args.max_steps) and self.steps >= self.args.max_steps
 
+    def _share_buffers(self) -> None:
+        """Gives all processes the first one's batch norm statistics: each has seen other images."""
+        if self.args.distributed:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+            if self.ema is not None:
+                self.ema.copy_buffers(self.model)
+
     def _finish(self, epoch: int, train_stats: Mapping[str, float]) -> dict:
         """Saves, evaluates if it is time, and logs. Returns the log row."""
         args = self.args
+        self._share_buffers()
         is_last = self.epoch >= args.epochs or self._at_last_step()
         row = {f"train_{name}": value for name, value in train_stats.items()}
         if is_last or (epoch + 1) % args.eval_every == 0:
@@ -441,22 +456,24 @@ def evaluate_checkpoint(args: argparse.Namespace, given: set[str], path: str) ->
     Returns:
         The losses and "coco_eval_bbox".
     """
-    device = start(args)
-    model, criterion, postprocessors, categories = load_for_inference(args, given, path)
-    if categories is None and args.val_ann:
-        # Without word of the contrary labels are category ids, as in the original.
-        categories = Categories.from_coco(read_annotations(args.val_ann)["categories"])
-    dataset = build_dataset("val", args, categories=categories, uint8=True)
-    if dataset.categories.num_classes > args.num_classes:
-        raise UsageError(
-            f"{path} has {args.num_classes} classes, the annotations need {dataset.categories.num_classes}: category ids "
-            f"up to {dataset.categories.ids[-1]}"
-        )
+    with usage_errors():
+        device = start(args)
+        model, criterion, postprocessors, categories = load_for_inference(args, given, path)
+        if categories is None and args.val_ann:
+            # Without word of the contrary labels are category ids, as in the original.
+            categories = Categories.from_coco(read_annotations(args.val_ann)["categories"])
+        dataset = build_dataset("val", args, categories=categories, uint8=True)
+        if dataset.categories.num_classes > args.num_classes:
+            raise UsageError(
+                f"{path} has {args.num_classes} classes, the annotations need {dataset.categories.num_classes}: "
+                f"category ids up to {dataset.categories.ids[-1]}"
+            )
+        loader = _loader(dataset, args, train=False)
     stats, evaluator = evaluate(
         model,
         criterion,
         postprocessors,
-        _loader(dataset, args, train=False),
+        loader,
         dataset.coco,
         device,
         categories=dataset.categories,
