@@ -161,9 +161,8 @@ for _dtype in ("bf16", "fp16"):
         _attention(_dtype, (100, 100), padding=False, dropout=0.0, detr=True),
         _attention(_dtype, (3800, 3800), detr=True),
     ]
-CASES += [_attention("fp32", tf32=True, detr=True)]
-for _tf32 in (False, True):
-    CASES += [_attention("fp32", tf32=_tf32), _attention("fp32", (100, 100), tf32=_tf32, padding=False, dropout=0.0)]
+CASES += [_attention("fp32", tf32=True, detr=True), _attention("fp32", detr=True)]
+CASES += [_attention("fp32", (100, 100), tf32=_tf32, padding=False, dropout=0.0) for _tf32 in (False, True)]
 # Every padded head dimension, and a value dimension of its own.
 for _dims in ((16, 16), (64, 64), (128, 128), (24, 40)):
     CASES += [_attention("bf16", head_dims=_dims), _attention("fp32", head_dims=_dims, dropout=0.0)]
