@@ -42,18 +42,18 @@ def cotangent(shape, dtype, layout, generator):
 
 
 @either
-@pytest.mark.parametrize("seed", range(32))
+@pytest.mark.parametrize("seed", range(28))
 def test_pad_collate_grad_matches_crops(seed, _implementation, monkeypatch):
     """The backward op against slicing, element by element; nothing is written beside the gradients."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     # bfloat16 on a GPU: the interpreter truncates where it should round.
     dtype, grad_dtype = (rng.choice((torch.float16, torch.float32, torch.float64)) for _ in range(2))
-    shapes = [(rng.randint(0, 4), rng.choice((0, 1, 3, 33, 40)), rng.choice((0, 1, 7, 31, 64))) for _ in range(4)]
+    shapes = [(rng.randint(0, 4), rng.choice((0, 1, 3, 33)), rng.choice((0, 1, 7, 31))) for _ in range(3)]
     shapes.append((3, 2, 70))
     C, H, W = (max(shape[axis] for shape in shapes) for axis in range(3))
     std = [rng.uniform(0.1, 2) for _ in range(C)] if seed % 2 else None
     # As after a size divisor: the gradient reaches beyond the largest image.
-    grad = cotangent((5, C, H + 3, W + 1), grad_dtype, COTANGENTS[seed % len(COTANGENTS)], generator)
+    grad = cotangent((4, C, H + 3, W + 1), grad_dtype, COTANGENTS[seed % len(COTANGENTS)], generator)
     if INTERPRET:
         small_tiles(monkeypatch)
     with monkeypatch.context() as patch:
