@@ -180,7 +180,8 @@ def _check(query, key, value, key_padding_mask, dropout_p, seed):
             raise ValueError(f"{name} is on {tensor.device}, query on {query.device}; expected one device")
     if not query.dtype == key.dtype == value.dtype:
         raise TypeError(f"query, key and value have dtypes {query.dtype}, {key.dtype}, {value.dtype}; expected one")
-    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+    # Written out: torch.compile breaks the graph at a join over a generator.
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if query.shape[:2] != key.shape[:2] or key.shape[:3] != value.shape[:3] or query.shape[3] != key.shape[3]:
         raise ValueError(f"{shapes}; expected [B, H, Lq, D], [B, H, Lk, D] and [B, H, Lk, Dv]")
     if query.shape[3] == 0 or value.shape[3] == 0:
@@ -279,7 +280,7 @@ def _attention_backward(grad_out, query, key, value, out, logsumexp, key_padding
         grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale
     )
     if _on_kernel(query, value):
-        from detr_fast.kernels.attention import attention_backward
+        from detr_fast.kernels.attention_backward import attention_backward
 
         threshold, dropout_scale = _dropout_threshold(dropout_p), _dropout_scale(dropout_p)
         attention_backward(

@@ -1,0 +1,387 @@
+"""Multi-head attention with padded keys and dropout, forward; the backward is in `attention_backward.py`.
+
+    out = dropout(softmax(q kᵀ · scale)) v        logsumexp = log Σ exp(q kᵀ · scale), over the keys without padding
+
+A program takes one tile of queries of one head and walks over the blocks of keys, keeping the running maximum, the
+running sum and the unnormalised output in registers, so that the [Lq, Lk] matrix never reaches memory. Blocks that are
+padding throughout are left out: a small kernel lists the others first, per image, and the loop runs over that list. (A
+branch inside the loop would stop the compiler from overlapping loads with matrix products.) Exponentials are powers of
+two of scores scaled by log2(e) · scale in the same multiply-add that subtracts the maximum.
+
+Dropout: see `detr_fast.ops.attention` for the counter and the order of the bytes.
+
+Source: Dao 2023 (FlashAttention-2), Milakov and Gimelshein 2018 (online softmax), Salmon et al. 2011 (Philox).
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from detr_fast.kernels import _target
+
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+# Keys per entry of the list of blocks, and keys per tile of the kernels that follow it. Dropout's bytes are dealt out
+# over 64 columns, so it is a multiple of 64.
+BLOCK_N = 64
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tile_offsets(offs_l, stride_l, BLOCK_D: tl.constexpr, stride_d):
+    """Offsets [L, BLOCK_D] of rows `offs_l`."""
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    return offs_l.to(tl.int64)[:, None] * stride_l + offs_d[None, :] * stride_d
+
+
+@triton.jit
+def tile_mask(mask_l, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[L, BLOCK_D], or [L, 1] where no column lies outside: the elements of rows `mask_l`."""
+    mask = mask_l[:, None]
+    if HEAD_DIM != BLOCK_D:
+        mask = mask & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    return mask
+
+
+@triton.jit
+def valid_keys(mask_ptr, offs_n, stride_mask_key, k_len, HAS_MASK: tl.constexpr):
+    """[BLOCK_N]: keys that exist and are no padding."""
+    valid = offs_n < k_len
+    if HAS_MASK:
+        padding = tl.load(mask_ptr + offs_n.to(tl.int64) * stride_mask_key, mask=valid, other=1)
+        valid = padding == 0
+    return valid
+
+
+@triton.jit
+def dropout_keep(seed, threshold, head, offs_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_M, BLOCK_N]: elements that dropout keeps, for queries `offs_m` and keys from `start_n`, of `head`."""
+    groups = start_n // 16 + tl.arange(0, BLOCK_N // 16)
+    w0, w1, w2, w3 = tl.philox(seed, offs_m[:, None], groups[None, :], head, 0, 7)  # [BLOCK_M, BLOCK_N / 16]
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    words = tl.reshape(words, [BLOCK_M, BLOCK_N // 16, 4, 1])
+    shifts = (tl.arange(0, 4) * 8).to(tl.uint32)
+    drawn = (words >> shifts[None, None, None, :]) & 0xFF  # [BLOCK_M, BLOCK_N / 16, 4, 4]
+    drawn = tl.reshape(drawn.to(tl.int32), [BLOCK_M, BLOCK_N // 64, 4, 8, 2])
+    drawn = tl.reshape(tl.permute(drawn, (0, 1, 3, 2, 4)), [BLOCK_M, BLOCK_N])
+    return drawn >= threshold
+
+
+@triton.jit(do_not_specialize=["stride_mask_batch", "stride_mask_key", "k_len", "num_blocks"])
+def _key_blocks_kernel(
+    mask_ptr,  # [B, Lk] bool
+    blocks_ptr,  # [B, 1 + num_blocks] int32: how many blocks have a valid key, and which
+    stride_mask_batch,
+    stride_mask_key,
+    k_len,
+    num_blocks,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Program (image)."""
+    batch = tl.program_id(0).to(tl.int64)
+    mask_ptr += batch * stride_mask_batch
+    blocks_ptr += batch * (1 + num_blocks)
+    count = 0
+    for first in range(0, num_blocks, BLOCK_B):
+        offs_b = first + tl.arange(0, BLOCK_B)
+        offs_n = offs_b[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        padding = tl.load(mask_ptr + offs_n.to(tl.int64) * stride_mask_key, mask=offs_n < k_len, other=1)
+        used = tl.max((padding == 0).to(tl.int32), axis=1)  # [BLOCK_B]
+        place = count + tl.cumsum(used, axis=0) - used
+        tl.store(blocks_ptr + 1 + place, offs_b, mask=used != 0)
+        count += tl.sum(used, axis=0)
+    tl.store(blocks_ptr, count)
+
+
+@triton.jit
+def _forward_block(
+    acc,  # [BLOCK_M, BLOCK_DV]
+    row_max,  # [BLOCK_M], of the scores before scaling
+    row_sum,  # [BLOCK_M]
+    q,  # [BLOCK_M, BLOCK_D]
+    k_ptr,
+    v_ptr,
+    k_tile,
+    v_tile,
+    mask_ptr,
+    stride_k_length,
+    stride_v_length,
+    stride_mask_key,
+    start_n,
+    k_len,
+    scale_log2,
+    seed,
+    drop_threshold,
+    head,
+    offs_m,
+    HAS_MASK: tl.constexpr,
+    BOUNDARY: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One block of keys. `BOUNDARY`: some of them may lie outside (with `HAS_MASK`, always looked after)."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    if HAS_MASK or BOUNDARY:
+        valid = valid_keys(mask_ptr, offs_n, stride_mask_key, k_len, HAS_MASK)
+        inside = offs_n < k_len
+    else:
+        valid = tl.full([BLOCK_N], 1, dtype=tl.int1)
+        inside = valid
+    k_ptrs = k_ptr + tl.cast(start_n, tl.int64) * stride_k_length + k_tile
+    v_ptrs = v_ptr + tl.cast(start_n, tl.int64) * stride_v_length + v_tile
+    k = tl.load(k_ptrs, mask=tile_mask(inside, HEAD_DIM, BLOCK_D), other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if HAS_MASK or BOUNDARY:
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    rescale = tl.exp2((row_max - new_max) * scale_log2)
+    probs = tl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
+    row_sum = row_sum * rescale + tl.sum(probs, axis=1)
+    if DROPOUT:
+        probs = tl.where(dropout_keep(seed, drop_threshold, head, offs_m, start_n, BLOCK_M, BLOCK_N), probs, 0.0)
+    # Padded rows of v count as zeros: 0 · NaN would be NaN.
+    v = tl.load(v_ptrs, mask=tile_mask(valid, VALUE_DIM, BLOCK_DV), other=0.0)
+    acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    return acc, new_max, row_sum
+
+
+@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "num_blocks", "stride_mask_batch", "drop_threshold"])
+def _attention_forward_kernel(
+    q_ptr,  # [B, H, Lq, HEAD_DIM]
+    k_ptr,  # [B, H, Lk, HEAD_DIM]
+    v_ptr,  # [B, H, Lk, VALUE_DIM]
+    mask_ptr,  # [B, Lk] bool, True = padding, or None
+    blocks_ptr,  # [B, 1 + num_blocks] int32 from _key_blocks_kernel, or None
+    seed_ptr,  # [1] int64, or None
+    out_ptr,  # [B, H, Lq, VALUE_DIM]
+    lse_ptr,  # [B, H, Lq] float32, contiguous
+    stride_q_batch,
+    stride_q_head,
+    stride_q_length,
+    stride_q_dim,
+    stride_k_batch,
+    stride_k_head,
+    stride_k_length,
+    stride_k_dim,
+    stride_v_batch,
+    stride_v_head,
+    stride_v_length,
+    stride_v_dim,
+    stride_out_batch,
+    stride_out_head,
+    stride_out_length,
+    stride_out_dim,
+    stride_mask_batch,
+    stride_mask_key,
+    num_heads,
+    q_len,
+    k_len,
+    num_blocks,
+    scale,
+    drop_threshold,
+    drop_scale,
+    HAS_MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Program (tile of queries of one head of one image)."""
+    tiles = tl.cdiv(q_len, BLOCK_M)
+    image_head = tl.program_id(0) // tiles
+    batch = (image_head // num_heads).to(tl.int64)
+    head = (image_head % num_heads).to(tl.int64)
+    offs_m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < q_len
+    offs_n = tl.arange(0, BLOCK_N)
+    q_ptr += batch * stride_q_batch + head * stride_q_head
+    k_ptr += batch * stride_k_batch + head * stride_k_head
+    v_ptr += batch * stride_v_batch + head * stride_v_head
+    out_ptr += batch * stride_out_batch + head * stride_out_head
+    k_tile = tile_offsets(offs_n, stride_k_length, BLOCK_D, stride_k_dim)
+    v_tile = tile_offsets(offs_n, stride_v_length, BLOCK_DV, stride_v_dim)
+    q_ptrs = q_ptr + tile_offsets(offs_m, stride_q_length, BLOCK_D, stride_q_dim)
+    q = tl.load(q_ptrs, mask=tile_mask(mask_m, HEAD_DIM, BLOCK_D), other=0.0)  # [BLOCK_M, BLOCK_D]
+
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    scale_log2 = scale * LOG2_E
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if HAS_MASK:
+        mask_ptr += batch * stride_mask_batch
+        blocks_ptr += batch * (1 + num_blocks)
+        for i in range(0, tl.load(blocks_ptr)):
+            start_n = tl.load(blocks_ptr + 1 + i) * BLOCK_N
+            acc, row_max, row_sum = _forward_block(
+                acc, row_max, row_sum, q, k_ptr, v_ptr, k_tile, v_tile, mask_ptr, stride_k_length, stride_v_length,
+                stride_mask_key, start_n, k_len, scale_log2, seed, drop_threshold, image_head, offs_m, True, True,
+                DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+    else:
+        full = k_len // BLOCK_N
+        for i in range(0, full):
+            acc, row_max, row_sum = _forward_block(
+                acc, row_max, row_sum, q, k_ptr, v_ptr, k_tile, v_tile, mask_ptr, stride_k_length, stride_v_length,
+                stride_mask_key, i * BLOCK_N, k_len, scale_log2, seed, drop_threshold, image_head, offs_m, False, False,
+                DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+        if full * BLOCK_N < k_len:
+            acc, row_max, row_sum = _forward_block(
+                acc, row_max, row_sum, q, k_ptr, v_ptr, k_tile, v_tile, mask_ptr, stride_k_length, stride_v_length,
+                stride_mask_key, full * BLOCK_N, k_len, scale_log2, seed, drop_threshold, image_head, offs_m, False,
+                True, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+
+    no_key = row_sum == 0.0
+    factor = tl.where(no_key, 0.0, 1.0 / tl.where(no_key, 1.0, row_sum))
+    if DROPOUT:
+        factor *= drop_scale
+    out_ptrs = out_ptr + tile_offsets(offs_m, stride_out_length, BLOCK_DV, stride_out_dim)
+    out = (acc * factor[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, out, mask=tile_mask(mask_m, VALUE_DIM, BLOCK_DV))
+    lse = tl.where(no_key, float("inf"), row_max * scale + tl.log(tl.where(no_key, 1.0, row_sum)))
+    tl.store(lse_ptr + image_head.to(tl.int64) * q_len + offs_m, lse, mask=mask_m)
+
+
+def attention_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    drop_threshold: int,
+    drop_scale: float,
+    scale: float,
+    *,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+) -> None:
+    """Launch the forward into `out` and `logsumexp`.
+
+    Args:
+        query, key, value: [B, H, Lq, D], [B, H, Lk, D], [B, H, Lk, Dv], any strides, one 16- or 32-bit float dtype.
+        key_padding_mask: [B, Lk] bool, any strides, or None.
+        seed: [1] int64, or None for no dropout.
+        drop_threshold: 0..256; an element is dropped if its byte is below.
+        drop_scale: multiplies what is kept.
+        scale: positive.
+        out: [B, H, Lq, Dv], any strides, the inputs' dtype.
+        logsumexp: [B, H, Lq] float32, contiguous.
+    """
+    if out.numel() == 0:
+        return
+    if needs_float32(query):
+        exact = torch.empty_like(out, dtype=torch.float32)
+        attention_forward(
+            query.float(), key.float(), value.float(), key_padding_mask, seed, drop_threshold, drop_scale, scale,
+            out=exact, logsumexp=logsumexp,
+        )  # fmt: skip
+        out.copy_(exact)
+        return
+    batch, heads, q_len, head_dim = query.shape
+    value_dim, k_len = value.shape[3], key.shape[2]
+    block_d, block_dv = padded_head_dim(head_dim), padded_head_dim(value_dim)
+    tile = _forward_tile(query, max(block_d, block_dv))
+    blocks = key_blocks(key_padding_mask)
+    _attention_forward_kernel[(batch * heads * triton.cdiv(q_len, tile["BLOCK_M"]),)](
+        q_ptr=query,
+        k_ptr=key,
+        v_ptr=value,
+        mask_ptr=key_padding_mask,
+        blocks_ptr=blocks,
+        seed_ptr=seed,
+        out_ptr=out,
+        lse_ptr=logsumexp,
+        **strides(q=query, k=key, v=value, out=out),
+        **mask_strides(key_padding_mask),
+        num_heads=heads,
+        q_len=q_len,
+        k_len=k_len,
+        num_blocks=0 if blocks is None else blocks.shape[1] - 1,
+        scale=scale,
+        drop_threshold=drop_threshold,
+        drop_scale=drop_scale,
+        HAS_MASK=blocks is not None,
+        DROPOUT=seed is not None,
+        PRECISION=input_precision(query.dtype),
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        BLOCK_N=BLOCK_N,
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        **tile,
+    )
+
+
+def _forward_tile(query: torch.Tensor, block_d: int) -> dict[str, int]:
+    """Queries per tile, warps and stages."""
+    if query.dtype == torch.float32:
+        return {"BLOCK_M": 32, "num_warps": 4, "num_stages": 2}
+    if query.shape[2] <= 128 or block_d > 64 or _target.compute_capability(query.device)[0] == 8:
+        return {"BLOCK_M": 64, "num_warps": 4, "num_stages": 3 if block_d <= 64 else 2}
+    return {"BLOCK_M": 128, "num_warps": 4, "num_stages": 3}
+
+
+def key_blocks(key_padding_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """[B, 1 + blocks] int32: how many blocks of keys are not padding throughout, then which, in order."""
+    if key_padding_mask is None:
+        return None
+    batch, k_len = key_padding_mask.shape
+    num_blocks = triton.cdiv(k_len, BLOCK_N)
+    blocks = torch.empty((batch, 1 + num_blocks), dtype=torch.int32, device=key_padding_mask.device)
+    _key_blocks_kernel[(batch,)](
+        mask_ptr=key_padding_mask,
+        blocks_ptr=blocks,
+        **mask_strides(key_padding_mask),
+        k_len=k_len,
+        num_blocks=num_blocks,
+        BLOCK_N=BLOCK_N,
+        BLOCK_B=16,
+        num_warps=4,
+    )
+    return blocks
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The tile's width: a power of two that matrix products take."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def strides(**tensors: torch.Tensor) -> dict[str, int]:
+    """stride_<name>_batch, _head, _length and _dim of each tensor [B, H, L, D]."""
+    axes = ("batch", "head", "length", "dim")
+    return {
+        f"stride_{name}_{axis}": tensor.stride(i) for name, tensor in tensors.items() for i, axis in enumerate(axes)
+    }
+
+
+def mask_strides(mask: torch.Tensor | None) -> dict[str, int]:
+    batch, key = (0, 0) if mask is None else mask.stride()
+    return {"stride_mask_batch": batch, "stride_mask_key": key}
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How float32 matrix products are to be computed, by `torch.backends.cuda.matmul`; 16-bit ones are exact."""
+    precision = torch.backends.cuda.matmul.fp32_precision
+    if precision == "none":
+        precision = torch.backends.fp32_precision
+    return "ieee" if dtype == torch.float32 and precision != "tf32" else "tf32"
+
+
+def needs_float32(tensor: torch.Tensor) -> bool:
+    """Triton's interpreter computes bfloat16 wrongly; there, and only there, the kernels get float32."""
+    return _INTERPRET and tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
