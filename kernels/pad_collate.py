@@ -1,9 +1,10 @@
 """pad_collate on the GPU: a list of images of any sizes and strides becomes one padded batch and its mask.
 
-    batch[i, c, y, x] = image_i[c, y, x] * scale[c] + shift[c]    inside image i, 0 elsewhere
+    batch[i, c, y, x] = (image_i[c, y, x] - offset[c]) * scale[c]    inside image i, 0 elsewhere
     mask[i, y, x]     = x, y outside image i
 
-with scale = 1 / std (1 / (255 std) for uint8) and shift = -mean / std. One launch for the whole batch: each program
+with offset = mean and scale = 1 / std (255 mean and 1 / (255 std) for uint8). Subtracting first is as accurate as the
+division by std; one fused multiply-add, x * scale - mean / std, is not. One launch for the whole batch: each program
 writes one tile of the output and looks its image up in a table of addresses, strides and sizes, which goes to the GPU
 in one asynchronous copy. Every output byte is written once and every image byte read once, where the image-by-image
 loop fills the batch first, then copies, and starts three kernels per image; casting, normalising and the change of
@@ -90,7 +91,7 @@ def _per_channel(values_ptr, offs_c, CHANNELS: tl.constexpr):
 @triton.jit(do_not_specialize=["channels", "height", "col_blocks", "row_blocks", "channel_groups"])
 def _pad_collate_forward_kernel(
     table_ptr,  # [B, 7] int64
-    norm_ptr,  # [2, C] scale and shift
+    norm_ptr,  # [2, C] offset and scale
     batch_ptr,  # [B, C, H, W], or [B, H, W, C] if CHANNELS_LAST
     mask_ptr,  # [B, H, W] uint8
     channels,
@@ -134,9 +135,9 @@ def _pad_collate_forward_kernel(
         source_ptrs = (image_ptr + row_offsets) + col_offsets
         values = tl.load(source_ptrs, mask=mask_row & mask_col, other=0).to(COMPUTE_TYPE)  # [BLOCK_H, BLOCK_W]
         if NORMALISE:
-            scale = _per_channel(norm_ptr, offs_c, CHANNELS)  # [1, BLOCK_W]
-            shift = _per_channel(norm_ptr + channels, offs_c, CHANNELS)
-            values = values * scale + tl.where(mask_row, tl.where(mask_col, shift, 0.0), 0.0)
+            offset = _per_channel(norm_ptr, offs_c, CHANNELS)  # [1, BLOCK_W]
+            scale = _per_channel(norm_ptr + channels, offs_c, CHANNELS)
+            values = (values - tl.where(mask_row, tl.where(mask_col, offset, 0.0), 0.0)) * scale
         in_batch = (offs_h < rows_in_batch) & (offs_col < _left(row_width, col_start, BLOCK_W))
         batch_rows = batch_ptr + ((image * height + row_start + offs_h) * row_width + col_start)
         tl.store(batch_rows + offs_col, values.to(batch_ptr.dtype.element_ty), mask=in_batch)
@@ -156,9 +157,9 @@ def _pad_collate_forward_kernel(
             source_ptrs = (image_ptr + c * stride_c + row_offsets) + col_offsets
             values = tl.load(source_ptrs, mask=mask_row & mask_col, other=0).to(COMPUTE_TYPE)  # [BLOCK_H, BLOCK_W]
             if NORMALISE:
-                scale = tl.load(norm_ptr + c)
-                shift = tl.load(norm_ptr + channels + c)
-                values = values * scale + tl.where(mask_row, tl.where(mask_col, shift, 0.0), 0.0)
+                offset = tl.load(norm_ptr + c)
+                scale = tl.load(norm_ptr + channels + c)
+                values = (values - tl.where(mask_row, tl.where(mask_col, offset, 0.0), 0.0)) * scale
             batch_rows = batch_ptr + (((image * channels + c) * height + row_start + offs_h) * width + col_start)
             tl.store(batch_rows + offs_col, values.to(batch_ptr.dtype.element_ty), mask=in_batch)
 
@@ -250,7 +251,7 @@ def pad_collate_forward(
     norm = []
     if normalise:
         unit = 255.0 if source_dtype == torch.uint8 else 1.0
-        norm = [1 / (unit * s) for s in std] + [-m / s for m, s in zip(mean, std, strict=True)]
+        norm = [unit * m for m in mean] + [1 / (unit * s) for s in std]
     source_type, compute_type, batch_view = _types(source_dtype, batch, normalise)
     pixel_rows = channels_last and channels > 0
     row_width = width * channels if pixel_rows else width
