@@ -77,10 +77,10 @@ def explain_non_finite(model: nn.Module, samples: NestedTensor, targets: Sequenc
         for name, value in target.items():
             if not _finite(value):
                 return f"{name!r} of the target of image {i}{_image_id(targets, i)} has {_count(value)}"
-    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
-        for name, value in named:
-            if not _finite(value):
-                return f"the model's {kind} {name} has {_count(value)}"
+    # Not the buffers: the step in question has already put its NaN into batch norm's statistics.
+    for name, value in model.named_parameters():
+        if not _finite(value):
+            return f"the model's parameter {name} has {_count(value)}"
 
     found: list[str] = []
 

@@ -48,7 +48,7 @@ def test_run_leaves_all_its_files(trained):
     assert float(table[0]["train_loss"]) == log[0]["train_loss"]
     for picture in ("samples/epoch0000.png", "samples/epoch0001.png", "curves.png"):
         with Image.open(trained / picture) as image:
-            assert len(set(image.convert("L").resize((64, 64)).getdata())) > 10  # not a blank sheet
+            assert len(image.convert("L").resize((64, 64)).getcolors(4096)) > 10  # not a blank sheet
     evaluation = torch.load(trained / "eval" / "latest.pth", weights_only=True)
     assert evaluation["precision"].shape[:2] == (10, 101)
     assert evaluation["stats"] == log[1]["test_coco_eval_bbox"]
@@ -63,7 +63,7 @@ def test_checkpoint_has_the_originals_keys_and_describes_itself(trained):
 
 
 def test_killed_and_resumed_equals_uninterrupted(tiny_flags, tmp_path):
-    flags = [*tiny_flags, "--epochs", "6", "--eval_every", "3", "--dropout", "0.2", "--sample_images", "0"]
+    flags = [*tiny_flags, "--epochs", "4", "--eval_every", "2", "--dropout", "0.2", "--sample_images", "0"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["train", *flags, "--output_dir", str(whole)]) == 0
 
@@ -74,7 +74,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_flags, tmp_path):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert read_checkpoint(killed / "checkpoint.pth")["epoch"] < 5
+    assert read_checkpoint(killed / "checkpoint.pth")["epoch"] < 3
 
     assert main(["train", *flags, "--output_dir", str(killed), "--resume", "auto"]) == 0
     one, other = read_checkpoint(whole / "checkpoint.pth"), read_checkpoint(killed / "checkpoint.pth")

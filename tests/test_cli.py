@@ -1,0 +1,228 @@
+"""The command line as a user meets it: results on disk, exit codes, and errors in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import detr_fast.demo
+from detr_fast.cli import main
+
+TINY = (
+    "--backbone resnet18 --backbone_weights none --backbone_level 1 --hidden_dim 32 --nheads 2 --enc_layers 1 "
+    "--dec_layers 1 --dim_feedforward 32 --num_queries 5 --image_size 48 --batch_size 2 --num_workers 0 --device cpu"
+).split()
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+    """Six images with categories 5 (dot) and 9 (bar), which are labels 0 and 1."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "images").mkdir()
+    images, annotations = [], []
+    for number in range(6):
+        size = (60, 48) if number % 2 else (48, 60)
+        Image.new("RGB", size, (30 * number, 90, 60)).save(folder / "images" / f"{number}.jpg")
+        images.append({"id": 100 + number, "file_name": f"{number}.jpg", "width": size[0], "height": size[1]})
+        annotations.append(
+            {"id": number + 1, "image_id": 100 + number, "category_id": (5, 9)[number % 2], "bbox": [5, 6, 20, 22]}
+        )
+    categories = [{"id": 9, "name": "bar"}, {"id": 5, "name": "dot"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "ann.json").write_text(json.dumps(content))
+    return folder
+
+
+def data_flags(own_data, *sets):
+    return [
+        flag
+        for name in sets
+        for flag in (f"--{name}-ann", str(own_data / "ann.json"), f"--{name}-images", str(own_data / "images"))
+    ]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(own_data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    flags = ["--epochs", "1", "--output-dir", str(output), *TINY]
+    assert main(["train", *data_flags(own_data, "train", "val"), *flags]) == 0
+    return output / "checkpoint.pth"
+
+
+def error_of(capsys, *argv):
+    assert main(list(argv)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("detr-fast: error: ") and err.count("\n") == 1
+    return err
+
+
+def test_eval_prints_cocos_numbers_and_those_of_each_class(own_data, checkpoint, capsys):
+    flags = ["--num-workers", "0", "--device", "cpu"]
+    assert main(["eval", "--checkpoint", str(checkpoint), *data_flags(own_data, "val"), *flags]) == 0
+    out = capsys.readouterr().out
+    assert out.count("Average Precision") == 6 and out.count("Average Recall") == 6
+    assert "\ndot" in out and "\nbar" in out
+
+
+def test_train_eval_is_eval(own_data, checkpoint, capsys):
+    flags = ["--eval", "--resume", str(checkpoint), "--num_workers", "0", "--device", "cpu"]
+    assert main(["train", *flags, *data_flags(own_data, "val")]) == 0
+    assert capsys.readouterr().out.count("Average") == 12
+
+
+def test_predict_writes_pictures_and_results_with_the_datas_ids(own_data, checkpoint, tmp_path):
+    flags = ["--threshold", "0", "--output-dir", str(tmp_path), "--ann", str(own_data / "ann.json")]
+    argv = ["predict", str(own_data / "images"), "--weights", str(checkpoint), *flags, "--device", "cpu"]
+    assert main(argv) == 0
+    results = json.loads((tmp_path / "predictions.json").read_text())
+    assert len(results) == 6 * 5
+    assert {entry["image_id"] for entry in results} == set(range(100, 106))
+    assert {entry["category_id"] for entry in results} <= {5, 9}
+    described = {entry["id"]: entry for entry in json.loads((tmp_path / "images.json").read_text())}
+    assert described[101]["file_name"] == "1.jpg" and described[101]["width"] == 60
+    for number in range(6):
+        with Image.open(tmp_path / f"{number}.jpg") as picture:
+            assert picture.width > 48 and len(picture.getcolors(1 << 20)) > 100
+
+    from pycocotools.coco import COCO
+
+    loaded = COCO(str(own_data / "ann.json")).loadRes(str(tmp_path / "predictions.json"))
+    assert len(loaded.anns) == 30
+
+
+def test_predicted_boxes_are_the_models(own_data, checkpoint, tmp_path):
+    from detr_fast.data import CocoDetection, make_coco_transforms
+    from detr_fast.training.config import get_args_parser
+    from detr_fast.training.run import load_for_inference
+
+    assert main(["predict", str(own_data / "images" / "1.jpg"), "--weights", str(checkpoint), "--threshold", "0",
+                 "--output_dir", str(tmp_path), "--device", "cpu"]) == 0  # fmt: skip
+    results = json.loads((tmp_path / "predictions.json").read_text())
+    args = get_args_parser().parse_args(["--device", "cpu"])
+    model, _, _, categories = load_for_inference(args, set(), str(checkpoint))
+    assert args.image_size == 48 and categories.names == ("dot", "bar")
+    dataset = CocoDetection(own_data / "images", own_data / "ann.json", make_coco_transforms("val", scales=48))
+    with torch.no_grad():
+        out = model([dataset[1][0]])
+    scores, labels = out["pred_logits"][0].softmax(-1)[:, :-1].max(-1)
+    best = scores.argmax()
+    assert results[0]["score"] == pytest.approx(scores[best].item(), abs=1e-4)
+    assert results[0]["category_id"] == (5, 9)[labels[best]]
+    cx, cy, w, h = out["pred_boxes"][0, best].tolist()
+    expected = [(cx - w / 2) * 60, (cy - h / 2) * 48, w * 60, h * 48]
+    assert results[0]["bbox"] == pytest.approx(expected, abs=0.05)
+    assert results[0]["image_id"] == 1 and results[0]["file_name"] == "1.jpg"
+
+
+def test_predict_reports_a_corrupt_image_and_goes_on(own_data, checkpoint, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
+    (folder / "fine.jpg").write_bytes((own_data / "images" / "0.jpg").read_bytes())
+    argv = ["predict", str(folder), "--weights", str(checkpoint), "--output_dir", str(tmp_path / "out")]
+    assert main([*argv, "--device", "cpu"]) == 1
+    assert "broken.jpg" in capsys.readouterr().out
+    assert [e["file_name"] for e in json.loads((tmp_path / "out" / "images.json").read_text())] == ["fine.jpg"]
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_corrupt_image_in_training_is_named(own_data, tmp_path, capsys, workers):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in (own_data / "images").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes()[: 300 if path.name == "3.jpg" else None])
+    ann = str(own_data / "ann.json")
+    flags = ["--train_ann", ann, "--train_images", str(folder), "--val_ann", ann, "--val_images", str(folder)]
+    message = error_of(capsys, "train", *flags, "--epochs", "1", *TINY, "--num_workers", workers)
+    assert "3.jpg" in message and "image id 103" in message
+
+
+def test_check_data_tells_good_from_bad(own_data, tmp_path, capsys):
+    assert main(["check-data", *data_flags(own_data, "val")]) == 0
+    content = json.loads((own_data / "ann.json").read_text())
+    content["annotations"][0]["category_id"] = 77
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    flags = ["--train_ann", str(tmp_path / "bad.json"), "--train_images", str(own_data / "images")]
+    assert main(["check-data", *flags]) == 1
+    assert "77" in capsys.readouterr().out
+
+
+def test_training_refuses_an_unknown_category(own_data, tmp_path, capsys):
+    content = json.loads((own_data / "ann.json").read_text())
+    content["annotations"][2]["category_id"] = 77
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    flags = ["--train_ann", str(tmp_path / "bad.json"), "--train_images", str(own_data / "images")]
+    message = error_of(capsys, "train", *flags, *data_flags(own_data, "val"), *TINY)
+    assert "77" in message and "[5, 9]" in message
+
+
+def test_checkpoint_with_other_heads_is_refused_with_shapes(own_data, checkpoint, capsys):
+    argv = ["eval", "--weights", str(checkpoint), *data_flags(own_data, "val"), "--num_queries", "7"]
+    message = error_of(capsys, *argv, "--device", "cpu", "--num_workers", "0")
+    assert "query_embed.weight is [5, 32] there and [7, 32] here" in message
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["fly"], ["unknown command 'fly'", "train, eval, predict"]),
+        (["train", "--lr", "fast"], ["--lr", "'fast'"]),
+        (["train", "--no_such_flag"], ["--no_such_flag"]),
+        (["train", "--device", "cpu"], ["no train data"]),
+        (["train", "--device", "cpu", "--coco_path", "nowhere"], ["nowhere"]),
+        (["train", "--masks", "--coco_path", "x"], ["--masks", "segmentation"]),
+        (["train", "--world_size", "4", "--device", "cpu"], ["torchrun --nproc-per-node 4"]),
+        (["eval", "--coco_path", "x"], ["--weights"]),
+        (["eval", "--weights", "absent.pth", "--coco_path", "x", "--device", "cpu"], ["absent.pth"]),
+        (["predict", "nothing_here", "--weights", "absent.pth"], ["nothing_here"]),
+        (["predict", "x.jpg", "--weights", "a.pth", "--threshold", "2"], ["--threshold", "2.0"]),
+        (["check-data"], ["--coco_path"]),
+        (["demo", "--device", "tpu"], ["tpu"]),
+    ],
+    ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else None,
+)
+def test_errors_are_one_line_that_says_what_came(argv, parts, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    message = error_of(capsys, *argv)
+    assert all(part in message for part in parts), message
+
+
+def test_python_m_detr_fast_shows_the_commands():
+    done = subprocess.run(
+        [sys.executable, "-m", "detr_fast", "--help"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0
+    assert all(f"  {name} " in done.stdout for name in ("train", "eval", "predict", "check-data", "demo"))
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "check-data", "demo"])
+def test_every_command_has_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"usage: detr-fast {command}" in capsys.readouterr().out
+
+
+def test_demo_leaves_data_pictures_and_curves(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(detr_fast.demo._CPU_DATA, "num_train", 16)
+    monkeypatch.setitem(detr_fast.demo._CPU_DATA, "num_val", 4)
+    assert main(["demo", "--device", "cpu", "--max_steps", "1", "--output_dir", str(tmp_path / "demo")]) == 0
+    out = capsys.readouterr().out
+    assert "AP50 " in out and str(tmp_path / "demo") in out
+    for name in ("curves.png", "checkpoint.pth", "log.txt", "predictions/predictions.json", "samples/epoch0000.png"):
+        assert (tmp_path / "demo" / name).is_file(), name
+    assert len(list((tmp_path / "demo" / "data" / "train2017").glob("*.jpg"))) == 16
+
+
+def test_real_images_train_and_predict(coco_mini, tmp_path, capsys):
+    flags = ["--epochs", "1", "--max_steps", "2", "--output_dir", str(tmp_path / "run"), "--sample_images", "1"]
+    assert main(["train", "--coco_path", str(coco_mini), *TINY, *flags, "--batch_size", "4"]) == 0
+    images = sorted((coco_mini / "val2017").glob("*.jpg"))[:2]
+    argv = ["predict", *map(str, images), "--weights", str(tmp_path / "run" / "checkpoint.pth"), "--threshold", "0"]
+    assert main([*argv, "--output_dir", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == 2
+    categories = {e["category_id"] for e in json.loads((tmp_path / "out" / "predictions.json").read_text())}
+    assert categories and max(categories) <= 90
