@@ -10,9 +10,14 @@ from detr_fast.data.coco import (
     build_dataset,
     get_coco_api_from_dataset,
     load_image,
+    load_image_tensor,
     read_annotations,
 )
+from detr_fast.data.collates import DetectionCollate, DropMissing, SkipUnreadable
+from detr_fast.data.grouping import SizeGroupedBatchSampler
 from detr_fast.data.loader import EpochLoader, PackedBatch, PackedCollate, build_loader
+from detr_fast.data.prefetch import Prefetcher
+from detr_fast.data.seeding import UnpaddedDistributedSampler
 from detr_fast.data.shapes import make_shapes_dataset
 from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, make_coco_transforms
 
@@ -23,16 +28,23 @@ __all__ = [
     "CocoDetection",
     "CorruptImageError",
     "DatasetReport",
+    "DetectionCollate",
+    "DropMissing",
     "EpochLoader",
     "ImageReadError",
     "MissingImageError",
     "PackedBatch",
     "PackedCollate",
+    "Prefetcher",
+    "SizeGroupedBatchSampler",
+    "SkipUnreadable",
+    "UnpaddedDistributedSampler",
     "build_dataset",
     "build_loader",
     "check_coco",
     "get_coco_api_from_dataset",
     "load_image",
+    "load_image_tensor",
     "make_coco_transforms",
     "make_shapes_dataset",
     "read_annotations",

@@ -20,9 +20,12 @@ import torchvision
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from detr_fast.data.categories import Categories
-from detr_fast.data.transforms import make_coco_transforms
+from detr_fast.data.transforms import Img, image_size, make_coco_transforms
+
+_JPEG_MAGIC = [0xFF, 0xD8]
 
 
 class ImageReadError(OSError):
@@ -68,6 +71,26 @@ def load_image(path: str | os.PathLike, image_id: int | None = None) -> Image.Im
         raise
     except Exception as error:  # what a decoder raises on damaged data differs from format to format
         raise CorruptImageError(f"{which} cannot be decoded: {error}", str(path), image_id) from error
+
+
+def load_image_tensor(path: str | os.PathLike, image_id: int | None = None) -> torch.Tensor:
+    """As ``load_image``, the same pixels as a uint8 tensor [3, H, W] whose memory is [H, W, 3].
+
+    JPEG files are decoded by torchvision, which gives PIL's pixels in less time; what it does not take, and every other
+    format, PIL decodes.
+
+    Raises:
+        MissingImageError, CorruptImageError: as ``load_image``.
+    """
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+        if data[:2].tolist() == _JPEG_MAGIC:
+            image = decode_jpeg(torch.from_numpy(data), ImageReadMode.UNCHANGED)
+            if len(image) in (1, 3):  # grey or RGB; CMYK is converted as PIL does it
+                return image.expand(3, -1, -1)
+    except (OSError, RuntimeError):
+        pass  # PIL has the last word on what cannot be read, and names it
+    return torch.from_numpy(np.array(load_image(path, image_id))).permute(2, 0, 1)
 
 
 def read_annotations(ann_file: str | os.PathLike) -> dict[str, Any]:
@@ -140,6 +163,8 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         return_masks: decode segmentations.
         categories: the classes that labels refer to, for instance the training set's or a checkpoint's. None: those of
             ``ann_file``, ids used as labels.
+        tensor_images: images are uint8 tensors [3, H, W] from the start, in place of PIL images: decoding and resizing
+            take a third of the time (see ``detr_fast.data.transforms`` for how close the pixels are).
 
     Attributes:
         coco: the ``pycocotools`` object; ids: the images' ids, ascending; categories; class_names: label → name.
@@ -159,6 +184,7 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         return_masks: bool = False,
         *,
         categories: Categories | None = None,
+        tensor_images: bool = False,
     ):
         if not Path(img_folder).is_dir():
             raise FileNotFoundError(f"image folder {img_folder} does not exist")
@@ -177,6 +203,7 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         self.ids = sorted(self.coco.imgs)
         self.prepare = ConvertCocoPolysToMask(return_masks)
         self._transforms = transforms
+        self._load = load_image_tensor if tensor_images else load_image
 
     @property
     def class_names(self) -> dict[int, str]:
@@ -185,8 +212,7 @@ class CocoDetection(torchvision.datasets.CocoDetection):
 
     def __getitem__(self, index: int):
         image_id = self.ids[index]
-        path = os.path.join(self.root, self.coco.imgs[image_id]["file_name"])
-        image = load_image(path, image_id)
+        image = self._load(self._path(image_id), image_id)
         annotations = self.coco.imgToAnns.get(image_id, [])
         image, target = self.prepare(image, {"image_id": image_id, "annotations": annotations})
         if self.categories.contiguous:
@@ -195,6 +221,41 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         if self._transforms is not None:
             image, target = self._transforms(image, target)
         return image, target
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """(width, height) of an image in pixels as the annotations state it; where they do not, from the file's header.
+
+        Raises:
+            MissingImageError, CorruptImageError: the file has to be asked and cannot be read.
+        """
+        image_id = self.ids[index]
+        entry = self.coco.imgs[image_id]
+        if entry.get("width") and entry.get("height"):
+            return entry["width"], entry["height"]
+        path = self._path(image_id)
+        try:
+            with Image.open(path) as image:
+                return image.size
+        except OSError:
+            return load_image(path, image_id).size  # names what is wrong
+
+    @property
+    def can_plan(self) -> bool:
+        """Whether ``planned_size`` works: the transforms draw from an image's size alone."""
+        transforms = getattr(self._transforms, "transforms", [self._transforms])
+        return self._transforms is None or all(hasattr(transform, "draw") for transform in transforms)
+
+    def planned_size(self, index: int) -> tuple[int, int]:
+        """(height, width) that ``self[index]`` would have, were it asked for with the random generators as they are.
+
+        Nothing is read: the transforms' draws are made from the annotated size. They advance the generators.
+        """
+        size = self.image_size(index)
+        width, height = size if self._transforms is None else self._transforms.draw(size)[1]
+        return height, width
+
+    def _path(self, image_id: int) -> str:
+        return os.path.join(self.root, self.coco.imgs[image_id]["file_name"])
 
 
 def _check_same_names(own: Categories, categories: Categories, ann_file) -> None:
@@ -243,8 +304,8 @@ class ConvertCocoPolysToMask:
     def __init__(self, return_masks: bool = False):
         self.return_masks = return_masks
 
-    def __call__(self, image: Image.Image, target: dict[str, Any]) -> tuple[Image.Image, dict[str, torch.Tensor]]:
-        width, height = image.size
+    def __call__(self, image: Img, target: dict[str, Any]) -> tuple[Img, dict[str, torch.Tensor]]:
+        width, height = image_size(image)
         objects = [entry for entry in target["annotations"] if not entry.get("iscrowd", 0)]
 
         boxes = torch.tensor([entry["bbox"] for entry in objects], dtype=torch.float32).reshape(-1, 4)
@@ -291,7 +352,8 @@ def build_dataset(image_set: str, args, *, categories: Categories | None = None,
             ``train_ann``). Optional: ``masks``; ``image_size``, the short side at full size in pixels (default 800);
             ``max_size``, the longest side (default 1333, scaled with ``image_size``).
         categories: the classes, for instance a checkpoint's. None: from the annotations.
-        uint8: see ``make_coco_transforms``.
+        uint8: see ``make_coco_transforms``. Training images are then also decoded and resized as uint8 tensors (see
+            ``CocoDetection``); validation images keep PIL's pixels, on which the original's results stand.
 
     Raises:
         ValueError: an unknown ``image_set`` or ``dataset_file``, no data named, both ways at once, or one half of a
@@ -309,7 +371,14 @@ def build_dataset(image_set: str, args, *, categories: Categories | None = None,
     if categories is None and not getattr(args, "coco_path", None):
         source = getattr(args, "train_ann", None) or annotations
         categories = Categories.from_coco(read_annotations(source)["categories"], contiguous=True)
-    return CocoDetection(images, annotations, transforms, bool(getattr(args, "masks", False)), categories=categories)
+    return CocoDetection(
+        images,
+        annotations,
+        transforms,
+        bool(getattr(args, "masks", False)),
+        categories=categories,
+        tensor_images=uint8 and image_set == "train",
+    )
 
 
 def _paths(image_set: str, args) -> tuple[Path, Path]:

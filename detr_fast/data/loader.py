@@ -1,22 +1,29 @@
-"""From a dataset to batches: samplers, seeds, workers, and the packed batch that goes to the GPU.
+"""From a dataset to batches: samplers, workers, and the packed batch that goes to the GPU.
 
-Every random draw is a function of (seed, epoch, index of the image): the augmentation of a sample depends neither on
-the worker that made it nor on their number, and epoch e of a resumed run has the batches and pictures of epoch e of a
-run that was never interrupted. The epoch travels with the index, so that workers that live on from epoch to epoch
-have it, too.
+How seeds and order come about is told in `detr_fast.data.seeding`, how batches of alike sizes do in
+`detr_fast.data.grouping`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
+import torch.distributed as dist
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
 
+from detr_fast.data.grouping import SizeGroupedBatchSampler, SizePlanner, can_plan
+from detr_fast.data.seeding import EpochBatchSampler, EpochSampler, SeededDataset
 from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from detr_fast.nested_tensor import NestedTensor, collate_fn
 from detr_fast.ops.pad_collate import pack_images, pad_collate_packed
@@ -28,7 +35,7 @@ class PackedBatch:
     It takes a NestedTensor's place in the training loop: ``.to(device)`` makes one.
 
     Args:
-        buffer: uint8 [N] on the CPU.
+        buffer: uint8 [N].
         header: int64 [B, 5] on the CPU; see ``pad_collate_packed``.
         options: keyword arguments of ``pad_collate_packed`` for ``.to``.
     """
@@ -47,8 +54,19 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NestedTensor:
         """Copies the buffer to ``device`` and there normalises, pads and casts the images."""
-        buffer = self.buffer.to(device, non_blocking=non_blocking)
-        return NestedTensor(*pad_collate_packed(buffer, self.header, **self.options))
+        return self.copied_to(device, non_blocking).padded()
+
+    def copied_to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The same with its buffer on ``device``: the first half of ``to``."""
+        return PackedBatch(self.buffer.to(device, non_blocking=non_blocking), self.header, self.options)
+
+    def padded(self) -> NestedTensor:
+        """The images normalised, padded and cast, on the buffer's device: the second half of ``to``."""
+        return NestedTensor(*pad_collate_packed(self.buffer, self.header, **self.options))
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tells the allocator that ``stream`` uses the buffer (see ``torch.Tensor.record_stream``)."""
+        self.buffer.record_stream(stream)
 
 
 class PackedCollate:
@@ -87,67 +105,129 @@ class PackedCollate:
         return (PackedBatch(*pack_images(images), self.options), *rest)
 
 
-@contextlib.contextmanager
-def seeded(*entropy: int) -> Iterator[None]:
-    """Seeds Python's, numpy's and torch's CPU generator from non-negative numbers; restores all three afterwards."""
-    python, numpy, torch_cpu = np.random.SeedSequence(entropy).generate_state(3)
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    random.seed(int(python))
-    np.random.seed(int(numpy))
-    # Not torch.manual_seed: without workers this is the training process, whose CUDA generator must not be touched.
-    torch.default_generator.manual_seed(int(torch_cpu))
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
-
-
-class SeededDataset(Dataset):
-    """Wraps a dataset whose items are asked for by (epoch, index) and drawn with seeds made of (seed, epoch, index)."""
-
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset = dataset
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]):
-        epoch, index = key
-        with seeded(self.seed, epoch, index):
-            return self.dataset[index]
-
-
-class EpochBatchSampler(BatchSampler):
-    """A ``BatchSampler`` whose order depends on (seed, epoch) alone; its batches are lists of (epoch, index)."""
-
-    def __init__(self, sampler, batch_size: int, drop_last: bool, seed: int):
-        super().__init__(sampler, batch_size, drop_last)
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the next iteration."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch
-        if isinstance(self.sampler, DistributedSampler):
-            self.sampler.set_epoch(epoch)
-        elif isinstance(self.sampler, RandomSampler):
-            self.sampler.generator.manual_seed(int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0]))
-        for batch in super().__iter__():
-            yield [(epoch, index) for index in batch]
-
-
 class EpochLoader(DataLoader):
-    """A ``DataLoader`` that is told the epoch. ``loader.dataset.dataset`` is the dataset that was given."""
+    """A ``DataLoader`` whose order and draws are a function of (seed, epoch), with any number of workers.
+
+    It takes ``DataLoader``'s arguments with their meaning and defaults, and every sampler: `EpochSampler` says what it
+    does with them. ``loader.dataset.dataset`` is the dataset that was given. Every iteration is the next epoch, unless
+    ``set_epoch`` says which. A batch that the collate function gives up as None (nothing in it could be read) is passed
+    over.
+
+    Args:
+        dataset: map-style.
+        batch_size, shuffle, sampler, batch_sampler, num_workers, collate_fn, pin_memory, drop_last, timeout,
+            worker_init_fn, multiprocessing_context: as ``DataLoader``.
+        seed: not negative; the same in all processes.
+        prefetch_factor, persistent_workers: as ``DataLoader``.
+        options: ``pin_memory_device``, ``in_order``: as ``DataLoader``.
+
+    Raises:
+        ValueError: a combination of options that excludes itself, or a number outside its range.
+        TypeError: a dataset that is not map-style, an option that there is not.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        sampler: Iterable | None = None,
+        batch_sampler: Iterable | None = None,
+        num_workers: int = 0,
+        collate_fn: Callable | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context=None,
+        *,
+        seed: int = 42,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        **options: Any,
+    ):
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}")
+        _check_dataset(dataset)
+        _check_order(batch_size, shuffle, sampler, batch_sampler, drop_last)
+        _check_workers(num_workers, timeout, multiprocessing_context, prefetch_factor, persistent_workers)
+        if batch_sampler is None:
+            if sampler is None:
+                sampler = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
+            if batch_size is not None:
+                batch_sampler = BatchSampler(sampler, batch_size, drop_last)
+        if batch_sampler is None:
+            order = {"batch_size": None, "sampler": EpochSampler(sampler, seed)}
+        else:
+            order = {"batch_sampler": EpochBatchSampler(batch_sampler, seed)}
+        self.epoch_sampler = order.get("batch_sampler", order.get("sampler"))
+        super().__init__(
+            SeededDataset(dataset, seed),
+            **order,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            pin_memory=pin_memory,
+            timeout=timeout,
+            worker_init_fn=worker_init_fn,
+            multiprocessing_context=multiprocessing_context,
+            # The loader draws a number per epoch; from the global generator it would shift the model's dropout.
+            generator=torch.Generator().manual_seed(seed),
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers,
+            **options,
+        )
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses order and augmentation of the next iteration; call it before every epoch."""
-        self.batch_sampler.set_epoch(epoch)
+        """Chooses order and augmentation of the next iteration."""
+        self.epoch_sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator:
+        batches = super().__iter__()
+        self.set_epoch(self.epoch_sampler.epoch + 1)
+        return (batch for batch in batches if batch is not None)
+
+
+def _check_dataset(dataset) -> None:
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise TypeError(f"expected a map-style dataset (__getitem__ and __len__), got a {type(dataset).__name__}")
+    if len(dataset) == 0:
+        raise ValueError("the dataset is empty")
+
+
+def _check_order(batch_size, shuffle, sampler, batch_sampler, drop_last) -> None:
+    if batch_sampler is not None:
+        given = {"batch_size": batch_size != 1, "shuffle": shuffle, "sampler": sampler is not None,
+                 "drop_last": drop_last}  # fmt: skip
+        names = ", ".join(name for name, is_given in given.items() if is_given)
+        if names:
+            raise ValueError(f"batch_sampler decides which samples make a batch; it excludes {names}")
+        return
+    if batch_size is None and drop_last:
+        raise ValueError("batch_size=None means single samples; it excludes drop_last")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, or None, got {batch_size}")
+    if sampler is not None and shuffle:
+        raise ValueError("sampler decides about the order; it excludes shuffle")
+    if isinstance(sampler, WeightedRandomSampler) and not sampler.replacement:
+        possible = int((sampler.weights > 0).sum())
+        if sampler.num_samples > possible:
+            raise ValueError(
+                f"a weighted sampler without replacement cannot draw {sampler.num_samples} samples: only {possible} "
+                "have a positive weight"
+            )
+
+
+def _check_workers(num_workers, timeout, multiprocessing_context, prefetch_factor, persistent_workers) -> None:
+    if num_workers < 0 or timeout < 0:
+        raise ValueError(f"num_workers and timeout must be at least 0, got {num_workers} and {timeout}")
+    if prefetch_factor is not None and prefetch_factor < 1:
+        raise ValueError(f"prefetch_factor must be at least 1, or None, got {prefetch_factor}")
+    if num_workers == 0:
+        given = {"timeout": timeout, "multiprocessing_context": multiprocessing_context is not None,
+                 "prefetch_factor": prefetch_factor is not None, "persistent_workers": persistent_workers}  # fmt: skip
+        names = ", ".join(name for name, is_given in given.items() if is_given)
+        if names:
+            raise ValueError(f"{names}: only with worker processes; set num_workers to at least 1")
 
 
 def build_loader(
@@ -161,12 +241,14 @@ def build_loader(
     pin_memory: bool | None = None,
     drop_last: bool | None = None,
     collate_fn: Callable = collate_fn,
+    group_by_size: bool | None = None,
 ) -> EpochLoader:
-    """A loader with the original's samplers.
+    """The loader for training or validation.
 
-    Training: ``RandomSampler``, or ``DistributedSampler`` with shuffling, in a ``BatchSampler`` that drops the last
-    incomplete batch. Validation: ``SequentialSampler``, or ``DistributedSampler`` without shuffling (which repeats
-    images so that all processes get as many), nothing dropped.
+    Training: images of alike size share a batch (`SizeGroupedBatchSampler`), or in the original's order: a
+    ``RandomSampler``, or a ``DistributedSampler`` with shuffling. The last incomplete batch is dropped, as in the
+    original. Validation: a ``SequentialSampler``, or a ``DistributedSampler`` without shuffling (which repeats images
+    so that all processes get as many), nothing dropped.
 
     Args:
         dataset: items (image, target).
@@ -179,35 +261,49 @@ def build_loader(
         drop_last: None: as ``train``.
         collate_fn: default ``detr_fast.collate_fn``: (NestedTensor, targets), padded in the worker.
             ``PackedCollate()``, with a dataset of uint8 images: padded and normalised on the training device.
+        group_by_size: group training batches by the images' size after augmentation. False: the original's order. None:
+            where the dataset can plan sizes, as `CocoDetection` with our transforms can.
 
     Raises:
-        ValueError: an empty dataset, a batch size below 1, a negative seed, or a dataset too small for a single batch
-            where incomplete ones are dropped.
+        ValueError: an empty dataset, a batch size below 1, a negative seed, a dataset too small for a single batch
+            where incomplete ones are dropped, or ``group_by_size`` with validation or a dataset that cannot plan.
     """
     drop_last = train if drop_last is None else drop_last
     if len(dataset) == 0:
         raise ValueError("the dataset has no images")
     if batch_size < 1 or seed < 0:
         raise ValueError(f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}")
-    if distributed:
-        sampler = DistributedSampler(dataset, shuffle=train, seed=seed)
-    elif train:
-        sampler = RandomSampler(dataset, generator=torch.Generator())
-    else:
-        sampler = SequentialSampler(dataset)
-    batch_sampler = EpochBatchSampler(sampler, batch_size, drop_last, seed)
-    if len(batch_sampler) == 0:
+    if group_by_size and not train:
+        raise ValueError("group_by_size shuffles: it is for training only")
+    if group_by_size and not can_plan(dataset):
         raise ValueError(
-            f"{len(sampler)} images per process give no complete batch of {batch_size}; choose a batch size of at most "
-            f"{len(sampler)}"
+            f"group_by_size needs a dataset with planned_size(index), such as CocoDetection with transforms that have "
+            f"draw(size); got a {type(dataset).__name__}"
+        )
+    world_size, rank = (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
+    if train and (can_plan(dataset) if group_by_size is None else group_by_size):
+        batch_sampler = SizeGroupedBatchSampler(
+            len(dataset), SizePlanner(dataset, seed), batch_size,
+            drop_last=drop_last, seed=seed, num_replicas=world_size, rank=rank,
+        )  # fmt: skip
+    else:
+        if distributed:
+            sampler = DistributedSampler(dataset, shuffle=train, seed=seed)
+        else:
+            sampler = RandomSampler(dataset) if train else SequentialSampler(dataset)
+        batch_sampler = BatchSampler(sampler, batch_size, drop_last)
+    if len(batch_sampler) == 0:
+        per_process = len(dataset) // world_size
+        raise ValueError(
+            f"{per_process} images per process give no complete batch of {batch_size}; choose a batch size of at most "
+            f"{per_process}"
         )
     return EpochLoader(
-        SeededDataset(dataset, seed),
+        dataset,
         batch_sampler=batch_sampler,
         collate_fn=collate_fn,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         persistent_workers=num_workers > 0,
-        # The loader draws a number per epoch; from the global generator it would shift the model's dropout.
-        generator=torch.Generator().manual_seed(seed),
+        seed=seed,
     )
