@@ -10,7 +10,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "detr_fast.nested_tensor": ["NestedTensor", "nested_tensor_from_tensor_list", "collate_fn"],
-    "detr_fast.ops": ["attention", "attention_dropout_mask", "pad_collate", "pad_collate_packed", "sine_position"],
+    "detr_fast.ops": [
+        "attention",
+        "attention_dropout_mask",
+        "joint_softmax",
+        "pad_collate",
+        "pad_collate_packed",
+        "sine_position",
+    ],
     "detr_fast.layers": [
         "MLP",
         "FrozenBatchNorm2d",

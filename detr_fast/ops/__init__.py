@@ -1,6 +1,7 @@
 """The fused ops. Each file holds one op: schema, fake, autograd and plain-PyTorch reference."""
 
 from detr_fast.ops.attention import applied_dropout, attention, attention_dropout_mask, attention_reference
+from detr_fast.ops.joint_softmax import joint_softmax, joint_softmax_reference
 from detr_fast.ops.pad_collate import pack_images, pad_collate, pad_collate_packed, pad_collate_reference
 from detr_fast.ops.sine_position import sine_position, sine_position_reference
 
@@ -9,6 +10,8 @@ __all__ = [
     "attention",
     "attention_dropout_mask",
     "attention_reference",
+    "joint_softmax",
+    "joint_softmax_reference",
     "pack_images",
     "pad_collate",
     "pad_collate_packed",

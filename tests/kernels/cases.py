@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from detr_fast.ops.attention import attention
+from detr_fast.ops.joint_softmax import joint_softmax
 from detr_fast.ops.pad_collate import pad_collate
 from detr_fast.ops.sine_position import sine_position
 
@@ -173,3 +174,21 @@ for _tf32 in (False, True):
 for _dims in ((16, 16), (64, 64), (128, 128), (24, 40)):
     CASES += [_attention("bf16", head_dims=_dims), _attention("fp32", head_dims=_dims, dropout=0.0)]
     CASES += [_attention("fp32", head_dims=_dims, tf32=True)]
+
+
+def _joint_softmax(dtype: str, masked: bool = True, transposed: bool = True, heads: int = 8) -> Case:
+    def run():
+        scores = torch.zeros(2, heads, 100, 950, dtype=DTYPES[dtype])
+        scores = (scores.transpose(1, 2) if transposed else scores.transpose(1, 3)).requires_grad_()
+        weights = joint_softmax(scores, torch.zeros(2, scores.shape[3], dtype=torch.bool) if masked else None)
+        grad = torch.zeros(weights.shape, dtype=weights.dtype)
+        weights.backward(grad if transposed else grad.transpose(2, 3).contiguous().transpose(2, 3))
+
+    name = f"joint_softmax {dtype}{' masked' if masked else ''}{'' if transposed else ' strided'} H{heads}"
+    return Case(
+        name, run, transposed and heads == 8, dtype != "fp16" and masked, from_chip=80 if dtype == "bf16" else 75
+    )
+
+
+CASES += [_joint_softmax(_dtype, masked) for _dtype in DTYPES for masked in (True, False)]
+CASES += [_joint_softmax("fp32", transposed=False), _joint_softmax("fp32", heads=5)]
