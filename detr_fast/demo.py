@@ -15,13 +15,13 @@ from detr_fast.training.run import train
 _COMMON = {
     "backbone": "resnet18", "backbone_weights": "none", "backbone_level": 1, "enc_layers": 2, "dec_layers": 2,
     "num_queries": 10, "lr": 5e-4, "lr_backbone": 5e-4, "lr_schedule": "cosine", "warmup_steps": 100,
-    "dropout": 0.0, "sample_images": 6,
+    "dropout": 0.0, "sample_images": 6, "augmentation": "flip",
 }  # fmt: skip
 _CPU = {
-    "image_size": 64, "hidden_dim": 128, "dim_feedforward": 256, "nheads": 4, "batch_size": 8, "epochs": 10,
+    "image_size": 64, "hidden_dim": 128, "dim_feedforward": 256, "nheads": 4, "batch_size": 8, "epochs": 6,
     "num_workers": 0, "eval_every": 2, "print_freq": 25,
 }  # fmt: skip
-_CPU_DATA = {"image_size": 64, "num_train": 1200, "num_val": 200}
+_CPU_DATA = {"image_size": 64, "num_train": 2000, "num_val": 200}
 _GPU = {
     "image_size": 96, "hidden_dim": 128, "dim_feedforward": 512, "nheads": 4, "batch_size": 16, "epochs": 30,
     "num_workers": 4, "eval_every": 5, "print_freq": 50,

@@ -123,6 +123,12 @@ def add_data_flags(parser: argparse.ArgumentParser, train: bool) -> None:
     if train:
         group.add_argument("--coco_panoptic_path", type=str, help=_SEGMENTATION)
         group.add_argument("--remove_difficult", action="store_true", help="COCO has no such mark; refused")
+        group.add_argument(
+            "--augmentation",
+            default="detr",
+            choices=("detr", "flip"),
+            help="detr: flip, random size, random crop, as the original; flip: only that (default %(default)s)",
+        )
         group.add_argument("--train_ann", type=str, help="own data: COCO json of the training images")
         group.add_argument("--train_images", type=str, help="own data: folder of the training images")
     group.add_argument("--val_ann", type=str, help="own data: COCO json of the validation images")

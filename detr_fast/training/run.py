@@ -20,6 +20,7 @@ from torch.amp import GradScaler
 from detr_fast.data.categories import Categories
 from detr_fast.data.coco import CocoDetection, build_dataset, read_annotations
 from detr_fast.data.loader import EpochLoader, PackedCollate, build_loader
+from detr_fast.data.transforms import Compose, RandomHorizontalFlip, make_coco_transforms
 from detr_fast.models.build import build_model
 from detr_fast.training.checkpoint import (
     load_model,
@@ -129,6 +130,9 @@ class Trainer:
         if self.output_dir is not None:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         self.dataset_train = build_dataset("train", args, uint8=True)
+        if args.augmentation == "flip":
+            resize = make_coco_transforms("val", scales=args.image_size, max_size=args.max_size, uint8=True)
+            self.dataset_train._transforms = Compose([RandomHorizontalFlip(), resize])
         self.dataset_val = build_dataset("val", args, categories=self.dataset_train.categories, uint8=True)
         self.categories = self.dataset_train.categories
         args.num_classes = self.categories.num_classes
