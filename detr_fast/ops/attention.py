@@ -47,7 +47,7 @@ def attention(
             nor 1 unless `dropout_p` is), is what is applied and what the kept elements are scaled up for.
         seed: [1] int64 on the same device, fixes the dropout mask; None draws one from torch's generator of that
             device, so that `torch.manual_seed`, checkpointing and CUDA graphs behave as with torch's own dropout.
-        scale: multiplies q kᵀ; None means D ** -0.5.
+        scale: positive, multiplies q kᵀ; None means D ** -0.5.
 
     Returns:
         out [B, H, Lq, Dv] in the inputs' dtype, a view of [B, Lq, H, Dv]-contiguous memory; and the natural
@@ -57,7 +57,10 @@ def attention(
     Raises:
         TypeError: a dtype is not one of the four or the three differ; `key_padding_mask` is not bool; `seed` is not an
             int64 tensor.
-        ValueError: shapes do not fit together, devices differ, `dropout_p` is outside 0..1.
+        ValueError: shapes do not fit together, devices differ, `dropout_p` is outside 0..1, `scale` is not
+            positive.
+        NotImplementedError: under `torch.vmap`.
+        RuntimeError: when differentiated twice.
 
     Source: Vaswani et al. 2017, section 3.2; Dao 2023 (FlashAttention-2); Salmon et al. 2011 (Philox).
     """
@@ -73,6 +76,8 @@ def attention(
     elif seed is None:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}; expected a positive number")
     return _attention(query, key, value, key_padding_mask, float(dropout_p), seed, scale)
 
 

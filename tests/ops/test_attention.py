@@ -1,0 +1,280 @@
+"""`attention` without a GPU: the reference, the op around it, and dropout's random numbers."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from detr_fast.ops import applied_dropout, attention, attention_dropout_mask, attention_reference
+
+SEED = torch.tensor([12345678901234567])
+
+
+def make_inputs(dtype=torch.float64, batch=2, heads=3, q_len=5, k_len=70, dim=4, value_dim=6):
+    """Strided, as views of [B, L, H, D]."""
+    shapes = ((q_len, dim), (k_len, dim), (k_len, value_dim))
+    return [
+        torch.randn(batch, length, heads, width).to(dtype).transpose(1, 2).requires_grad_() for length, width in shapes
+    ]
+
+
+def make_mask(k_len=70, all_padded=True):
+    mask = torch.rand(2, k_len) < 0.5
+    mask[:, 0] = False
+    if all_padded:
+        mask[1] = True
+    return mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_attention_matches_sdpa(dtype):
+    """Output and gradients against torch's own attention in float64."""
+    inputs = make_inputs(dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    mask = make_mask(all_padded=False)
+    for padding in (None, mask):
+        out, lse = attention(*inputs, padding, scale=0.4)
+        keep = None if padding is None else ~padding[:, None, None, :]
+        want = F.scaled_dot_product_attention(*exact, attn_mask=keep, scale=0.4)
+        grad = torch.randn(out.shape).to(dtype)
+        results = (out, *torch.autograd.grad(out, inputs, grad))
+        wants = (want, *torch.autograd.grad(want, exact, grad.double()))
+        unit = torch.finfo(dtype).eps
+        for result, exact_result in zip(results, wants, strict=True):
+            assert result.dtype == dtype
+            torch.testing.assert_close(result.double(), exact_result, rtol=2 * unit, atol=8 * min(unit, 1e-6))
+        scores = (exact[0] @ exact[1].transpose(-2, -1)) * 0.4
+        if padding is not None:
+            scores = scores.masked_fill(padding[:, None, None, :], -math.inf)
+        torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=4e-7, atol=4e-7)
+
+
+def test_attention_output_memory():
+    """out and the gradients are [B, L, H, D] in memory, also where a size is one; logsumexp is contiguous."""
+    for batch, heads in ((2, 3), (1, 1), (2, 1)):
+        inputs = [x.detach().contiguous().requires_grad_() for x in make_inputs(torch.float32, batch, heads)]
+        out, lse = attention(*inputs)
+        grads = torch.autograd.grad(out, inputs, torch.randn_like(out))
+        for x in (out, *grads):
+            assert x.stride() == torch.empty(x.transpose(1, 2).shape).transpose(1, 2).stride()
+        assert lse.is_contiguous() and lse.dtype == torch.float32 and not lse.requires_grad
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_gradcheck(p, masked):
+    inputs = make_inputs(k_len=11)
+    mask = make_mask(11) if masked else None
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, mask, p, seed=SEED)[0], inputs)
+    assert torch.autograd.gradcheck(lambda *x: attention_reference(*x, mask)[0], inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_opcheck(dtype, masked):
+    inputs = make_inputs(dtype, k_len=11)
+    args = (*inputs, make_mask(11) if masked else None, 0.3 * masked, SEED if masked else None, 0.5)
+    torch.library.opcheck(torch.ops.detr_fast.attention.default, args)
+    with torch.no_grad():
+        out, lse = torch.ops.detr_fast.attention(*args)
+        grad = torch.randn(out.shape).to(dtype)
+        args = (grad, *(x.detach() for x in inputs), out, lse, *args[3:])
+        torch.library.opcheck(torch.ops.detr_fast.attention_backward.default, args)
+
+
+def test_attention_dropout_is_the_helpers_mask():
+    """The helper's mask in the reference gives the op's output and gradients."""
+    inputs = make_inputs()
+    for p in (0.1, 0.5, 1.0):
+        for mask in (None, make_mask()):
+            keep = attention_dropout_mask(SEED, 2, 3, 5, 70, p)
+            out, _ = attention(*inputs, mask, p, seed=SEED)
+            want, _ = attention_reference(*inputs, mask, p, keep)
+            grad = torch.randn_like(out)
+            results = (out, *torch.autograd.grad(out, inputs, grad))
+            wants = (want, *torch.autograd.grad(want, inputs, grad))
+            for a, b in zip(results, wants, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            assert (p == 1) == bool((out == 0).all())
+
+
+def test_dropout_words_are_philox():
+    """Four words of the seed's first counter, from a scalar implementation of the published rounds."""
+    from detr_fast.ops.attention import _philox
+
+    mask, multipliers, bumps = 0xFFFFFFFF, (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+
+    def scalar(counter, key, rounds):
+        c, k = list(counter), list(key)
+        for _ in range(rounds):
+            a, b = c[0] * multipliers[0], c[2] * multipliers[1]
+            c = [(b >> 32) ^ c[1] ^ k[0], b & mask, (a >> 32) ^ c[3] ^ k[1], a & mask]
+            k = [(k[i] + bumps[i]) & mask for i in (0, 1)]
+        return c
+
+    # The known answer of Random123 for ten rounds, counter and key of ones: the scalar one is Philox.
+    assert scalar([mask] * 4, [mask] * 2, 10) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    counter = [3, 2**31 + 5, 2**32 - 1, 0]
+    for seed in (0, 2**62 - 1, -5):
+        words = _philox(torch.tensor([seed]), *(torch.tensor([c]) for c in counter))
+        key = [seed & mask, (seed >> 32) & mask]
+        assert [int(word) for word in words] == scalar(counter, key, 7)
+
+
+def test_dropout_rate():
+    """Over 1.3e7 draws within four standard errors of the rate that is said to be applied."""
+    for p in (0.1, 0.5, 0.002):
+        kept = attention_dropout_mask(torch.randint(0, 2**62, (1,)), 4, 8, 640, 640, p)
+        rate, applied = 1 - kept.double().mean().item(), applied_dropout(p)
+        assert abs(rate - applied) < 4 * math.sqrt(applied * (1 - applied) / kept.numel())
+
+
+def test_dropout_is_uncorrelated():
+    """Neighbours in every direction, heads, images and layers (seeds) within four and a half standard errors of 0."""
+    p = 0.3
+    masks = [attention_dropout_mask(torch.tensor([seed]), 2, 4, 300, 512, p) for seed in (1, 2, 1 + 2**32)]
+    x = (masks[0].double() - 1 + applied_dropout(p)) / math.sqrt(applied_dropout(p) * (1 - applied_dropout(p)))
+    others = [(m.double() - m.double().mean()) / m.double().std() for m in masks[1:]]
+    pairs = {f"layer {i}": (x, other) for i, other in enumerate(others)}
+    for shift in (1, 2, 4, 8, 16, 64):
+        pairs[f"column {shift}"] = (x[..., shift:], x[..., :-shift])
+        pairs[f"row {shift}"] = (x[..., shift:, :], x[..., :-shift, :])
+    pairs["head"] = (x[:, 1:], x[:, :-1])
+    pairs["image"] = (x[1:], x[:-1])
+    for name, (a, b) in pairs.items():
+        assert abs((a * b).mean()) < 4.5 / math.sqrt(a.numel()), name
+
+
+def test_dropout_mask_does_not_depend_on_the_lengths():
+    whole = attention_dropout_mask(SEED, 2, 3, 70, 200, 0.4)
+    assert torch.equal(attention_dropout_mask(SEED, 2, 3, 43, 65, 0.4), whole[:, :, :43, :65])
+    assert torch.equal(attention_dropout_mask(SEED, 1, 3, 70, 200, 0.4), whole[:1])
+
+
+def test_applied_dropout():
+    assert [applied_dropout(p) for p in (0, 1, 0.1, 1e-6, 0.9999)] == [0, 1, 26 / 256, 1 / 256, 255 / 256]
+
+
+def test_attention_manual_seed_reproduces():
+    inputs = make_inputs()
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(attention(*inputs, None, 0.5)[0])
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_attention_checkpoint_reproduces(reentrant):
+    inputs = make_inputs()
+    grad = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    results = []
+    for run in (lambda f, *x: f(*x), lambda f, *x: checkpoint(f, *x, use_reentrant=reentrant)):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        torch.manual_seed(3)
+        run(lambda q, k, v: attention(q, k, v, None, 0.5)[0], *leaves).backward(grad)
+        results.append([x.grad for x in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_autocast(dtype):
+    q, k, v = make_inputs(torch.float32)
+    with torch.autocast("cpu", dtype):
+        out, lse = attention(q, k.to(dtype), v)
+        assert attention(*make_inputs(torch.float64))[0].dtype == torch.float64
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert torch.equal(out, attention(q.to(dtype), k.to(dtype), v.to(dtype))[0])
+    grads = torch.autograd.grad(out, (q, v), torch.randn(out.shape).to(dtype))
+    assert all(grad.dtype == torch.float32 for grad in grads)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_attention_compiles_dynamic(p):
+    """One graph whatever the sizes, with the same numbers forward and backward."""
+    graphs = 0
+
+    def backend(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    def run(q, k, v, mask):
+        return attention(q, k, v, mask, p)[0] * 2
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
+    for batch, q_len, k_len in ((2, 5, 70), (3, 6, 71), (4, 9, 33)):
+        inputs = make_inputs(torch.float32, batch, 3, q_len, k_len)
+        mask = torch.rand(batch, k_len) < 0.3
+        grad = torch.randn(batch, 3, q_len, 6)
+        results = []
+        for function in (compiled, run):
+            torch.manual_seed(0)
+            out = function(*inputs, mask)
+            results.append((out, *torch.autograd.grad(out, inputs, grad)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert graphs == 1
+
+
+def test_attention_compiles_through_aot():
+    mask = make_mask()
+    compiled = torch.compile(lambda *x: attention(*x, mask)[0], fullgraph=True, backend="aot_eager")
+    inputs = make_inputs(torch.float32)
+    out = compiled(*inputs)
+    want, _ = attention(*inputs, mask)
+    grad = torch.randn_like(out)
+    assert torch.equal(out, want)
+    for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(want, inputs, grad), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_attention_padding_reaches_nothing():
+    mask = make_mask()
+    clean = make_inputs()
+    dirty = [clean[0].detach(), *(x.detach().masked_fill(mask[:, None, :, None], math.nan) for x in clean[1:])]
+    results = []
+    for inputs in (clean, dirty):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        torch.manual_seed(0)
+        out, lse = attention(*inputs, mask, 0.3)
+        assert (out[1] == 0).all() and (lse[1] == math.inf).all()
+        results.append((out, lse, *torch.autograd.grad(out, inputs, torch.randn(out.shape, dtype=out.dtype))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    assert all((grad[1] == 0).all() for grad in results[1][2:])
+
+
+def test_attention_refuses_double_backward_and_vmap():
+    inputs = make_inputs()
+    (grad,) = torch.autograd.grad(attention(*inputs)[0].square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_backward"):
+        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.vmap(lambda q: attention(q, *inputs[1:])[0])(inputs[0][None])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"query": torch.zeros(2, 3, 5, 4, dtype=torch.int64)}, TypeError, "int64"),
+        ({"query": torch.zeros(2, 3, 5, 4, dtype=torch.float64)}, TypeError, "expected one"),
+        ({"query": torch.zeros(2, 3, 5)}, ValueError, r"\[2, 3, 5\]"),
+        ({"query": torch.zeros(2, 3, 5, 8)}, ValueError, r"\[B, H, Lk, D\]"),
+        ({"key": torch.zeros(2, 3, 8, 4)}, ValueError, r"\[B, H, Lk, Dv\]"),
+        ({"value": torch.zeros(2, 1, 7, 4)}, ValueError, r"\[B, H, Lk, Dv\]"),
+        ({"value": torch.zeros(2, 3, 7, 0)}, ValueError, "at least 1"),
+        ({"key_padding_mask": torch.zeros(2, 7)}, TypeError, "float32; expected bool"),
+        ({"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)}, ValueError, r"\[2, 5\]"),
+        ({"dropout_p": 1.5}, ValueError, "0..1"),
+        ({"seed": 5}, TypeError, "int64 tensor"),
+        ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, r"\[1\]"),
+        ({"scale": 0.0}, ValueError, "positive"),
+        ({"value": torch.zeros(2, 3, 7, 4, device="meta")}, ValueError, "one device"),
+    ],
+)
+def test_attention_rejects(change, error, match):
+    arguments = {"query": torch.zeros(2, 3, 5, 4), "key": torch.zeros(2, 3, 7, 4), "value": torch.zeros(2, 3, 7, 4)}
+    with pytest.raises(error, match=match):
+        attention(**(arguments | change))
