@@ -112,7 +112,7 @@ class Settings:
 
     device: torch.device
     launches: tuple[str, ...] = ("eager", "graph")
-    seconds_per_case: float = 1.0
+    seconds_per_case: float = 0.5
     min_rounds: int = 5
     check_only: bool = False
     seed: int = 0

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from detr_fast.layers import MultiheadAttention
 
@@ -36,20 +37,17 @@ def _key(state: Inputs) -> torch.Tensor:
     return state["query"] if state["self_attention"] else state["key"]
 
 
-def plain(inputs: Inputs) -> Outputs:
-    weights = [inputs[name] for name in WEIGHTS]
-    return (_functional(inputs["query"], _key(inputs), inputs["value"], inputs["key_padding_mask"], weights),)
-
-
 def reference(inputs: Inputs) -> Outputs:
-    """`plain`, image by image, so that one image's weights are all that is kept at a time."""
-    weights, parts = [inputs[name] for name in WEIGHTS], []
-    for i in range(inputs["query"].shape[1]):
-        q, k, v = (t[:, i : i + 1] for t in (inputs["query"], _key(inputs), inputs["value"]))
-        mask = inputs["key_padding_mask"]
-        arguments = (q, k, v, None if mask is None else mask[i : i + 1], weights)
+    """Some images at a time and recomputed in the backward, so that at most a GiB of weights is kept."""
+    weights, mask = [inputs[name] for name in WEIGHTS], inputs["key_padding_mask"]
+    query, key, value = inputs["query"], _key(inputs), inputs["value"]
+    group = max(1, 2**30 // (HEADS * query.shape[0] * key.shape[0] * query.element_size()))
+    parts = []
+    for first in range(0, query.shape[1], group):
+        q, k, v = (t[:, first : first + group] for t in (query, key, value))
+        arguments = (q, k, v, None if mask is None else mask[first : first + group], weights)
         if torch.is_grad_enabled():
-            parts.append(torch.utils.checkpoint.checkpoint(_functional, *arguments, use_reentrant=False))
+            parts.append(checkpoint(_functional, *arguments, use_reentrant=False))
         else:
             parts.append(_functional(*arguments))
     return (torch.cat(parts, 1),)
@@ -166,7 +164,7 @@ def case(kind: str, shape: BatchShape, precision: str, mode: str, dropout: float
         mode=mode,
         inputs=inputs,
         reference=reference,
-        plain=plain,
+        plain=reference,
         leaves=leaves,
         work=stages + core.work,
         dropout=dropout,

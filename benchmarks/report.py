@@ -28,13 +28,14 @@ SHIPPED = {"collate": "original loop", "position": "original, eager", "attention
 PARTIAL = {"SDPA flash, no mask", "flash varlen, packed", "torchvision batch_images"}
 
 
-def _quoted(row: dict) -> tuple:
+def quoted_key(row: dict) -> tuple:
+    """What a row measures: suite, kind or task, model, padding, precision, mode, dropout."""
     shape = row["shape"]
     kind = shape.get("kind") or shape.get("task")
     return row["suite"], kind, shape["model"], shape["padding"], row["precision"], row["mode"], shape.get("dropout")
 
 
-def _times(rows: list[dict]) -> dict[str, dict]:
+def best_times(rows: list[dict]) -> dict[str, dict]:
     """provider → its best row: CUDA graph or eager, whichever is faster for it."""
     best: dict[str, dict] = {}
     for row in rows:
@@ -51,7 +52,7 @@ def _microseconds(row: dict | None) -> str:
 
 def _line(key: tuple, rows: list[dict]) -> str | None:
     suite, kind, model, padding, precision, mode, dropout = key
-    times = _times(rows)
+    times = best_times(rows)
     ours = times.get("detr_fast")
     if ours is None:
         return None
@@ -84,7 +85,7 @@ def table(results: Path) -> str:
     parts = []
     for device, records in sorted(devices.items()):
         rows = [row for record in records for row in record["rows"] if row["shape"]["batch"] == 16]
-        lines = [_line(key, [row for row in rows if _quoted(row) == key]) for key in QUOTED]
+        lines = [_line(key, [row for row in rows if quoted_key(row) == key]) for key in QUOTED]
         lines = [line for line in lines if line]
         where = records[0]["provenance"]
         commits = sorted({(r["provenance"]["git_sha"] or "unknown")[:9] for r in records})

@@ -16,8 +16,9 @@ from . import SUITES, plan
 from .case import Row, Settings
 from .ceilings import measure_ceilings
 from .harness import run_case
+from .markers import replace_between
 from .provenance import device_name, provenance, slug
-from .results import load_record, save, suite_record
+from .results import load, load_record, save, suite_record
 from .table import print_case, print_ceilings
 
 # Shares of a whole run's time budget, and the seconds a process takes before it measures.
@@ -37,9 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """
     _validate(args)
     if args.suite == "report":
-        from .report import update_readme
-
-        return update_readme(args.readme, args.output or Path("benchmarks/results"))
+        return _report(args)
     if args.suite == "static":
         from .static import run_static
 
@@ -50,6 +49,16 @@ def run(args: argparse.Namespace) -> int:
     if args.suite == "all":
         return _run_all(args)
     return _run_suite(args)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from . import predictions
+    from .report import update_readme
+    from .static import NOTES
+
+    results = args.output or Path("benchmarks/results")
+    notes = replace_between(NOTES, "predictions", predictions.table(load(results)))
+    return update_readme(args.readme, results) or int(not notes)
 
 
 def _validate(args: argparse.Namespace) -> None:
@@ -160,7 +169,7 @@ def _run_suite(args: argparse.Namespace) -> int:
     settings = Settings(
         device=device,
         launches=tuple(launch for launch in args.launch if launch == "eager" or device.type == "cuda"),
-        seconds_per_case=0.3 if args.quick else 1.0,
+        seconds_per_case=0.2 if args.quick else 0.5,
         min_rounds=5 if device.type == "cuda" else 3,
         check_only=check_only,
         seed=args.seed,

@@ -5,6 +5,7 @@ DETR's shapes. `python -m benchmarks static` prints the table and writes it into
 """
 
 import importlib
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from .markers import replace_between
 from .provenance import ROOT
 
-CHIPS = (80, 90, 100)
+CHIP = 90  # what the goals are set for; the gate watches the other chips
 NOTES = Path(__file__).resolve().parent / "NOTES.md"
 
 
@@ -123,6 +124,18 @@ def load_gate():
     return importlib.import_module("tests.kernels.gate")
 
 
+def _disassembled(kernel) -> str:
+    """The kernel's SASS, without nvdisasm's warning about formats on stderr."""
+    saved = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            return kernel.asm["sass"]
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
 def measure(gate, cases: list, chips: tuple[int, ...]) -> list[StaticRow]:
     """Compiles the gate's `cases` for `chips` and reads the result.
 
@@ -146,7 +159,7 @@ def measure(gate, cases: list, chips: tuple[int, ...]) -> list[StaticRow]:
             kernel = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=launch.options.__dict__)
             constants, warps = launch.named_constants(), kernel.metadata.num_warps
             # The loop with most exponentials is the loop over keys (forward) or queries (backward).
-            loop = max(loops(kernel.asm["sass"]), key=lambda found: found.exps, default=None)
+            loop = max(loops(_disassembled(kernel)), key=lambda found: found.exps, default=None)
             tile = constants.get("BLOCK_M", 0) * constants.get("BLOCK_N", 0)
             blocks = [f"{key}={value}" for key, value in constants.items() if key.startswith("BLOCK")]
             rows.append(
@@ -193,6 +206,8 @@ def run_static(save: bool = True) -> int:
     gate = load_gate()
     if triton.knobs.runtime.interpret:
         raise SystemExit("static: needs Triton's compiler; unset TRITON_INTERPRET")
-    text = markdown(measure(gate, [case for case in gate.CASES if case.detr], CHIPS), triton.__version__)
+    # fp16 compiles to what bf16 does.
+    cases = [case for case in gate.CASES if case.detr and "fp16" not in case.name]
+    text = markdown(measure(gate, cases, (CHIP,)), triton.__version__)
     print(text)
     return 0 if not save or replace_between(NOTES, "static", text) else 1

@@ -77,6 +77,25 @@ def test_the_gates_kernels_are_read():
     assert "triton 9.9" in text and f"| sm_90 | `{row.kernel}` | {row.case} |" in text
 
 
+@pytest.mark.skipif(INTERPRET, reason="needs Triton's compiler")
+def test_the_exp_ceiling_is_nothing_but_exponentials():
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from detr_fast.benchmarks.ceilings import _exp_rate_kernel
+
+    signature = {"out_ptr": "*fp32", "REPEATS": "constexpr", "BLOCK": "constexpr"}
+    source = ASTSource(_exp_rate_kernel, signature, {(1,): 64, (2,): 1024})
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    code = [line for line in kernel.asm["sass"].splitlines() if "\t" in line and "NOP" not in line]
+    exps = sum("MUFU.EX2" in line for line in code)
+    # 8 numbers per thread, 64 times each. A partition's exp unit has 4 lanes, so a warp's exponentials take 8 cycles:
+    # up to 7 other instructions for each would not show.
+    assert exps == 8 * 64
+    assert (len(code) - exps) / exps < 5
+
+
 def test_markers(tmp_path, capsys):
     path = tmp_path / "x.md"
     path.write_text("a\n<!-- static:begin -->\nold\n<!-- static:end -->\nb\n")
