@@ -45,6 +45,7 @@ def draw_detections(
     line = max(2, round(long_side / 250))
     font = ImageFont.load_default(size=max(11, round(long_side / 45)))
     order = range(len(boxes)) if scores is None else sorted(range(len(boxes)), key=lambda i: scores[i])
+    captions = []
     for i in order:
         x0, y0, x1, y1 = (float(value) * factor for value in boxes[i])
         x0, x1 = (min(max(x, 0.0), picture.width - 1.0) for x in (x0, x1))
@@ -54,22 +55,23 @@ def draw_detections(
         caption = names.get(int(labels[i]), f"class {int(labels[i])}")
         if scores is not None:
             caption += f" {float(scores[i]):.2f}"
-        _caption(draw, caption, x0, y0, colour, font, picture.size)
+        captions.append((caption, x0, y0, colour))
+    for caption in captions:
+        _caption(draw, *caption, font, picture.size)
     return picture
 
 
 def _caption(draw, text: str, x: float, y: float, colour, font, size: tuple[int, int]) -> None:
     """Text on a filled background above the point, or below it where there is no room, and never outside."""
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-    pad = 2
-    width, height = right - left + 2 * pad, bottom - top + 2 * pad
+    ascent, descent = font.getmetrics()
+    width, height = draw.textlength(text, font=font) + 6, ascent + descent + 4
     x = max(0, min(x, size[0] - width))
     y = y - height if y >= height else y
     y = max(0, min(y, size[1] - height))
     draw.rectangle((x, y, x + width, y + height), fill=colour)
     red, green, blue = colour
     is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 140
-    draw.text((x + pad - left, y + pad - top), text, fill="black" if is_light else "white", font=font)
+    draw.text((x + 3, y + 2), text, fill="black" if is_light else "white", font=font)
 
 
 def draw_samples(

@@ -363,6 +363,7 @@ def _loader(dataset: CocoDetection, args: argparse.Namespace, train: bool) -> Ep
         num_workers=args.num_workers,
         distributed=args.distributed,
         seed=args.seed,
+        group_by_size=None if train and args.group_by_size else False,
         collate_fn=PackedCollate(),
     )
 
