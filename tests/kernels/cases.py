@@ -7,6 +7,7 @@ import torch
 
 from detr_fast.ops.attention import attention
 from detr_fast.ops.joint_softmax import joint_softmax
+from detr_fast.ops.matching_cost import matching_cost
 from detr_fast.ops.pad_collate import pad_collate
 from detr_fast.ops.sine_position import sine_position
 
@@ -192,3 +193,27 @@ def _joint_softmax(dtype: str, masked: bool = True, transposed: bool = True, hea
 
 CASES += [_joint_softmax(_dtype, masked) for _dtype in DTYPES for masked in (True, False)]
 CASES += [_joint_softmax("fp32", transposed=False), _joint_softmax("fp32", heads=5)]
+
+
+def _assignment(dtype: str, queries: int, targets: int, detr: bool = False) -> Case:
+    def run():
+        cost = torch.zeros(6, 2 * targets, queries, dtype={**DTYPES, "fp64": torch.float64}[dtype])
+        # Not `assign`, which would read what no kernel has written.
+        torch.ops.detr_fast.assign(cost, torch.arange(3) * targets, targets)
+
+    # On sm_75, 512 columns spill three registers.
+    return Case(f"assignment {dtype} {queries}x{targets}", run, detr, detr, from_chip=80 if queries == 300 else 75)
+
+
+def _matching_cost(classes: int, detr: bool = False) -> Case:
+    def run():
+        logits, boxes = torch.zeros(6, 2, 100, classes), torch.zeros(6, 2, 100, 4)
+        labels, target_boxes = torch.zeros(30, dtype=torch.int64), torch.zeros(30, 4)
+        matching_cost(logits, boxes, labels, target_boxes, torch.tensor([0, 10, 30]), 1, 5, 2)
+
+    return Case(f"matching_cost fp32 {classes} classes", run, detr, detr)
+
+
+CASES += [_assignment("fp32", 100, 63, detr=True), _assignment("fp32", 300, 300, detr=True)]
+CASES += [_assignment("fp32", 900, 100), _assignment("fp32", 100, 1500), _assignment("fp64", 100, 20)]
+CASES += [_matching_cost(92, detr=True), _matching_cost(1)]
