@@ -259,6 +259,7 @@ def providers(max_autotune: bool = False) -> list[Provider]:
         Provider(
             "flash varlen + packing", "valid tokens only, dropout; packing and unpacking included",
             _varlen_with_packing, functools.partial(_half_only, name="flash varlen"), compare=_valid_queries,
+            eager_only="waits for the GPU to learn how many tokens are valid",
         ),
         Provider(
             "SDPA cuDNN", "padding as attn_mask, dropout; plan built beforehand",
@@ -272,6 +273,7 @@ def providers(max_autotune: bool = False) -> list[Provider]:
         Provider(
             "FlexAttention + mask", "BlockMask built in the call, no dropout",
             _flex_with_mask, functools.partial(_flex_state, with_mask=False),
+            eager_only="its mask is built by code that may wait for the GPU",
         ),
         Provider(
             "SDPA math", "padding as attn_mask, dropout",

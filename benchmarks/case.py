@@ -66,6 +66,7 @@ class Provider:
         finish: (state, outputs) → outputs in the case's layout, not timed.
         reference, plain: the question it answers, where that is not the case's.
         compare: (outputs, inputs) → the part of the outputs that it promises.
+        eager_only: why it cannot be captured in a CUDA graph, where that is known; "" if it can.
         ours: a fault of ours is an error of the run; a fault of a peer is a row.
     """
 
@@ -77,6 +78,7 @@ class Provider:
     reference: Callable[[Inputs], Outputs] | None = None
     plain: Callable[[Inputs], Outputs] | None = None
     compare: Callable[[Outputs, Inputs], Outputs] = lambda outputs, inputs: outputs
+    eager_only: str = ""
     ours: bool = False
 
 

@@ -131,9 +131,15 @@ def providers(task: str) -> list[Provider]:
         Provider("detr_fast", "normalised, mask" if task == "uint8" else "mask", _ours, ours=True),
         Provider("detr_fast channels_last", "the batch as channels_last, mask", _ours_channels_last, ours=True),
         Provider("original loop", f"{prepared}mask", _loop, _statistics),
-        Provider("nested to_padded_tensor", f"{prepared}mask; sizes on the device beforehand", _nested, _no_gradient),
-        Provider("torchvision batch_images", f"{prepared}NO mask", _torchvision, compare=_without_mask),
-    ]
+        Provider(
+            "nested to_padded_tensor", f"{prepared}mask; sizes on the device beforehand", _nested, _no_gradient,
+            eager_only="copies its sizes to the GPU and waits",
+        ),
+        Provider(
+            "torchvision batch_images", f"{prepared}NO mask", _torchvision, compare=_without_mask,
+            eager_only="copies mean and std to the GPU and waits" if task == "uint8" else "",
+        ),
+    ]  # fmt: skip
 
 
 def case(task: str, shape: BatchShape, precision: str, mode: str, device: torch.device) -> Case:

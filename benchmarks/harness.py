@@ -84,8 +84,14 @@ def _capture(block: Callable[[], None]) -> Callable[[], None]:
     stream = torch.cuda.current_stream()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        block()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            block()
+    except BaseException:
+        # A capture that failed leaves the random generator believing that it goes on; it is given a new state.
+        fresh = torch.Generator(stream.device).manual_seed(0)
+        torch.cuda.default_generators[stream.device.index].graphsafe_set_state(fresh.graphsafe_get_state())
+        raise
     return graph.replay
 
 
@@ -202,14 +208,13 @@ def _measure(case: Case, providers: list[Provider], copies: int, settings: Setti
         for name, (provider, _, block) in calls_of.items():
             try:
                 if launch == "graph":
-                    if settings.device.type != "cuda":
-                        continue
+                    if provider.eager_only:
+                        raise Unavailable(provider.eager_only)
                     block = _capture(block)
                     block()
                     torch.cuda.synchronize()
                 blocks[name] = block
             except Exception as fault:
-                # Most of all: a provider that waits for the GPU inside its call.
                 rows.append(_row(case, provider, launch, **_blame(provider, fault)))
         seconds = interleave(
             blocks, copies, clock_for(settings.device), budget=settings.seconds_per_case, min_rounds=settings.min_rounds
