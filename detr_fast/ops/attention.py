@@ -263,7 +263,8 @@ def _attention(query, key, value, key_padding_mask, dropout_p, seed, scale):
         )
         return out, logsumexp
     keep = _keep(query, key, dropout_p, seed)
-    result = attention_reference(query, key, value, key_padding_mask, dropout_p, keep, scale=scale)
+    with torch.autocast(query.device.type, enabled=False):
+        result = attention_reference(query, key, value, key_padding_mask, dropout_p, keep, scale=scale)
     return out.copy_(result[0]), logsumexp.copy_(result[1])
 
 
@@ -306,7 +307,8 @@ def _attention_backward(grad_out, query, key, value, out, logsumexp, key_padding
         )
         return grads
     keep = _keep(query, key, dropout_p, seed)
-    results = _reference_backward(grad_out, query, key, value, key_padding_mask, dropout_p, keep, scale)
+    with torch.autocast(query.device.type, enabled=False):
+        results = _reference_backward(grad_out, query, key, value, key_padding_mask, dropout_p, keep, scale)
     return tuple(grad.copy_(result) for grad, result in zip(grads, results, strict=True))
 
 
@@ -324,7 +326,7 @@ def _reference_backward(grad_out, query, key, value, key_padding_mask, dropout_p
     grad_probs = grad_out @ value.transpose(-2, -1)
     dropped = probs
     if keep is not None:
-        keep = keep * _dropout_scale(dropout_p)
+        keep = keep.to(probs.dtype) * _dropout_scale(dropout_p)
         dropped, grad_probs = probs * keep, grad_probs * keep
     grad_value = dropped.transpose(-2, -1) @ grad_out
     grad_scores = probs * (grad_probs - (probs * grad_probs).sum(dim=-1, keepdim=True)) * scale
