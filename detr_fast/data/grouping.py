@@ -3,7 +3,7 @@
 The augmentation decides an image's final size, so grouping by the files' own shapes helps little. Here the augmentation
 of every image of a large window is drawn first, from its annotated width and height (nothing is read); the window is
 cut into batches of alike sizes; and the batches are shuffled. Later the worker, seeded by the same (seed, epoch,
-index), makes the very same draws. So an image's picture in an epoch is, bit for bit, the one that it has in the plain random
+index), makes the very same draws. So an image's picture in an epoch is, bit for bit, the one of the plain random
 order, and its distribution the same; only the company differs in which it is seen.
 """
 

@@ -3,6 +3,7 @@ import pickle
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,8 +16,11 @@ from detr_fast.data import (
     build_dataset,
     check_coco,
     get_coco_api_from_dataset,
+    load_image,
+    load_image_tensor,
     make_coco_transforms,
 )
+from detr_fast.data.seeding import seeded
 
 CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
 
@@ -94,13 +98,14 @@ def test_rejects_renamed_category(write):
         CocoDetection(*write([]), None, categories=Categories((3, 7), ("cow", "dog")))
 
 
+@pytest.mark.parametrize("tensor_images", [False, True])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_truncated_image_is_an_error_and_reported(write, progressive):
+def test_truncated_image_is_an_error_and_reported(write, progressive, tensor_images):
     folder, ann_file = write([annotation(1, [1, 1, 9, 9])])
     noise = Image.effect_noise((60, 40), 80).convert("RGB")
     noise.save(folder / "1.jpg", progressive=progressive)
     data = (folder / "1.jpg").read_bytes()
-    dataset = CocoDetection(folder, ann_file, None)
+    dataset = CocoDetection(folder, ann_file, None, tensor_images=tensor_images)
     for share in (0.0, 0.2, 0.5, 0.9):
         (folder / "1.jpg").write_bytes(data[: int(len(data) * share)])
         with pytest.raises(CorruptImageError, match=r"1\.jpg \(image id 1\)") as caught:
@@ -114,14 +119,27 @@ def test_truncated_image_is_an_error_and_reported(write, progressive):
 def test_missing_image_is_an_error_and_reported(write):
     folder, ann_file = write([])
     (folder / "2.jpg").unlink()
-    with pytest.raises(MissingImageError, match="image id 2"):
-        CocoDetection(folder, ann_file, None)[1]
+    for tensor_images in (False, True):
+        with pytest.raises(MissingImageError, match="image id 2"):
+            CocoDetection(folder, ann_file, None, tensor_images=tensor_images)[1]
     assert "2.jpg" in check_coco(folder, ann_file).errors["missing image"][0]
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_other_colour_modes_become_rgb(write, mode):
     assert CocoDetection(*write([], mode=mode), None)[0][0].mode == "RGB"
+
+
+@pytest.mark.parametrize("mode, suffix", [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png")])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_tensor_images_have_pils_pixels(tmp_path, mode, suffix, progressive):
+    noise = Image.effect_noise((61, 43), 80)
+    image = Image.merge("RGB", [noise, noise.rotate(180), noise.transpose(Image.Transpose.FLIP_TOP_BOTTOM)])
+    image.convert(mode).save(tmp_path / f"image.{suffix}", progressive=progressive)
+    expected = np.array(load_image(tmp_path / f"image.{suffix}"))
+    got = load_image_tensor(tmp_path / f"image.{suffix}")
+    assert got.dtype == torch.uint8 and got.shape == (3, 43, 61)
+    assert np.array_equal(got.permute(1, 2, 0).numpy(), expected)
 
 
 def test_check_coco_finds_each_problem(write):
@@ -177,9 +195,22 @@ def test_build_dataset_says_what_is_missing(tmp_path):
         build_dataset("val", SimpleNamespace())
 
 
+def assert_same_pixels(dataset, index):
+    """Tensor images and PIL's, with the training augmentation at full size."""
+    images = []
+    for load in (load_image, load_image_tensor):
+        dataset._load = load
+        with seeded(3, index):
+            images.append(dataset[index][0].int())
+    difference = (images[0] - images[1]).abs()
+    assert difference.max() <= 2 and (difference == 0).float().mean() > 0.95
+
+
 def test_real_images_train_and_validate(coco_mini):
     assert check_coco(coco_mini / "val2017", coco_mini / "annotations" / "instances_val2017.json").ok
     random.seed(0)
+    for i in range(3):
+        assert_same_pixels(build_dataset("train", SimpleNamespace(coco_path=coco_mini), uint8=True), i)
     dataset = build_dataset("train", SimpleNamespace(coco_path=coco_mini, image_size=256))
     assert len(dataset) == 80 and dataset.categories.num_classes == 91
     for i in range(4):

@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from detr_fast.data import CocoDetection, PackedCollate, build_loader, make_coco_transforms
+from detr_fast.data import CocoDetection, PackedCollate, Prefetcher, build_loader, make_coco_transforms
 
 
 def dataset(root, image_set="train", uint8=False):
@@ -55,3 +55,35 @@ def test_packed_batches_equal_padding_in_the_worker(shapes):
 def test_rejects_a_dataset_smaller_than_a_batch(shapes):
     with pytest.raises(ValueError, match="12 images per process give no complete batch of 13"):
         build_loader(dataset(shapes), 13, train=True)
+
+
+def prefetched(root, device):
+    loader = build_loader(dataset(root, uint8=True), 3, train=True, num_workers=1, collate_fn=PackedCollate())
+    prefetcher = Prefetcher(loader, device)
+    assert len(prefetcher) == 4
+    plain = build_loader(dataset(root, uint8=True), 3, train=True, collate_fn=PackedCollate())
+    got = list(prefetcher)
+    assert len(got) == 4
+    for (samples, targets), (batch, plain_targets) in zip(got, plain, strict=True):
+        expected = batch.to(device)
+        assert samples.tensors.device.type == device and targets[0]["boxes"].device.type == device
+        assert torch.equal(samples.tensors, expected.tensors) and torch.equal(samples.mask, expected.mask)
+        assert all(torch.equal(a["boxes"].cpu(), b["boxes"]) for a, b in zip(targets, plain_targets, strict=True))
+
+
+def test_prefetcher_passes_batches_on(shapes):
+    prefetched(shapes, "cpu")
+    nested = {"a": [torch.ones(1), "text"], "b": (None, 3)}
+    assert list(Prefetcher([nested], "cpu")) == [nested]
+
+
+@pytest.mark.gpu
+def test_prefetcher_copies_ahead(shapes):
+    prefetched(shapes, "cuda")
+
+
+def test_every_iteration_is_the_next_epoch_unless_told(shapes):
+    loader = build_loader(dataset(shapes), 5, train=True)
+    first, second = epoch(loader, 0), [(s.tensors, []) for s, _ in loader]
+    assert not same([(tensors, []) for tensors, _ in first], second)
+    assert same(second, [(tensors, []) for tensors, _ in epoch(loader, 1)])

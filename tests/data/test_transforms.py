@@ -1,10 +1,27 @@
 import random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from detr_fast.data.transforms import RandomSizeCrop, crop, hflip, make_coco_transforms, resize, resized_size
+from detr_fast.data.seeding import seeded
+from detr_fast.data.transforms import (
+    CenterCrop,
+    Compose,
+    RandomCrop,
+    RandomErasing,
+    RandomHorizontalFlip,
+    RandomPad,
+    RandomSizeCrop,
+    ToTensor,
+    crop,
+    hflip,
+    make_coco_transforms,
+    pad,
+    resize,
+    resized_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,3 +77,63 @@ def test_uint8_images_have_the_same_boxes_and_pixels(sample):
 def test_make_coco_transforms_rejects(arguments):
     with pytest.raises(ValueError, match="must be"):
         make_coco_transforms(**arguments)
+
+
+@pytest.fixture
+def photograph():
+    """A PIL image of smooth and sharp structure, and the same as a uint8 tensor in the decoder's memory order."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((200, 150), Image.BICUBIC)
+    pixels = np.array(noise)
+    pixels[40:90, 60:61] = 255
+    return Image.fromarray(pixels), torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def test_tensor_images_give_pils_pixels_and_targets(photograph, sample):
+    transforms, equal = make_coco_transforms("train", scales=200, uint8=True), []
+    for seed in range(12):
+        with seeded(seed):
+            expected, target = transforms(photograph[0], sample[1])
+        with seeded(seed):
+            image, tensor_target = transforms(photograph[1], sample[1])
+        assert image.dtype == torch.uint8 and image.shape == expected.shape
+        assert target.keys() == tensor_target.keys()
+        assert all(torch.equal(target[name], tensor_target[name]) for name in target)
+        difference = (image.int() - expected.int()).abs()
+        assert difference.max() <= 2
+        equal.append((difference == 0).float().mean().item())
+    assert np.mean(equal) > 0.98
+
+
+def test_flip_crop_and_pad_of_tensors_are_exact(photograph, sample):
+    image, tensor = photograph
+    for function, argument in ((hflip, ()), (crop, ((10, 20, 70, 90),)), (pad, ((3, 5),))):
+        expected, target = function(image, sample[1], *argument)
+        got, tensor_target = function(tensor, sample[1], *argument)
+        assert torch.equal(got, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+        assert all(torch.equal(target[name], tensor_target[name]) for name in target)
+    assert torch.equal(ToTensor()(tensor, None)[0], ToTensor()(image, None)[0])
+
+
+def test_draw_makes_the_draws_of_the_call(photograph):
+    transforms = Compose(
+        [
+            make_coco_transforms("train", scales=150, uint8=True),
+            RandomCrop((60, 70)),
+            RandomPad(9),
+            CenterCrop((40, 50)),
+            RandomHorizontalFlip(),
+            RandomErasing(p=0.0),
+        ]
+    )
+    for seed in range(6):
+        with seeded(seed):
+            expected, _ = transforms(photograph[1])
+            after = random.random(), torch.rand(1).item()
+        with seeded(seed):
+            steps, size = transforms.draw((200, 150))
+            image = photograph[1]
+            for step in steps:
+                image, _ = step(image, None)
+            assert (random.random(), torch.rand(1).item()) == after
+        assert torch.equal(image, expected) and size == (50, 40)
