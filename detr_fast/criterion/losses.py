@@ -4,6 +4,7 @@ Source: Carion et al. 2020, section 3.1; facebookresearch/detr ``models/detr.py`
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,10 +12,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_fast.criterion.boxes import box_cxcywh_to_xyxy, paired_generalized_box_iou
-from detr_fast.criterion.matcher import Indices, as_float, check_predictions, check_targets
+from detr_fast.criterion.matcher import (
+    HungarianMatcher,
+    as_float,
+    check_predictions,
+    check_targets,
+    explain_refusal,
+)
+from detr_fast.criterion.packing import (
+    Indices,
+    PackedTargets,
+    Pairs,
+    Targets,
+    pack_targets,
+    pairs_from_indices,
+)
 from detr_fast.nested_tensor import nested_tensor_from_tensor_list
 
-Targets = Sequence[Mapping[str, Tensor]]
+
+class _Layers(NamedTuple):
+    """Predictions of L layers, what is matched in them, and what the losses divide by; the last layer comes first.
+
+    A loss takes the layers and returns its values by name: [L], or [1] if only the last layer has them.
+    """
+
+    outputs: Mapping[str, Tensor]  # "pred_logits" [L, B, Q, K], "pred_boxes" [L, B, Q, 4], "pred_masks" [1, B, Q, h, w]
+    targets: Targets
+    packed: PackedTargets
+    pairs: Pairs
+    num_boxes: Tensor | float
 
 
 class SetCriterion(nn.Module):
@@ -55,14 +81,18 @@ class SetCriterion(nn.Module):
     def forward(self, outputs: Mapping[str, Tensor | list], targets: Targets) -> dict[str, Tensor]:
         """All losses, in float32 (float64 for float64 predictions), inside autocast too.
 
-        The matcher's copy to the host is the only wait for the GPU, once per layer.
+        All layers are matched and judged in one pass that never waits for the GPU. What a `HungarianMatcher` refuses
+        raises on the CPU; on a GPU that layer's losses are NaN, and calling the matcher itself says why. With another
+        matcher, or where a subclass overrides `get_loss` or one of the losses, layers come one by one, and the wait is
+        the matcher's.
 
         Args:
             outputs: "pred_logits" [B, Q, num_classes + 1], no-object last; "pred_boxes" [B, Q, 4], cx, cy, w, h in
                 0..1; "pred_masks" [B, Q, h, w] logits, if masks are asked for; "aux_outputs", optional, a list of such
                 dicts, one per decoder layer but the last, each of which is matched anew.
             targets: B dicts, each with "labels" [n] integer in 0..num_classes - 1 and "boxes" [n, 4], cx, cy, w, h
-                in 0..1, and "masks" [n, H, W] bool, if masks are asked for; n may be 0.
+                in 0..1, and "masks" [n, H, W] bool, if masks are asked for; n may be 0. Labels and boxes all on the
+                predictions' device or all on the CPU, from where they are brought in one copy.
 
         Returns:
             0-dimensional tensors: "loss_ce", "class_error" (percent), "loss_bbox", "loss_giou", "cardinality_error",
@@ -82,20 +112,62 @@ class SetCriterion(nn.Module):
             self._check_masks(outputs, targets)
         device = layers[0]["pred_logits"].device
         num_boxes = _average_over_ranks(sum(len(t["labels"]) for t in targets), device)
-
-        losses = {}
+        layers = [{k: as_float(v) if _is_float(v) else v for k, v in layer.items()} for layer in layers]
+        compute = self._all_layers if self._is_all_ours(layers) else self._one_by_one
         with torch.autocast(device.type, enabled=False):
-            for i, layer in enumerate(layers):
-                is_last = i == 0
-                layer = {k: as_float(v) if _is_float(v) else v for k, v in layer.items()}
-                indices = _to_device(self.matcher(layer, targets), device)
-                for loss in self.losses:
-                    if loss == "masks" and not is_last:
-                        continue
-                    options = {"log": False} if loss == "labels" and not is_last else {}
-                    values = self.get_loss(loss, layer, targets, indices, num_boxes, **options)
-                    losses.update(values if is_last else {f"{k}_{i - 1}": v for k, v in values.items()})
+            by_layer = compute(layers, targets, num_boxes)
+        losses = dict(by_layer[0])
+        for i, values in enumerate(by_layer[1:]):
+            losses.update({f"{name}_{i}": value for name, value in values.items()})
         return losses
+
+    def _all_layers(self, layers: list, targets: Targets, num_boxes: Tensor) -> list[dict[str, Tensor]]:
+        """The losses of each layer, all layers together."""
+        outputs = {key: torch.stack([layer[key] for layer in layers]) for key in ("pred_logits", "pred_boxes")}
+        if "masks" in self.losses:
+            outputs["pred_masks"] = layers[0]["pred_masks"][None]
+        packed = pack_targets(targets, outputs["pred_logits"].device)
+        pairs, failed = self.matcher.match_layers(outputs["pred_logits"], outputs["pred_boxes"], packed)
+        if failed.device.type == "cpu" and not torch.compiler.is_compiling() and failed.any():
+            raise ValueError(f"no matching: {explain_refusal(layers[int(failed.nonzero()[0])], targets)}")
+
+        everything = _Layers(outputs, targets, packed, pairs, num_boxes)
+        functions = {
+            "labels": self._labels,
+            "boxes": self._boxes,
+            "cardinality": self._cardinality,
+            "masks": self._masks,
+        }
+        by_layer = [{} for _ in layers]
+        for loss in self.losses:
+            for name, values in functions[loss](everything).items():
+                if name.startswith("loss"):
+                    values = values.masked_fill(failed[: len(values)], torch.nan)
+                for i, value in enumerate(values.unbind()):
+                    by_layer[i][name] = value
+        return by_layer
+
+    def _one_by_one(self, layers: list, targets: Targets, num_boxes: Tensor) -> list[dict[str, Tensor]]:
+        """The losses of each layer, from whatever the matcher and `get_loss` are."""
+        by_layer = []
+        for i, layer in enumerate(layers):
+            indices = _to_device(self.matcher(layer, targets), layer["pred_logits"].device)
+            losses = {}
+            for loss in self.losses:
+                if loss == "masks" and i > 0:
+                    continue
+                options = {"log": False} if loss == "labels" and i > 0 else {}
+                losses.update(self.get_loss(loss, layer, targets, indices, num_boxes, **options))
+            by_layer.append(losses)
+        return by_layer
+
+    def _is_all_ours(self, layers: list) -> bool:
+        """True if neither the matcher nor a loss is somebody else's, and all layers are of one shape."""
+        own = all(getattr(type(self), name) is getattr(SetCriterion, name) for name in _PUBLIC_LOSSES)
+        shapes = {
+            (layer["pred_logits"].shape, layer["pred_logits"].dtype, layer["pred_boxes"].dtype) for layer in layers
+        }
+        return own and type(self.matcher) is HungarianMatcher and len(shapes) == 1
 
     def get_loss(
         self,
@@ -118,48 +190,72 @@ class SetCriterion(nn.Module):
 
         With ``log`` also "class_error": the percentage of matched queries with a wrong class, 100 without targets.
         """
-        logits = outputs["pred_logits"]
-        matched = self._get_src_permutation_idx(indices)
-        matched_classes = torch.cat([t["labels"][j] for t, (_, j) in zip(targets, indices, strict=True)]).long()
-        classes = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
-        classes[matched] = matched_classes
-
-        # Flattened, because the spatial variant of the loss is not deterministic on CUDA.
-        weight = self.empty_weight.to(logits.dtype)
-        losses = {"loss_ce": F.cross_entropy(logits.flatten(0, 1), classes.flatten(), weight)}
-        if log:
-            losses["class_error"] = 100 - accuracy(logits[matched], matched_classes)[0]
-        return losses
+        losses = self._one_layer(self._labels, outputs, targets, indices, num_boxes)
+        return losses if log else {"loss_ce": losses["loss_ce"]}
 
     @torch.no_grad()
     def loss_cardinality(self, outputs, targets, indices, num_boxes) -> dict[str, Tensor]:
         """Mean absolute error of the number of objects found (arg-max not no-object). For the log: no gradient."""
-        logits = outputs["pred_logits"]
-        actual = torch.tensor([len(t["labels"]) for t in targets], dtype=torch.float32)
-        found = (logits.argmax(dim=-1) != logits.shape[-1] - 1).sum(dim=1).float()
-        return {"cardinality_error": F.l1_loss(found, actual.to(logits.device, non_blocking=True))}
+        return self._one_layer(self._cardinality, outputs, targets, indices, num_boxes)
 
     def loss_boxes(self, outputs, targets, indices, num_boxes) -> dict[str, Tensor]:
         """L1 of cx, cy, w, h and one minus generalised IoU of the matched pairs, summed and divided by num_boxes."""
-        boxes = outputs["pred_boxes"][self._get_src_permutation_idx(indices)]
-        target_boxes = torch.cat([t["boxes"][j] for t, (_, j) in zip(targets, indices, strict=True)]).to(boxes.dtype)
-        giou = paired_generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
-        return {
-            "loss_bbox": (boxes - target_boxes).abs().sum() / num_boxes,
-            "loss_giou": (1 - giou).sum() / num_boxes,
-        }
+        return self._one_layer(self._boxes, outputs, targets, indices, num_boxes)
 
     def loss_masks(self, outputs, targets, indices, num_boxes) -> dict[str, Tensor]:
         """Focal and dice loss of the matched pairs' masks, at the resolution of the batch's padded target masks."""
-        masks = outputs["pred_masks"][self._get_src_permutation_idx(indices)]
-        padded, _ = nested_tensor_from_tensor_list([t["masks"] for t in targets]).decompose()
-        target_masks = padded[self._get_tgt_permutation_idx(indices)].to(masks).flatten(1)
+        return self._one_layer(self._masks, outputs, targets, indices, num_boxes)
+
+    @staticmethod
+    def _one_layer(function, outputs, targets, indices, num_boxes) -> dict[str, Tensor]:
+        outputs = {key: outputs[key][None] for key in ("pred_logits", "pred_boxes", "pred_masks") if key in outputs}
+        some = next(iter(outputs.values()))  # whichever there is: [1, B, Q, ...]
+        packed = pack_targets(targets, some.device)
+        pairs = pairs_from_indices(indices, packed, some.shape[2])
+        return {name: value[0] for name, value in function(_Layers(outputs, targets, packed, pairs, num_boxes)).items()}
+
+    def _labels(self, layers: _Layers) -> dict[str, Tensor]:
+        logits = layers.outputs["pred_logits"]
+        # Not above no-object nor below 0, which would end the CUDA context: the matcher has refused such targets.
+        labels = layers.packed.labels.clamp(0, self.num_classes)[layers.pairs.target]  # [L, P]
+        classes = logits.new_full((len(logits), logits[0, ..., 0].numel()), self.num_classes, dtype=torch.int64)
+        classes.scatter_(1, layers.pairs.query, labels)
+
+        weight = self.empty_weight.to(logits.dtype)
+        loss = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none")
+        loss = loss.view_as(classes).sum(dim=1) / weight[classes].sum(dim=1)
+        matched = logits[0].flatten(0, 1)[layers.pairs.query[0]]
+        return {"loss_ce": loss, "class_error": 100 - accuracy(matched, labels[0])[0][None]}
+
+    @torch.no_grad()
+    def _cardinality(self, layers: _Layers) -> dict[str, Tensor]:
+        logits = layers.outputs["pred_logits"]
+        found = (logits.argmax(dim=-1) != logits.shape[-1] - 1).sum(dim=2)  # [L, B]
+        return {"cardinality_error": (found - layers.packed.offsets.diff()).abs().float().mean(dim=1)}
+
+    def _boxes(self, layers: _Layers) -> dict[str, Tensor]:
+        boxes = layers.outputs["pred_boxes"].flatten(1, 2)  # [L, B * Q, 4]
+        boxes = boxes.gather(1, layers.pairs.query[..., None].expand(-1, -1, 4))  # [L, P, 4]
+        targets = layers.packed.boxes.to(boxes.dtype)[layers.pairs.target]
+        giou = paired_generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(targets))
+        return {
+            "loss_bbox": (boxes - targets).abs().sum(dim=(1, 2)) / layers.num_boxes,
+            "loss_giou": (1 - giou).sum(dim=1) / layers.num_boxes,
+        }
+
+    def _masks(self, layers: _Layers) -> dict[str, Tensor]:
+        packed, query, target = layers.packed, layers.pairs.query[0], layers.pairs.target[0]
+        masks = layers.outputs["pred_masks"][0].flatten(0, 1)[query]  # [P, h, w]
+        padded, _ = nested_tensor_from_tensor_list([t["masks"] for t in layers.targets]).decompose()
+        image = packed.image[target]
+        target_masks = padded.to(masks.device, non_blocking=True)[image, target - packed.offsets[image]]
+        target_masks = target_masks.to(masks.dtype).flatten(1)
 
         masks = F.interpolate(masks[:, None], size=padded.shape[-2:], mode="bilinear", align_corners=False)
         masks = masks.flatten(1)
         return {
-            "loss_mask": sigmoid_focal_loss(masks, target_masks, num_boxes),
-            "loss_dice": dice_loss(masks, target_masks, num_boxes),
+            "loss_mask": sigmoid_focal_loss(masks, target_masks, layers.num_boxes)[None],
+            "loss_dice": dice_loss(masks, target_masks, layers.num_boxes)[None],
         }
 
     def _loss_function(self, loss: str) -> Callable[..., dict[str, Tensor]]:
@@ -181,7 +277,7 @@ class SetCriterion(nn.Module):
             raise ValueError(
                 f"pred_logits must have num_classes + 1 = {self.num_classes + 1} columns, got {logits.shape[-1]}"
             )
-        if logits.device.type == "cpu":
+        if targets[0]["labels"].device.type == "cpu" and not torch.compiler.is_compiling():
             for i, target in enumerate(targets):
                 if (target["labels"] >= self.num_classes).any():
                     raise ValueError(
@@ -270,6 +366,10 @@ def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list
     best = output.topk(max(topk), dim=1).indices  # [N, max(topk)]
     correct = best == target[:, None]
     return [correct[:, :k].float().sum() * (100.0 / len(target)) for k in topk]
+
+
+# What a subclass may override.
+_PUBLIC_LOSSES = ("get_loss", "loss_labels", "loss_boxes", "loss_cardinality", "loss_masks")
 
 
 def _average_over_ranks(count: int, device: torch.device) -> Tensor:

@@ -5,14 +5,12 @@ Source: Carion et al. 2020, equation 1; facebookresearch/detr ``models/matcher.p
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from detr_fast.criterion.boxes import box_cxcywh_to_xyxy, paired_generalized_box_iou
-
-Indices = list[tuple[Tensor, Tensor]]
+from detr_fast.criterion.packing import Indices, PackedTargets, Pairs, pack_targets, pairs_from_queries
+from detr_fast.ops.matching_cost import matching_cost
 
 
 class HungarianMatcher(nn.Module):
@@ -50,7 +48,7 @@ class HungarianMatcher(nn.Module):
             outputs: "pred_logits" [B, Q, K] (K classes, no-object included) and "pred_boxes" [B, Q, 4],
                 cx, cy, w, h in 0..1; floating point.
             targets: B dicts, each with "labels" [n] integer in 0..K-1 and "boxes" [n, 4], cx, cy, w, h in 0..1; n may
-                be 0 and may exceed Q; on the predictions' device.
+                be 0 and may exceed Q; all on the predictions' device or all on the CPU.
 
         Returns:
             For each image (prediction indices, target indices): int64 on the CPU, min(Q, n) long, sorted by prediction.
@@ -63,40 +61,49 @@ class HungarianMatcher(nn.Module):
         check_predictions(outputs)
         check_targets(outputs, targets)
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-        with torch.autocast(logits.device.type, enabled=False):
-            costs = self._costs(as_float(logits), as_float(boxes), targets).cpu().numpy()  # [targets, Q]
-        if not np.isfinite(costs).all():
-            raise ValueError(f"no matching: {_explain_non_finite(outputs, targets)}")
+        packed = pack_targets(targets, logits.device)
+        costs = self._costs(logits[None], boxes[None], packed)[0].cpu()  # [targets, Q]
+        if costs.isnan().any():
+            raise ValueError(f"no matching: {explain_refusal(outputs, targets)}")
 
         indices = []
-        start = 0
-        for target in targets:
-            stop = start + len(target["labels"])
-            prediction, matched = linear_sum_assignment(costs[start:stop].T)
+        for cost in costs.split(packed.sizes):
+            prediction, matched = linear_sum_assignment(cost.T.numpy())
             indices.append((torch.as_tensor(prediction), torch.as_tensor(matched)))
-            start = stop
         return indices
 
-    def _costs(self, logits: Tensor, boxes: Tensor, targets: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """[all targets of the batch, Q]: each target against the predictions of its own image."""
-        sizes = [len(t["labels"]) for t in targets]
-        image = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-        image = image.to(logits.device, non_blocking=True)
-        labels = torch.cat([t["labels"] for t in targets]).long()
-        target_boxes = torch.cat([t["boxes"] for t in targets]).to(boxes.dtype)[:, None]  # [T, 1, 4]
-        boxes = boxes[image]  # [T, Q, 4]
+    @torch.no_grad()
+    def match_layers(self, logits: Tensor, boxes: Tensor, packed: PackedTargets) -> tuple[Pairs, Tensor]:
+        """Match all images of several layers at once, without waiting for the GPU.
 
-        # What must not be matched becomes NaN here and an error on the host, after the only copy: an index out of
-        # range would end the CUDA context, and asking the device first would wait for it.
-        num_classes = logits.shape[-1]
-        refused = (labels < 0) | (labels >= num_classes) | (target_boxes[:, 0, 2:] < 0).any(dim=-1)
-        labels = labels.clamp(0, num_classes - 1)
+        Values are not checked. A layer with an image that `forward` would refuse has failed: its pairs mean nothing.
 
-        cost_class = -logits.softmax(dim=-1)[image, :, labels]
-        cost_bbox = (boxes - target_boxes).abs().sum(dim=-1)
-        cost_giou = -paired_generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
-        cost = self.cost_bbox * cost_bbox + self.cost_class * cost_class + self.cost_giou * cost_giou
-        return cost.masked_fill(refused[:, None], float("nan"))
+        Args:
+            logits: [L, B, Q, K], of which the first dimension is the decoder layer; floating point.
+            boxes: [L, B, Q, 4], cx, cy, w, h in 0..1.
+            packed: the targets of the B images, on the same device.
+
+        Returns:
+            The pairs of each layer, and [L] bool, True = failed.
+        """
+        costs = self._costs(logits, boxes, packed)
+        # Not `detr_fast.ops.assign`, which raises on the CPU: who calls this can say more about what was wrong.
+        query, status = torch.ops.detr_fast.assign(costs, packed.offsets, max(packed.sizes))
+        return pairs_from_queries(query, packed, logits.shape[2]), (status != 0).any(dim=1)
+
+    def _costs(self, logits: Tensor, boxes: Tensor, packed: PackedTargets) -> Tensor:
+        """[L, T, Q]: each target against the predictions of its own image; NaN where they must not be matched."""
+        with torch.autocast(logits.device.type, enabled=False):
+            return matching_cost(
+                logits,
+                boxes,
+                packed.labels,
+                packed.boxes,
+                packed.offsets,
+                self.cost_class,
+                self.cost_bbox,
+                self.cost_giou,
+            )
 
 
 def as_float(tensor: Tensor) -> Tensor:
@@ -134,9 +141,14 @@ def check_targets(outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, 
         for key in ("labels", "boxes"):
             if key not in target:
                 raise ValueError(f"targets[{i}] lacks the key {key!r}, it has {sorted(target)}")
-            if target[key].device != logits.device:
+            if target[key].device not in (logits.device, torch.device("cpu")):
                 raise ValueError(
                     f"targets[{i}][{key!r}] is on {target[key].device}, the predictions are on {logits.device}"
+                )
+            if target[key].device != targets[0]["labels"].device:
+                raise ValueError(
+                    f"all targets must be on one device, got {target[key].device} for targets[{i}][{key!r}] "
+                    f"and {targets[0]['labels'].device} for targets[0]['labels']"
                 )
         labels, boxes = target["labels"], target["boxes"]
         if labels.dim() != 1 or boxes.shape != (len(labels), 4):
@@ -150,7 +162,8 @@ def check_targets(outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, 
             raise TypeError(f"targets[{i}]['boxes'] must be floating point, got {boxes.dtype}")
 
 
-def _explain_non_finite(outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> str:
+def explain_refusal(outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> str:
+    """Why predictions and targets of one layer have costs that are not finite or pairs that must not be matched."""
     num_classes = outputs["pred_logits"].shape[-1]
     for i, target in enumerate(targets):
         wrong = target["labels"][(target["labels"] < 0) | (target["labels"] >= num_classes)]
