@@ -34,12 +34,22 @@ _HOME = {
         "TransformerDecoder",
         "TransformerDecoderLayer",
         "DETR",
+        "DETRsegm",
         "detr_resnet50",
         "detr_resnet50_dc5",
         "detr_resnet101",
         "detr_resnet101_dc5",
+        "detr_resnet50_panoptic",
+        "detr_resnet50_dc5_panoptic",
+        "detr_resnet101_panoptic",
     ],
-    "detr_fast.criterion": ["HungarianMatcher", "SetCriterion", "PostProcess"],
+    "detr_fast.criterion": [
+        "HungarianMatcher",
+        "SetCriterion",
+        "PostProcess",
+        "PostProcessSegm",
+        "PostProcessPanoptic",
+    ],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

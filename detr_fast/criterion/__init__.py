@@ -10,11 +10,15 @@ from detr_fast.criterion.boxes import (
 )
 from detr_fast.criterion.losses import SetCriterion, accuracy, dice_loss, sigmoid_focal_loss
 from detr_fast.criterion.matcher import HungarianMatcher
+from detr_fast.criterion.panoptic_ids import id2rgb, rgb2id
 from detr_fast.criterion.postprocess import PostProcess
+from detr_fast.criterion.segmentation import PostProcessPanoptic, PostProcessSegm
 
 __all__ = [
     "HungarianMatcher",
     "PostProcess",
+    "PostProcessPanoptic",
+    "PostProcessSegm",
     "SetCriterion",
     "accuracy",
     "box_cxcywh_to_xyxy",
@@ -22,7 +26,9 @@ __all__ = [
     "box_xyxy_to_cxcywh",
     "dice_loss",
     "generalized_box_iou",
+    "id2rgb",
     "masks_to_boxes",
     "paired_generalized_box_iou",
+    "rgb2id",
     "sigmoid_focal_loss",
 ]

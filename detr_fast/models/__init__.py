@@ -3,7 +3,16 @@
 from detr_fast.models.backbone import Backbone, BackboneBase, Joiner
 from detr_fast.models.build import build_backbone, build_model, build_position_encoding, build_transformer
 from detr_fast.models.detr import DETR
-from detr_fast.models.hub import detr_resnet50, detr_resnet50_dc5, detr_resnet101, detr_resnet101_dc5
+from detr_fast.models.hub import (
+    detr_resnet50,
+    detr_resnet50_dc5,
+    detr_resnet50_dc5_panoptic,
+    detr_resnet50_panoptic,
+    detr_resnet101,
+    detr_resnet101_dc5,
+    detr_resnet101_panoptic,
+)
+from detr_fast.models.segmentation import DETRsegm, MaskHeadSmallConv, MHAttentionMap
 from detr_fast.models.transformer import (
     Transformer,
     TransformerDecoder,
@@ -14,6 +23,9 @@ from detr_fast.models.transformer import (
 
 __all__ = [
     "DETR",
+    "DETRsegm",
+    "MHAttentionMap",
+    "MaskHeadSmallConv",
     "Backbone",
     "BackboneBase",
     "Joiner",
@@ -28,6 +40,9 @@ __all__ = [
     "build_transformer",
     "detr_resnet101",
     "detr_resnet101_dc5",
+    "detr_resnet101_panoptic",
     "detr_resnet50",
     "detr_resnet50_dc5",
+    "detr_resnet50_dc5_panoptic",
+    "detr_resnet50_panoptic",
 ]

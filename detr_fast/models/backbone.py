@@ -69,7 +69,9 @@ class BackboneBase(nn.Module):
         backbone: a `torchvision.models.ResNet`.
         train_backbone: False freezes every parameter; True only those outside of layer2, layer3 and layer4.
         num_channels: channels of the last level.
-        return_interm_layers: return all four levels as "0".."3" instead of the last one as "0".
+        return_interm_layers: return all levels as "0".."3" instead of the last one as "0".
+        level: 0..3, the last level.
+        freeze: False leaves every parameter as it is.
     """
 
     def __init__(
@@ -84,8 +86,8 @@ class BackboneBase(nn.Module):
     ):
         super().__init__()
         if return_interm_layers:
-            return_layers = {stage: str(i) for i, stage in enumerate(STAGES)}
-            self.num_channels_per_level = [num_channels // 2**i for i in (3, 2, 1, 0)]
+            return_layers = {stage: str(i) for i, stage in enumerate(STAGES[: level + 1])}
+            self.num_channels_per_level = [num_channels // 2**i for i in range(level, -1, -1)]
         else:
             return_layers = {STAGES[level]: "0"}
             self.num_channels_per_level = [num_channels]
@@ -134,21 +136,20 @@ class Backbone(BackboneBase):
     Args:
         name: "resnet18", "resnet34", "resnet50", "resnet101" or another ResNet of torchvision.
         train_backbone: False freezes all parameters; True the stem's and layer1's.
-        return_interm_layers: return the four levels as "0".."3" instead of the last one as "0".
+        return_interm_layers: return all levels, four or up to `level`, as "0".."3" instead of the last one as "0".
         dilation: stride 16 instead of 32 in the last stage (DC5).
         weights: "imagenet" (torchvision's download, IMAGENET1K_V1, as the original's), the path of a file with
             torchvision's names, plain or under "model" or "state_dict", or None for random ones.
         norm: "frozen", "batch", "group" (32 groups), or None: "frozen" with weights and "batch" without.
-        level: 0..3, the one stage to read, at stride 4, 8, 16 or 32; later ones are left out. None is 3.
+        level: 0..3, the last stage to read, at stride 4, 8, 16 or 32; later ones are left out. None is 3.
 
     Attributes:
         num_channels: channels of the last level returned.
         num_channels_per_level: channels of all levels returned, in order.
 
     Raises:
-        ValueError: an unknown `name` or `norm`, a `level` that is not 0..3 or comes with `return_interm_layers` or
-            `dilation` (which changes the last stage alone), ImageNet weights for group norm, or a file whose tensors
-            do not fit.
+        ValueError: an unknown `name` or `norm`, a `level` that is not 0..3 or comes with `dilation` (which changes the
+            last stage alone), ImageNet weights for group norm, or a file whose tensors do not fit.
         NotImplementedError: dilation with ResNet-18 or ResNet-34.
         FileNotFoundError: no file at the path `weights`.
         RuntimeError: the download failed.
@@ -177,8 +178,6 @@ class Backbone(BackboneBase):
             level = len(STAGES) - 1
         elif level not in range(len(STAGES)):
             raise ValueError(f"level is {level!r}; expected 0, 1, 2 or 3")
-        elif return_interm_layers:
-            raise ValueError(f"level={level} reads one level, return_interm_layers=True all; expected one of the two")
         if dilation and level < len(STAGES) - 1:
             raise ValueError(f"dilation changes the last stage, which level={level} leaves out")
         if weights == "imagenet" and norm == "group":
@@ -260,21 +259,23 @@ class Joiner(nn.Sequential):
         super().__init__(backbone, position_embedding)
         self.num_channels = backbone.num_channels
 
-    def forward(self, tensor_list: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
+    def forward(self, tensor_list: NestedTensor, *, last_only: bool = False) -> tuple[list[NestedTensor], list[Tensor]]:
         """Features and positions of a batch.
 
         Args:
             tensor_list: tensors [B, 3, H, W], mask [B, H, W] bool, True = padding.
+            last_only: compute the last level's position alone (and, with our own backbones and positions, mask).
 
         Returns:
-            The levels' features with their masks, and their positions [B, C, h, w] in the features' dtype.
+            The levels' features with their masks, and their positions [B, C, h, w] in the features' dtype; with
+            `last_only` a list of one position.
         """
         backbone, position_embedding = self
         # The exact class: a subclass may have a forward of its own.
         fused = isinstance(backbone, BackboneBase) and type(position_embedding) in _POSITION_EMBEDDINGS
         features = backbone(tensor_list, masks=False) if fused else backbone(tensor_list)
         positions = []
-        for feature in features.values():
+        for feature in list(features.values())[-1 if last_only else 0 :]:
             x = feature.tensors
             if fused:
                 size = x.shape[-2:]

@@ -11,6 +11,8 @@ from torch import nn
 from detr_fast.layers import PositionEmbeddingLearned, PositionEmbeddingSine
 from detr_fast.models.backbone import Backbone, Joiner
 from detr_fast.models.detr import DETR
+from detr_fast.models.hub import LAST_THING
+from detr_fast.models.segmentation import DETRsegm
 from detr_fast.models.transformer import Transformer
 
 _NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}
@@ -35,14 +37,14 @@ def build_backbone(args: Namespace) -> Joiner:
     Args:
         args: `backbone`, `dilation`, `lr_backbone` (0 freezes pretrained weights), and those of
             `build_position_encoding`; optional `backbone_weights` ("imagenet", "none" or a path), `backbone_norm` and
-            `backbone_level`, see `Backbone`.
+            `backbone_level`, see `Backbone`; `masks`: all four levels are returned, for the mask head.
     """
     position_embedding = build_position_encoding(args)
     weights = getattr(args, "backbone_weights", "imagenet")
     backbone = Backbone(
         args.backbone,
         args.lr_backbone > 0,
-        False,
+        bool(getattr(args, "masks", False)),
         args.dilation,
         weights=None if weights == "none" else weights,
         norm=getattr(args, "backbone_norm", None),
@@ -69,26 +71,30 @@ def build_transformer(args: Namespace) -> Transformer:
     )
 
 
-def build_model(args: Namespace) -> tuple[DETR, nn.Module, dict[str, nn.Module]]:
+def build_model(args: Namespace) -> tuple[DETR | DETRsegm, nn.Module, dict[str, nn.Module]]:
     """Everything that training and evaluation need.
 
     Args:
         args: the original's argument names: those of `build_backbone` and `build_transformer`, `num_queries`,
             `aux_loss`, `set_cost_class`, `set_cost_bbox`, `set_cost_giou`, `bbox_loss_coef`, `giou_loss_coef`,
-            `eos_coef`, `device`, `dataset_file`; and optional `num_classes` (highest category id + 1). Without it:
-            91 for the dataset "coco", 250 for "coco_panoptic", 20 for any other.
+            `eos_coef`, `device`, `dataset_file`; with `masks` also `mask_loss_coef`, `dice_loss_coef` and, optionally,
+            `frozen_weights` (anything but None trains the mask head alone; the caller loads the file into
+            ``model.detr``). Optional: `num_classes` (highest category id + 1), without it 91 for the dataset "coco",
+            250 for "coco_panoptic", 20 for any other; `thing_classes` (the labels of things, for "coco_panoptic"),
+            without it 0 to 90.
 
     Returns:
-        The model (on the CPU), the criterion (on `args.device`) and {"bbox": PostProcess()}.
+        The model (on the CPU), the criterion (on `args.device`) and the post-processors: "bbox", with `masks` "segm",
+        and for the dataset "coco_panoptic" with `masks` "panoptic".
 
     Raises:
-        ValueError: `masks` or `frozen_weights` is set (segmentation is not available yet), or an argument of the
-            parts is wrong.
+        ValueError: `frozen_weights` without `masks`, or an argument of the parts is wrong.
     """
-    from detr_fast.criterion import HungarianMatcher, PostProcess, SetCriterion
+    from detr_fast.criterion import HungarianMatcher, PostProcess, PostProcessPanoptic, PostProcessSegm, SetCriterion
 
-    if getattr(args, "masks", False) or getattr(args, "frozen_weights", None) is not None:
-        raise ValueError("segmentation is not available yet; expected neither masks nor frozen_weights")
+    masks, frozen = getattr(args, "masks", False), getattr(args, "frozen_weights", None) is not None
+    if frozen and not masks:
+        raise ValueError("frozen_weights trains the mask head alone; expected masks to be set, too")
     num_classes = getattr(args, "num_classes", None)
     if num_classes is None:
         num_classes = _NUM_CLASSES.get(args.dataset_file, _NUM_CLASSES_OTHER)
@@ -100,20 +106,28 @@ def build_model(args: Namespace) -> tuple[DETR, nn.Module, dict[str, nn.Module]]
         num_queries=args.num_queries,
         aux_loss=args.aux_loss,
     )
+    if masks:
+        model = DETRsegm(model, freeze_detr=frozen)
     matcher = HungarianMatcher(
         cost_class=args.set_cost_class, cost_bbox=args.set_cost_bbox, cost_giou=args.set_cost_giou
     )
     weight_dict = {"loss_ce": 1, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+    losses = ["labels", "boxes", "cardinality"]
+    postprocessors = {"bbox": PostProcess()}
+    if masks:
+        weight_dict.update(loss_mask=args.mask_loss_coef, loss_dice=args.dice_loss_coef)
+        losses.append("masks")
+        postprocessors["segm"] = PostProcessSegm()
+        if args.dataset_file == "coco_panoptic":
+            things = getattr(args, "thing_classes", None)
+            things = range(LAST_THING + 1) if things is None else things
+            postprocessors["panoptic"] = PostProcessPanoptic({i: i in things for i in range(num_classes)})
     if args.aux_loss:
         last = dict(weight_dict)
         for i in range(args.dec_layers - 1):
             weight_dict.update({f"{name}_{i}": weight for name, weight in last.items()})
     criterion = SetCriterion(
-        num_classes,
-        matcher=matcher,
-        weight_dict=weight_dict,
-        eos_coef=args.eos_coef,
-        losses=["labels", "boxes", "cardinality"],
+        num_classes, matcher=matcher, weight_dict=weight_dict, eos_coef=args.eos_coef, losses=losses
     )
     criterion.to(args.device)
-    return model, criterion, {"bbox": PostProcess()}
+    return model, criterion, postprocessors

@@ -53,10 +53,13 @@ class DETR(nn.Module):
         Raises:
             TypeError, ValueError: samples of another kind, shape or dtype; the message says what came.
         """
-        samples = _as_nested(samples)
+        samples = as_nested(samples)
         features, positions = self.backbone(samples)
         src, mask = features[-1].decompose()
-        hs = self.transformer(self.input_proj(src), mask, self.query_embed.weight, positions[-1])[0]
+        return self.outputs(self.transformer(self.input_proj(src), mask, self.query_embed.weight, positions[-1])[0])
+
+    def outputs(self, hs: Tensor) -> dict:
+        """What `forward` returns, from the decoder's outputs hs [layers, B, num_queries, d_model]."""
         if not self.aux_loss:
             hs = hs[-1:]
         logits = self.class_embed(hs)
@@ -68,7 +71,8 @@ class DETR(nn.Module):
         return out
 
 
-def _as_nested(samples: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTensor:
+def as_nested(samples: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTensor:
+    """A batch as `DETR.forward` takes it: as it is, with an empty mask, or padded; see there."""
     if isinstance(samples, Tensor):
         if samples.dim() != 4:
             raise ValueError(f"images are {list(samples.shape)}; expected [B, 3, H, W], or a list of [3, H, W]")

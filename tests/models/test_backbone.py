@@ -65,7 +65,6 @@ def test_rejects_dilated_basic_blocks(name):
         (dict(norm="layer"), "unknown norm 'layer'"),
         (dict(level=4), "level is 4"),
         (dict(level=-1), "level is -1"),
-        (dict(level=1, return_interm_layers=True), "expected one of the two"),
         (dict(name="resnet50", level=2, dilation=True), "which level=2 leaves out"),
         (dict(norm="group", weights="imagenet"), "the ImageNet weights are for batch norm"),
     ],

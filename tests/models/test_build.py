@@ -65,8 +65,7 @@ def test_options_reach_the_backbone():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(masks=True), "segmentation is not available yet"),
-        (dict(frozen_weights="detr.pth"), "segmentation is not available yet"),
+        (dict(frozen_weights="detr.pth"), "expected masks to be set"),
         (dict(position_embedding="fourier"), "position_embedding is 'fourier'"),
         (dict(hidden_dim=33), "hidden_dim is 33"),
     ],
