@@ -88,7 +88,10 @@ def _per_channel(values_ptr, offs_c, CHANNELS: tl.constexpr):
 
 # What depends on the row alone has shape [BLOCK_H, 1] and on the column alone [1, BLOCK_W], so that it is computed once
 # for a whole tile: the forward kernel is close to the issue limit, not only to the bandwidth.
-@triton.jit(do_not_specialize=["channels", "height", "col_blocks", "row_blocks", "channel_groups"])
+@triton.jit(
+    do_not_specialize=["channels", "height", "col_blocks", "row_blocks", "channel_groups"],
+    do_not_specialize_on_alignment=["norm_ptr"],  # it lies behind a table of any length
+)
 def _pad_collate_forward_kernel(
     table_ptr,  # [B, 7] int64
     norm_ptr,  # [2, C] offset and scale
@@ -185,7 +188,8 @@ def _pad_collate_forward_kernel(
         "col_blocks",
         "row_blocks",
         "channel_groups",
-    ]
+    ],
+    do_not_specialize_on_alignment=["norm_ptr"],
 )
 def _pad_collate_backward_kernel(
     table_ptr,  # [B, 7] int64, of the gradients to write
@@ -336,13 +340,16 @@ def pad_collate_backward(
 def _types(listed: torch.dtype, batched: torch.Tensor, normalise: bool) -> tuple[tl.dtype, tl.dtype, torch.Tensor]:
     """Triton types of the listed images and of the arithmetic, and the batched tensor as the kernel sees it.
 
-    A plain copy moves bits: every dtype of one size is then the same kernel.
+    A plain copy moves bits: every dtype of one size is then the same kernel. A plain cast from float64 to 16 bits goes
+    through float32, rounding twice, as PyTorch's own does.
     """
     if listed == batched.dtype and not normalise:
         bits = _COPY_TYPES[listed.itemsize]
         return _TRITON_TYPES[bits], _TRITON_TYPES[bits], batched.view(bits)
     listed = torch.uint8 if listed == torch.bool else listed
-    compute = torch.float64 if torch.float64 in (listed, batched.dtype) else torch.float32
+    pair = {listed, batched.dtype}
+    is_double = torch.float64 in pair and (normalise or pair.isdisjoint((torch.float16, torch.bfloat16)))
+    compute = torch.float64 if is_double else torch.float32
     return _TRITON_TYPES[listed], _TRITON_TYPES[compute], batched
 
 
@@ -357,9 +364,10 @@ def _table_on_device(
     rows = [value for image in images for value in (image.data_ptr(), *image.stride(), *image.shape)]
     norm_dtype = torch.float64 if compute_type == tl.float64 else torch.float32
     norm = norm if norm_dtype == torch.float64 or len(norm) % 2 == 0 else [*norm, 0.0]
-    table = torch.tensor(rows, dtype=torch.int64)
+    # On the CPU by name: under torch.set_default_device("cuda") each would be a copy that waits.
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
     if norm:
-        table = torch.cat((table, torch.tensor(norm, dtype=norm_dtype).view(torch.int64)))
+        table = torch.cat((table, torch.tensor(norm, dtype=norm_dtype, device="cpu").view(torch.int64)))
     if device.type == "cuda":
         table = table.pin_memory()
         if torch.cuda.is_current_stream_capturing():

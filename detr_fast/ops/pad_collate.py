@@ -170,7 +170,7 @@ def pack_images(images: Sequence[Tensor], *, layout: str | None = None) -> tuple
     for index, image in enumerate(images):
         if image.dtype != torch.uint8 or image.device.type != "cpu":
             raise TypeError(f"image {index} is {_describe(image)}; expected a uint8 tensor on the CPU")
-    buffer = torch.empty(sum(image.numel() for image in images), dtype=torch.uint8)
+    buffer = torch.empty(sum(image.numel() for image in images), dtype=torch.uint8, device="cpu")
     rows, offset = [], 0
     for image in images:
         is_hwc = layout == "hwc" or (layout is None and image.stride(0) == 1 and not image.is_contiguous())
@@ -178,7 +178,7 @@ def pack_images(images: Sequence[Tensor], *, layout: str | None = None) -> tuple
         buffer[offset : offset + image.numel()].view(source.shape).copy_(source)
         rows.append([offset, *image.shape, _LAYOUTS["hwc" if is_hwc else "chw"]])
         offset += image.numel()
-    return buffer, torch.tensor(rows, dtype=torch.int64)
+    return buffer, torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def pad_collate_reference(

@@ -91,6 +91,13 @@ def test_pad_collate_beyond_int32(channels_last):
     assert torch.equal(crops[0], large[:, :9, :9]) and torch.equal(crops[1], large[:, :5, :7])
 
 
+def test_pad_collate_512_images():
+    images = [torch.full((1, i % 40, i % 300), i, dtype=torch.int32) for i in range(512)]
+    batch, mask = pad_collate([img.cuda() for img in images])
+    expected, expected_mask = pad_collate_reference(images)
+    assert torch.equal(batch.cpu(), expected) and torch.equal(mask.cpu(), expected_mask)
+
+
 def test_pad_collate_is_deterministic():
     images = [img.cuda() for img in pictures(((427, 640), (480, 333)))]
     first = pad_collate(images, **IMAGENET, dtype=torch.bfloat16)
