@@ -215,7 +215,7 @@ def _block_mask(state: Inputs):
 def _flex_state(inputs: Inputs, with_mask: bool) -> Inputs:
     state = _cuda_only(inputs, "FlexAttention")
     if not inputs["compile"]:
-        raise Unavailable("needs torch.compile (--compile)")
+        raise Unavailable("needs torch.compile (--compile yes)")
     if inputs["dropout_p"] > 0:
         raise Unavailable("FlexAttention has no dropout; see the case without")
     if with_mask:

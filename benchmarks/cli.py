@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--interpret", action="store_true",
         help="only check the kernels, through Triton's interpreter on tiny shapes (no GPU needed, nothing is timed)",
     )  # fmt: skip
-    parser.add_argument("--check-only", action="store_true", help="check every provider, time none")
+    parser.add_argument("--check-only", "--check_only", action="store_true", help="check every provider, time none")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS)
     parser.add_argument("--mode", nargs="+", choices=["forward", "backward", "both"])
     parser.add_argument("--batch", nargs="+", type=int)
@@ -34,24 +34,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--provider", nargs="+", help="only providers whose name contains one of these")
     parser.add_argument("--launch", nargs="+", choices=["eager", "graph"], default=["eager", "graph"])
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=None,
-        help="measure providers that need torch.compile; default: on a GPU",
+        "--compile", choices=["auto", "yes", "no"], default="auto",
+        help="measure providers that need torch.compile; auto: on a GPU",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the inputs")
     parser.add_argument("--output", type=Path, help="folder of the results; default: benchmarks/results/<device>")
-    parser.add_argument("--no-plots", action="store_true")
-    parser.add_argument("--no-save", action="store_true", help="print only")
+    parser.add_argument("--no-plots", "--no_plots", action="store_true")
+    parser.add_argument("--no-save", "--no_save", action="store_true", help="print only")
     parser.add_argument("--readme", type=Path, default=Path("README.md"), help="for report")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Microbenchmarks of the fused ops.")
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs what `args` (of `add_arguments`) asks for; returns the exit status, see `runner.run`."""
+    """Runs what `args` (of `add_arguments`) asks for; returns the exit status, see `runner.run`.
+
+    Raises:
+        ValueError: options that cannot be honoured, such as a device that is not there.
+    """
     from . import runner
 
     return runner.run(args)

@@ -49,7 +49,7 @@ def _compiled(state: Inputs) -> Outputs:
 
 def _needs_compile(inputs: Inputs) -> Inputs:
     if not inputs["compile"]:
-        raise Unavailable("needs torch.compile (--compile)")
+        raise Unavailable("needs torch.compile (--compile yes)")
     return dict(inputs)
 
 

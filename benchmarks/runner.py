@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 1 if a provider of ours is wrong or fails, else 0.
 
     Raises:
-        SystemExit: `--device cuda` where there is none, an unknown padding or kind.
+        ValueError: `--device cuda` where there is none, an unknown padding or kind.
     """
     _validate(args)
     if args.suite == "report":
@@ -65,17 +65,17 @@ def _validate(args: argparse.Namespace) -> None:
     for padding in args.padding or ():
         share = padding[5:] if padding.startswith("valid") else ""
         if padding not in plan.PADDINGS and not (share.isdigit() and 1 <= int(share) <= 100):
-            raise SystemExit(f"--padding {padding}: expected one of {', '.join(plan.PADDINGS)}, or valid1 to valid100")
+            raise ValueError(f"--padding {padding}: expected one of {', '.join(plan.PADDINGS)}, or valid1 to valid100")
     kinds = {kind for kinds in plan.KINDS.values() for kind in kinds}
     for kind in args.kind or ():
         if kind not in kinds:
-            raise SystemExit(f"--kind {kind}: expected one of {', '.join(sorted(kinds))}")
+            raise ValueError(f"--kind {kind}: expected one of {', '.join(sorted(kinds))}")
     for batch in args.batch or ():
         if batch < 1:
-            raise SystemExit(f"--batch {batch}: expected at least 1")
+            raise ValueError(f"--batch {batch}: expected at least 1")
     for dropout in args.dropout or ():
         if not 0 <= dropout < 1:
-            raise SystemExit(f"--dropout {dropout}: expected 0 <= p < 1")
+            raise ValueError(f"--dropout {dropout}: expected 0 <= p < 1")
 
 
 def _argv(args: argparse.Namespace, suite: str) -> list[str]:
@@ -85,8 +85,6 @@ def _argv(args: argparse.Namespace, suite: str) -> list[str]:
         flag = "--" + name.replace("_", "-")
         if name in _OWN_OPTIONS and value is not None and value is not False:
             argv += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]
-    if args.compile is False:
-        argv.append("--no-compile")
     return argv
 
 
@@ -127,9 +125,9 @@ def _device(args: argparse.Namespace) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() and not args.interpret else "cpu")
     device = torch.device(args.device)
     if device.type not in ("cuda", "cpu"):
-        raise SystemExit(f"--device {args.device}: expected cuda or cpu")
+        raise ValueError(f"--device {args.device}: expected cuda or cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: PyTorch finds no CUDA GPU here")
+        raise ValueError("--device cuda: PyTorch finds no CUDA GPU here")
     return device
 
 
@@ -174,7 +172,7 @@ def _run_suite(args: argparse.Namespace) -> int:
         check_only=check_only,
         seed=args.seed,
     )
-    compile_peers = device.type == "cuda" if args.compile is None else args.compile
+    compile_peers = device.type == "cuda" if args.compile == "auto" else args.compile == "yes"
     ceilings = None
     if not check_only and specs:
         ceilings = measure_ceilings(device, sorted({spec.precision for spec in specs}), args.quick)

@@ -118,7 +118,7 @@ class StaticRow:
 
 def load_gate():
     if not (ROOT / "tests" / "kernels" / "gate.py").is_file():
-        raise SystemExit("static: needs a checkout of the repository (tests/kernels/gate.py)")
+        raise ValueError("static: needs a checkout of the repository (tests/kernels/gate.py)")
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     return importlib.import_module("tests.kernels.gate")
@@ -205,7 +205,7 @@ def run_static(save: bool = True) -> int:
 
     gate = load_gate()
     if triton.knobs.runtime.interpret:
-        raise SystemExit("static: needs Triton's compiler; unset TRITON_INTERPRET")
+        raise ValueError("static: needs Triton's compiler; unset TRITON_INTERPRET")
     # fp16 compiles to what bf16 does.
     cases = [case for case in gate.CASES if case.detr and "fp16" not in case.name]
     text = markdown(measure(gate, cases, (CHIP,)), triton.__version__)

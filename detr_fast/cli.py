@@ -1,4 +1,4 @@
-"""The command line: ``detr-fast train | eval | predict | check-data | demo``."""
+"""The command line: ``detr-fast train | eval | predict | check-data | bench | demo``."""
 
 import argparse
 import os
@@ -205,6 +205,20 @@ def _demo(args: argparse.Namespace, given: set[str]) -> int:
     return 0
 
 
+def _bench_parser() -> argparse.ArgumentParser:
+    from detr_fast.benchmarks.cli import add_arguments
+
+    parser = _parser("bench", "Checks and measures the fused ops beside their peers and the physical limit.")
+    add_arguments(parser)
+    return parser
+
+
+def _bench(args: argparse.Namespace, given: set[str]) -> int:
+    from detr_fast.benchmarks.cli import run
+
+    return run(args)
+
+
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
@@ -221,6 +235,7 @@ _COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "eval": (_eval_parser, _eval, "evaluate a checkpoint with pycocotools"),
     "predict": (_predict_parser, _predict, "detect objects in images: pictures and a json"),
     "check-data": (_check_data_parser, _check_data, "find what is wrong with a data set"),
+    "bench": (_bench_parser, _bench, "measure the fused ops beside their peers and the physical limit"),
     "demo": (_demo_parser, _demo, "generate data, train, evaluate, draw: the whole way in minutes"),
 }
 

@@ -79,9 +79,10 @@ def test_budget_lists_what_was_left_out(tmp_path, capsys):
     "arguments",
     [["--padding", "some"], ["--padding", "valid0"], ["--kind", "x"], ["--batch", "0"], ["--dropout", "1"]],
 )
-def test_bad_options_are_refused(arguments):
-    with pytest.raises(SystemExit, match=arguments[0]):
+def test_bad_options_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
         main(["attention", *arguments])
+    assert re.search(rf"{arguments[0]} {arguments[1]}\S*: expected", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -220,6 +221,27 @@ def test_results_are_json_without_nan(tmp_path):
     text = save(record, tmp_path).read_text()
     assert json.loads(text) == {"suite": "x", "ceilings": None, "rows": [{"max_error": "nan"}]}
     assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
+
+
+def test_detr_fast_bench(capsys):
+    from detr_fast.cli import main as detr_fast
+
+    arguments = [
+        "bench",
+        "attention",
+        "--check-only",
+        "--batch",
+        "1",
+        "--kind",
+        "decoder",
+        "--device",
+        "cpu",
+        "--quick",
+    ]
+    assert detr_fast(arguments) == 0
+    assert "right, not timed" in capsys.readouterr().out
+    assert detr_fast(["bench", "attention", "--padding", "some"]) == 2
+    assert "--padding some: expected" in capsys.readouterr().err
 
 
 def test_module_is_a_command():
