@@ -121,13 +121,15 @@ def _run_all(args: argparse.Namespace) -> int:
 
 
 def _device(args: argparse.Namespace) -> torch.device:
-    if args.device is None:
-        return torch.device("cuda" if torch.cuda.is_available() and not args.interpret else "cpu")
-    device = torch.device(args.device)
+    """The device asked for; a CUDA one with its index."""
+    cuda = torch.cuda.is_available()
+    device = torch.device(args.device or ("cuda" if cuda and not args.interpret else "cpu"))
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f"--device {args.device}: expected cuda or cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA GPU here")
+    if device.type == "cuda":
+        if not cuda:
+            raise ValueError("--device cuda: PyTorch finds no CUDA GPU here")
+        device = torch.device("cuda", device.index or 0)
     return device
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from detr_fast.benchmarks import PRECISIONS, SUITES, ceilings, plan
 from detr_fast.benchmarks.cli import main
@@ -75,6 +76,16 @@ def test_budget_lists_what_was_left_out(tmp_path, capsys):
     assert "not measured: position R50 B2" in capsys.readouterr().out
 
 
+def test_device_that_is_not_there(capsys):
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="2"):
+            main(["attention", "--device", "cuda"])
+        assert "no CUDA GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["attention", "--device", "meta"])
+    assert "--device meta: expected cuda or cpu" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--padding", "some"], ["--padding", "valid0"], ["--kind", "x"], ["--batch", "0"], ["--dropout", "1"]],
@@ -83,6 +94,18 @@ def test_bad_options_are_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["attention", *arguments])
     assert re.search(rf"{arguments[0]} {arguments[1]}\S*: expected", capsys.readouterr().err)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_runs_on_a_gpu(suite, tmp_path, capsys):
+    arguments = [suite, "--quick", "--batch", "2", "--no-plots", "--compile", "no", "--output", str(tmp_path)]
+    assert main(arguments) == 0, capsys.readouterr().out
+    record = load_record(tmp_path / f"{suite}.json")
+    ours = [row for row in record["rows"] if row["provider"] == "detr_fast"]
+    assert {row["launch"] for row in ours} == {"eager", "graph"} and all(row["median_ms"] > 0 for row in ours)
+    assert not any(row["status"] == "failed" for row in record["rows"])
+    assert record["provenance"]["driver"] and record["provenance"]["gpu"]
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -1,0 +1,34 @@
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import data, padding
+from benchmarks.shapes import coco_sizes
+
+
+def test_padding_table_shows_what_grouping_saves(tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    assert padding.main(["--images", "640", "--batch", "2", "16", "--output", str(out)]) == 0
+    rows = {(row["batch"], row["order"]): row for row in json.loads(out.read_text())}
+    for batch in (2, 16):
+        random, ratio, planned = (rows[batch, order]["pixels"] for order in padding.ORDERS)
+        assert random < ratio < planned and planned > 0.88
+    assert rows[16, "random"]["batches"] == rows[16, "planned size"]["batches"] == 40
+    assert f"{rows[16, 'planned size']['pixels']:.1%}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("order", padding.ORDERS)
+def test_padding_orders_use_an_image_at_most_once(order):
+    images = padding.AnnotatedSizes(padding.resampled(coco_sizes(), 200, 0))
+    planned = np.array([images.planned_size(index) for index in range(200)])
+    batches = padding.batches_of(order, images, planned, 8, 0, 4096)
+    assert batches.shape[1] == 8 and len(np.unique(batches)) == batches.size >= 8 * 20
+
+
+def test_data_benchmark_compares_then_times(capsys, monkeypatch):
+    arguments = ["--images", "2", "--batch", "2", "--workers", "1"]
+    assert data.main(arguments) == 0
+    assert "ratio:" in (printed := capsys.readouterr().out) and "loader with 1 workers" in printed
+    monkeypatch.setattr(data, "TOLERANCE", -1.0)
+    assert data.main(arguments) == 1 and capsys.readouterr().out.startswith("not timed")
