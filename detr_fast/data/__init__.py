@@ -16,6 +16,7 @@ from detr_fast.data.coco import (
 from detr_fast.data.collates import DetectionCollate, DropMissing, SkipUnreadable
 from detr_fast.data.grouping import SizeGroupedBatchSampler
 from detr_fast.data.loader import EpochLoader, PackedBatch, PackedCollate, build_loader
+from detr_fast.data.panoptic import CocoPanoptic, build_panoptic, load_segment_ids, read_panoptic
 from detr_fast.data.prefetch import Prefetcher
 from detr_fast.data.seeding import UnpaddedDistributedSampler
 from detr_fast.data.shapes import make_shapes_dataset
@@ -26,6 +27,7 @@ __all__ = [
     "IMAGENET_STD",
     "Categories",
     "CocoDetection",
+    "CocoPanoptic",
     "CorruptImageError",
     "DatasetReport",
     "DetectionCollate",
@@ -41,11 +43,14 @@ __all__ = [
     "UnpaddedDistributedSampler",
     "build_dataset",
     "build_loader",
+    "build_panoptic",
     "check_coco",
     "get_coco_api_from_dataset",
     "load_image",
     "load_image_tensor",
+    "load_segment_ids",
     "make_coco_transforms",
     "make_shapes_dataset",
     "read_annotations",
+    "read_panoptic",
 ]

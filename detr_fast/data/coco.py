@@ -23,7 +23,7 @@ from pycocotools.coco import COCO
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from detr_fast.data.categories import Categories
-from detr_fast.data.transforms import Img, image_size, make_coco_transforms
+from detr_fast.data.transforms import Img, can_draw, image_size, make_coco_transforms
 
 _JPEG_MAGIC = [0xFF, 0xD8]
 
@@ -242,8 +242,7 @@ class CocoDetection(torchvision.datasets.CocoDetection):
     @property
     def can_plan(self) -> bool:
         """Whether ``planned_size`` works: the transforms draw from an image's size alone."""
-        transforms = getattr(self._transforms, "transforms", [self._transforms])
-        return self._transforms is None or all(hasattr(transform, "draw") for transform in transforms)
+        return can_draw(self._transforms)
 
     def planned_size(self, index: int) -> tuple[int, int]:
         """(height, width) that ``self[index]`` would have, were it asked for with the random generators as they are.

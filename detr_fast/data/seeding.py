@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, DistributedSampler, Sampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler, get_worker_info
 
 
 def seed_generators(*entropy: int) -> None:
@@ -78,6 +78,9 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, ...]):
+        if get_worker_info() is not None:  # nobody else draws in a worker: there is nothing to restore
+            seed_generators(self.seed, *key)
+            return self.dataset[key[1]]
         with seeded(self.seed, *key):
             return self.dataset[key[1]]
 

@@ -1,4 +1,7 @@
-"""A generated detection dataset: circles, squares and triangles on textured backgrounds, in COCO's layout on disk."""
+"""A generated dataset: circles, squares and triangles on textured backgrounds, in COCO's layout on disk.
+
+With boxes, classes and masks, and, if asked for, with panoptic segments.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from detr_fast.criterion.panoptic_ids import id2rgb
+
 SHAPES = ("circle", "square", "triangle")
+STUFF = ("sky", "ground")
 _ASPECT_RATIOS = (1.0, 4 / 3, 3 / 2)
 _DESCRIPTION = "detr_fast generated shapes"
 _SUPERSAMPLE = 4  # edges are drawn at this many times the size
@@ -25,6 +31,7 @@ def make_shapes_dataset(
     max_objects: int = 3,
     seed: int = 0,
     empty_fraction: float = 0.0,
+    panoptic: bool = False,
 ) -> Path:
     """Writes JPEG files and COCO json under ``root``, where ``coco_path`` finds them.
 
@@ -40,6 +47,9 @@ def make_shapes_dataset(
         max_objects: most objects in an image.
         seed: not negative.
         empty_fraction: share of images without objects, in 0..1.
+        panoptic: every background gets a darker lower part, "ground" below "sky"; and the segments of all pixels are
+            written where ``coco_panoptic_path`` finds them: ``annotations/panoptic_{train,val}2017.json`` and PNG files
+            in ``panoptic_{train,val}2017/``. The category ids are 1 to 3 for the shapes, 4 and 5 for sky and ground.
 
     Returns:
         ``root`` as a Path.
@@ -57,33 +67,45 @@ def make_shapes_dataset(
             f"got {num_train}, {num_val}, {seed}, {max_objects}, {empty_fraction}"
         )
     root = Path(root)
-    ann_files = {split: root / "annotations" / f"instances_{split}2017.json" for split in ("train", "val")}
-    for ann_file in ann_files.values():
+    kinds = ("instances", "panoptic") if panoptic else ("instances",)
+    for ann_file in [root / "annotations" / f"{kind}_{split}2017.json" for kind in kinds for split in ("train", "val")]:
         if ann_file.exists() and not _is_generated(ann_file):
             raise FileExistsError(f"{ann_file} exists and was not generated here; choose another directory")
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
 
+    things = [{"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(SHAPES, start=1)]
     for split_number, (split, count) in enumerate((("train", num_train), ("val", num_val))):
-        folder = root / f"{split}2017"
-        folder.mkdir(parents=True, exist_ok=True)
-        images, annotations = [], []
+        folder, png_folder = root / f"{split}2017", root / f"panoptic_{split}2017"
+        folder.mkdir(exist_ok=True)
+        if panoptic:
+            png_folder.mkdir(exist_ok=True)
+        images, annotations, segmented = [], [], []
         for number in range(count):
             rng = np.random.default_rng((seed, split_number, number))
-            picture, objects = _draw_image(rng, low, high, max_objects, empty_fraction)
+            picture, objects, parts = _draw_image(rng, low, high, max_objects, empty_fraction, panoptic)
             image_id = number + 1
             name = f"{image_id:012}.jpg"
             picture.save(folder / name, quality=92)
             images.append({"id": image_id, "file_name": name, "width": picture.width, "height": picture.height})
             for entry in objects:
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0, **entry})
+            if panoptic:
+                png, segments = _segments(parts, objects)
+                png.save(png_folder / f"{image_id:012}.png")
+                segmented.append({"image_id": image_id, "file_name": f"{image_id:012}.png", "segments_info": segments})
         content = {
             "info": {"description": _DESCRIPTION, "seed": seed},
             "licenses": [],
             "images": images,
             "annotations": annotations,
-            "categories": [{"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(SHAPES, start=1)],
+            "categories": things,
         }
-        ann_files[split].parent.mkdir(exist_ok=True)
-        ann_files[split].write_text(json.dumps(content))
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+        if panoptic:
+            stuff = [{"id": i, "name": name, "supercategory": "background"} for i, name in enumerate(STUFF, start=4)]
+            content["categories"] = [{**c, "isthing": 1} for c in things] + [{**c, "isthing": 0} for c in stuff]
+            content["annotations"] = segmented
+            (root / "annotations" / f"panoptic_{split}2017.json").write_text(json.dumps(content))
     return root
 
 
@@ -94,11 +116,19 @@ def _is_generated(ann_file: Path) -> bool:
         return False
 
 
-def _draw_image(rng, low: int, high: int, max_objects: int, empty_fraction: float) -> tuple[Image.Image, list[dict]]:
+def _draw_image(
+    rng, low: int, high: int, max_objects: int, empty_fraction: float, with_ground: bool
+) -> tuple[Image.Image, list[dict], np.ndarray]:
+    """The picture, its objects' annotations, and what each pixel shows: [H, W], -2 sky, -1 ground, or the object."""
     short = int(rng.integers(low, high + 1))
     long = round(short * _ASPECT_RATIOS[rng.integers(len(_ASPECT_RATIOS))])
     width, height = (long, short) if rng.random() < 0.5 else (short, long)
     pixels = _background(rng, width, height)
+    parts = np.full((height, width), -2)
+    if with_ground:
+        horizon = round(rng.uniform(0.35, 0.65) * height)
+        pixels[horizon:] *= 0.4
+        parts[horizon:] = -1
     count = 0 if rng.random() < empty_fraction else int(rng.integers(1, max_objects + 1))
     objects = []
     for box in _place(rng, width, height, count):
@@ -107,8 +137,26 @@ def _draw_image(rng, low: int, high: int, max_objects: int, empty_fraction: floa
         alpha = _coverage(polygon, width, height)
         colour = _bright_colour(rng) + rng.normal(0, 6, (height, width, 1))
         pixels = pixels * (1 - alpha) + colour * alpha
+        parts[alpha[:, :, 0] >= 0.5] = len(objects)
         objects.append(_annotation(kind + 1, polygon))
-    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)), objects
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)), objects, parts
+
+
+def _segments(parts: np.ndarray, objects: list[dict]) -> tuple[Image.Image, list[dict]]:
+    """The panoptic picture and list of what `_draw_image` made."""
+    ids, segments = np.zeros(parts.shape, dtype=np.int64), []
+    for part in np.unique(parts).tolist():
+        category_id = objects[part]["category_id"] if part >= 0 else len(SHAPES) + len(STUFF) + 1 + part
+        where = parts == part
+        # Any number but 0 would do; these are easily told apart in the picture.
+        segment_id = 40 * category_id + 256 * (60 + 50 * (part + 2))
+        ids[where] = segment_id
+        rows, columns = np.flatnonzero(where.any(axis=1)), np.flatnonzero(where.any(axis=0))
+        x, y = int(columns[0]), int(rows[0])
+        bbox = [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1]
+        entry = {"id": segment_id, "category_id": category_id, "iscrowd": 0, "bbox": bbox, "area": int(where.sum())}
+        segments.append(entry)
+    return Image.fromarray(id2rgb(ids)), segments
 
 
 def _background(rng, width: int, height: int) -> np.ndarray:

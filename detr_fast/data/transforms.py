@@ -361,6 +361,13 @@ class Compose:
         return "\n".join([f"{type(self).__name__}(", *(f"    {transform}" for transform in self.transforms), ")"])
 
 
+def can_draw(transform: Callable | None) -> bool:
+    """Whether a transform, with all those inside it, has ``draw``. None, no transform, draws nothing."""
+    inner = [*getattr(transform, "transforms", ())]
+    inner += [getattr(transform, name) for name in ("transforms1", "transforms2") if hasattr(transform, name)]
+    return transform is None or (hasattr(transform, "draw") and all(map(can_draw, inner)))
+
+
 # The original's numbers, for images whose largest short side is 800.
 COCO_SCALES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 COCO_MAX_SIZE = 1333

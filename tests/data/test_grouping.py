@@ -12,7 +12,7 @@ from benchmarks.shapes import BatchShape, coco_sizes
 from detr_fast.data import CocoDetection, SizeGroupedBatchSampler, build_loader, make_coco_transforms
 from detr_fast.data.grouping import SizePlanner, group_by_size, valid_shares
 from detr_fast.data.seeding import seed_generators
-from detr_fast.data.transforms import resized_size
+from detr_fast.data.transforms import Compose, resized_size
 
 
 class Sizes:
@@ -195,7 +195,7 @@ def test_rejects_what_cannot_be_grouped(shapes):
     data = dataset(shapes)
     with pytest.raises(ValueError, match="training only"):
         build_loader(data, 3, train=False, group_by_size=True)
-    data._transforms.transforms.insert(0, lambda image, target: (image, target))
+    data._transforms = Compose([data._transforms, Compose([lambda image, target: (image, target)])])
     with pytest.raises(ValueError, match="draw"):
         build_loader(data, 3, train=True, group_by_size=True)
     assert len(build_loader(data, 3, train=True)) == 4
