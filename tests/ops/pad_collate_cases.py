@@ -1,11 +1,25 @@
 """What the tests of pad_collate share: an independent expectation, generated images, guarded memory."""
 
+import os
 import random
 
+import pytest
 import torch
 
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Which implementation runs on a CPU tensor depends on the process; both must pass.
+either = pytest.mark.parametrize(
+    "_implementation",
+    [
+        pytest.param(None, id="reference", marks=pytest.mark.skipif(INTERPRET, reason="runs without the interpreter")),
+        pytest.param(None, id="interpreted", marks=pytest.mark.interpret),
+    ],
+)
 
 
 def expect(images, mean=None, std=None, dtype=None, size_divisor=1):

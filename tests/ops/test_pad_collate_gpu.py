@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from pad_collate_cases import FLOATS, INTEGERS, LAYOUTS, assert_as_exact, expect, generated_case, image
+from pad_collate_cases import FLOATS, IMAGENET, INTEGERS, LAYOUTS, assert_as_exact, expect, generated_case, image
 
 from detr_fast.ops import pad_collate, pad_collate_packed, pad_collate_reference
 from detr_fast.ops.pad_collate import pack_images
 
 pytestmark = pytest.mark.gpu
-
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def pictures(sizes, layout="hwc", seed=0):

@@ -1,23 +1,12 @@
 """`pad_collate`, backward: every image's crop of the gradient, as reference on the CPU and in the interpreter."""
 
-import os
 import random
 
 import pytest
 import torch
-from pad_collate_cases import FLOATS, assert_as_exact, guarded_empty, image, small_tiles
+from pad_collate_cases import FLOATS, INTERPRET, assert_as_exact, either, guarded_empty, image, small_tiles
 
 from detr_fast.ops import pad_collate, pad_collate_reference
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-
-either = pytest.mark.parametrize(
-    "_implementation",
-    [
-        pytest.param(None, id="reference", marks=pytest.mark.skipif(INTERPRET, reason="runs without the interpreter")),
-        pytest.param(None, id="interpreted", marks=pytest.mark.interpret),
-    ],
-)
 
 COTANGENTS = ("contiguous", "channels_last", "expanded", "expanded_pixels", "transposed", "steps", "cat")
 

@@ -1,24 +1,13 @@
 """`pack_images` and `pad_collate_packed`: one flat uint8 buffer gives what the list of images gives."""
 
-import os
 import random
 
 import pytest
 import torch
-from pad_collate_cases import LAYOUTS, image, small_tiles
+from pad_collate_cases import INTERPRET, LAYOUTS, either, image, small_tiles
 
 from detr_fast.ops import pad_collate, pad_collate_packed
 from detr_fast.ops.pad_collate import pack_images
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-
-either = pytest.mark.parametrize(
-    "_implementation",
-    [
-        pytest.param(None, id="reference", marks=pytest.mark.skipif(INTERPRET, reason="runs without the interpreter")),
-        pytest.param(None, id="interpreted", marks=pytest.mark.interpret),
-    ],
-)
 
 
 def bytes_like(shapes, layout="chw", seed=0):
