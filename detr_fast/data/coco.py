@@ -20,10 +20,14 @@ import torchvision
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from detr_fast.data.categories import Categories
 from detr_fast.data.transforms import Img, can_draw, image_size, make_coco_transforms
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # torchvision 0.29 announces that it will go; then PIL decodes everything
+    decode_jpeg = None
 
 _JPEG_MAGIC = [0xFF, 0xD8]
 
@@ -84,7 +88,7 @@ def load_image_tensor(path: str | os.PathLike, image_id: int | None = None) -> t
     """
     try:
         data = np.fromfile(path, dtype=np.uint8)
-        if data[:2].tolist() == _JPEG_MAGIC:
+        if decode_jpeg is not None and data[:2].tolist() == _JPEG_MAGIC:
             image = decode_jpeg(torch.from_numpy(data), ImageReadMode.UNCHANGED)
             if len(image) in (1, 3):  # grey or RGB; CMYK is converted as PIL does it
                 return image.expand(3, -1, -1)

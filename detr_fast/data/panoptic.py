@@ -100,11 +100,11 @@ class CocoPanoptic(Dataset):
             raise ValueError(f"{path} has {pixels.shape[1]}x{pixels.shape[0]} pixels, its image {width}x{height}")
         segments = annotation["segments_info"]
         ids = np.array([segment["id"] for segment in segments], dtype=np.int64)
-        masks = torch.from_numpy(pixels == ids[:, None, None]).to(torch.uint8)
+        masks = torch.from_numpy(pixels == ids[:, None, None])
         absent = (~masks.flatten(1).any(dim=1)).nonzero().flatten().tolist()
         if absent:
             raise ValueError(f"{path} has no pixel of segment {ids[absent[0]]}, which {self.ann_file} lists")
-        target = {"masks": masks} if self.return_masks else {}
+        target = {"masks": masks.to(torch.uint8)} if self.return_masks else {}
         target["labels"] = torch.tensor([segment["category_id"] for segment in segments], dtype=torch.int64)
         target["boxes"] = masks_to_boxes(masks)
         for name in ("iscrowd", "area"):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from detr_fast.data.loader import PackedBatch
 from detr_fast.nested_tensor import NestedTensor
+
+_SMALL = 2**16  # bytes; tensors up to this size travel together
+_ALIGNMENT = 16  # bytes, of a tensor in the buffer that they share
 
 
 class Prefetcher:
     """Goes through a loader's batches and yields them on ``device``, ready to be used on its current stream.
 
     On a GPU the next batch is copied on a stream of its own while the current one is in use; from pinned memory
-    (``DataLoader(pin_memory=True)``) the CPU does not wait for it. `PackedBatch`es are normalised and padded there, on
-    the current stream. On a CPU nothing is read ahead.
+    (``DataLoader(pin_memory=True)``) the CPU does not wait for it. The images of a `PackedBatch` are one copy, and so
+    are all the small tensors of the targets together; `PackedBatch`es are normalised and padded on arrival. On a CPU
+    nothing is read ahead.
 
     Args:
         batches: with a length if ``len`` is to work. A batch is a tuple, list or dict of tensors, `NestedTensor`s,
@@ -34,13 +39,13 @@ class Prefetcher:
     def __iter__(self) -> Iterator:
         if self.device.type != "cuda":
             for batch in self.batches:
-                yield _padded(_copied(batch, self.device))
+                yield _map(batch, lambda part: part.to(self.device))
             return
         stream = torch.cuda.Stream(self.device)
         ahead = None
         for batch in self.batches:
             with torch.cuda.stream(stream):
-                copied = _copied(batch, self.device)
+                copied = copy_batch(batch, self.device)
                 done = stream.record_event()
             if ahead is not None:
                 yield self._ready(*ahead)
@@ -51,27 +56,52 @@ class Prefetcher:
     def _ready(self, batch, done: torch.cuda.Event):
         current = torch.cuda.current_stream(self.device)
         current.wait_event(done)
-        _map(batch, lambda tensor: tensor.record_stream(current))
-        return _padded(batch)
+        # What was allocated on the copying stream must not be reused there before the current one is through with it.
+        _map(batch, lambda part: part.record_stream(current))
+        return _map(batch, lambda part: part.padded() if isinstance(part, PackedBatch) else part)
 
 
-def _copied(batch, device: torch.device):
-    def copy(part):
+def copy_batch(batch: Any, device: torch.device) -> Any:
+    """A batch on ``device``, without waiting where its memory is pinned; small tensors on the CPU in one copy.
+
+    Returns:
+        The batch in the same nesting, with `PackedBatch`es copied and not yet padded.
+    """
+    small: list[Tensor] = []
+    _map(batch, lambda part: small.append(part) if _is_small(part) else None)
+    copies = iter(_copied_together(small, device))
+
+    def copied(part):
+        if _is_small(part):
+            return next(copies)
         return part.copied_to(device, True) if isinstance(part, PackedBatch) else part.to(device, non_blocking=True)
 
-    return _map(batch, copy)
+    return _map(batch, copied)
 
 
-def _padded(batch):
-    return _map(batch, lambda part: part.padded() if isinstance(part, PackedBatch) else part)
+def _is_small(part) -> bool:
+    return isinstance(part, Tensor) and part.device.type == "cpu" and part.nbytes <= _SMALL
 
 
-def _map(part: Any, function):
+def _copied_together(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    places, end = [], 0
+    for tensor in tensors:
+        places.append(slice(end, end + tensor.nbytes))
+        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    buffer = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for tensor, place in zip(tensors, places, strict=True):
+        buffer[place].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    buffer = buffer.to(device, non_blocking=True)
+    return [buffer[place].view(tensor.dtype).view(tensor.shape) for tensor, place in zip(tensors, places, strict=True)]
+
+
+def _map(part: Any, function: Callable) -> Any:
     """``function`` of all tensors and batches of images in nested tuples, lists and dicts."""
-    if isinstance(part, (torch.Tensor, NestedTensor, PackedBatch)):
+    if isinstance(part, (Tensor, NestedTensor, PackedBatch)):
         return function(part)
     if isinstance(part, Mapping):
         return {key: _map(value, function) for key, value in part.items()}
     if isinstance(part, (tuple, list)):
-        return type(part)(_map(value, function) for value in part)
+        values = [_map(value, function) for value in part]
+        return type(part)(*values) if hasattr(part, "_fields") else type(part)(values)
     return part

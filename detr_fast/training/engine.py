@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from detr_fast.data.categories import Categories
+from detr_fast.data.prefetch import Prefetcher
 from detr_fast.evaluation import CocoEvaluator
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.training.ema import ModelEma
@@ -75,7 +76,8 @@ def train_one_epoch(
     model.train()
     criterion.train()
     metrics, watch = Metrics(), FiniteWatch(device)
-    progress = Progress(data_loader, f"Epoch: [{epoch}]", metrics, print_freq, device)
+    # On a GPU the next batch is copied while this one is computed.
+    progress = Progress(Prefetcher(data_loader, device), f"Epoch: [{epoch}]", metrics, print_freq, device)
     batches = len(data_loader)
     steps = 0
 

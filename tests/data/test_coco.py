@@ -132,7 +132,7 @@ def test_other_colour_modes_become_rgb(write, mode):
 
 @pytest.mark.parametrize("mode, suffix", [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png")])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_tensor_images_have_pils_pixels(tmp_path, mode, suffix, progressive):
+def test_tensor_images_have_pils_pixels(tmp_path, mode, suffix, progressive, monkeypatch):
     noise = Image.effect_noise((61, 43), 80)
     image = Image.merge("RGB", [noise, noise.rotate(180), noise.transpose(Image.Transpose.FLIP_TOP_BOTTOM)])
     image.convert(mode).save(tmp_path / f"image.{suffix}", progressive=progressive)
@@ -140,6 +140,8 @@ def test_tensor_images_have_pils_pixels(tmp_path, mode, suffix, progressive):
     got = load_image_tensor(tmp_path / f"image.{suffix}")
     assert got.dtype == torch.uint8 and got.shape == (3, 43, 61)
     assert np.array_equal(got.permute(1, 2, 0).numpy(), expected)
+    monkeypatch.setattr("detr_fast.data.coco.decode_jpeg", None)
+    assert torch.equal(load_image_tensor(tmp_path / f"image.{suffix}"), got)
 
 
 def test_check_coco_finds_each_problem(write):

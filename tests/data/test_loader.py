@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from detr_fast.data import CocoDetection, PackedCollate, Prefetcher, build_loader, make_coco_transforms
+from detr_fast.data.prefetch import copy_batch
 
 
 def dataset(root, image_set="train", uint8=False):
@@ -75,6 +76,27 @@ def test_prefetcher_passes_batches_on(shapes):
     prefetched(shapes, "cpu")
     nested = {"a": [torch.ones(1), "text"], "b": (None, 3)}
     assert list(Prefetcher([nested], "cpu")) == [nested]
+
+
+def test_copied_batch_equals_its_source():
+    """What the GPU gets, on the CPU: small tensors of every dtype and shape share a buffer, large ones do not."""
+    part = {
+        "boxes": torch.rand(3, 4),
+        "labels": torch.arange(3),
+        "none": torch.zeros(0, 4),
+        "flag": torch.tensor(True),
+        "strided": torch.arange(12.0, dtype=torch.float64).reshape(3, 4).t(),
+        "large": torch.rand(200, 200),
+        "name": "a",
+    }
+    packed = PackedCollate()([(torch.zeros(3, 4, 5, dtype=torch.uint8), part)])[0]
+    got, (first, second) = copy_batch((packed, [part, dict(part)]), torch.device("cpu"))
+    assert got is not packed and torch.equal(got.buffer, packed.buffer)
+    for name, value in part.items():
+        for copy in (first[name], second[name]):
+            assert copy == value if name == "name" else torch.equal(copy, value) and copy.dtype == value.dtype
+    shared = {name: copy.untyped_storage().data_ptr() for name, copy in second.items() if name not in ("name", "large")}
+    assert len(set(shared.values())) == 1 and first["boxes"].untyped_storage().data_ptr() == shared["labels"]
 
 
 @pytest.mark.gpu
