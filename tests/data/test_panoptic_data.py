@@ -14,7 +14,6 @@ from detr_fast.data import (
     MissingImageError,
     build_panoptic,
     load_segment_ids,
-    make_coco_transforms,
     make_shapes_dataset,
 )
 
@@ -85,7 +84,6 @@ def test_without_masks_or_annotations(write):
 
 def test_transforms_move_masks_along(tmp_path):
     root = make_shapes_dataset(tmp_path, num_train=4, num_val=0, panoptic=True)
-    transforms = make_coco_transforms("train", scales=48, uint8=True)
     args = SimpleNamespace(coco_path=root, coco_panoptic_path=root, masks=True, image_size=48)
     for tensor_images in (False, True):
         dataset = build_panoptic("train", args, uint8=tensor_images)
@@ -102,9 +100,10 @@ def test_transforms_move_masks_along(tmp_path):
             for box, mask in zip(target["boxes"], target["masks"], strict=True):
                 rows, columns = mask.bool().any(1).nonzero(), mask.bool().any(0).nonzero()
                 cx, cy, w, h = (box * torch.tensor([*planned[::-1], *planned[::-1]])).tolist()
-                assert abs(cx - (columns[0] + columns[-1]) / 2) < 2 and abs(cy - (rows[0] + rows[-1]) / 2) < 2
-                assert abs(w - (columns[-1] - columns[0])) < 3 and abs(h - (rows[-1] - rows[0])) < 3
-    assert transforms is not None
+                # What a crop leaves of a shape can be narrower than what it leaves of its box.
+                assert cx - w / 2 - 3 <= columns[0] and columns[-1] <= cx + w / 2 + 3
+                assert cy - h / 2 - 3 <= rows[0] and rows[-1] <= cy + h / 2 + 3
+                assert mask.sum() > 0.2 * w * h
 
 
 def test_panoptic_shapes_agree_with_instances(tmp_path):
