@@ -40,7 +40,8 @@ class _Layers(NamedTuple):
     targets: Targets
     packed: PackedTargets
     pairs: Pairs
-    num_boxes: Tensor | float
+    failed: Tensor  # [L] bool: layers that could not be matched, whose losses and gradients are to be NaN
+    num_boxes: Tensor  # [L], NaN where failed
 
 
 class SetCriterion(nn.Module):
@@ -131,7 +132,8 @@ class SetCriterion(nn.Module):
         if failed.device.type == "cpu" and not torch.compiler.is_compiling() and failed.any():
             raise ValueError(f"no matching: {explain_refusal(layers[int(failed.nonzero()[0])], targets)}")
 
-        everything = _Layers(outputs, targets, packed, pairs, num_boxes)
+        num_boxes = num_boxes.expand(len(layers)).masked_fill(failed, torch.nan)
+        everything = _Layers(outputs, targets, packed, pairs, failed, num_boxes)
         functions = {
             "labels": self._labels,
             "boxes": self._boxes,
@@ -141,8 +143,6 @@ class SetCriterion(nn.Module):
         by_layer = [{} for _ in layers]
         for loss in self.losses:
             for name, values in functions[loss](everything).items():
-                if name.startswith("loss"):
-                    values = values.masked_fill(failed[: len(values)], torch.nan)
                 for i, value in enumerate(values.unbind()):
                     by_layer[i][name] = value
         return by_layer
@@ -212,7 +212,10 @@ class SetCriterion(nn.Module):
         some = next(iter(outputs.values()))  # whichever there is: [1, B, Q, ...]
         packed = pack_targets(targets, some.device)
         pairs = pairs_from_indices(indices, packed, some.shape[2])
-        return {name: value[0] for name, value in function(_Layers(outputs, targets, packed, pairs, num_boxes)).items()}
+        failed = torch.zeros(1, dtype=torch.bool, device=some.device)
+        num_boxes = num_boxes.view(1) if isinstance(num_boxes, Tensor) else some.new_full((1,), num_boxes)
+        losses = function(_Layers(outputs, targets, packed, pairs, failed, num_boxes))
+        return {name: value[0] for name, value in losses.items()}
 
     def _labels(self, layers: _Layers) -> dict[str, Tensor]:
         logits = layers.outputs["pred_logits"]
@@ -223,7 +226,7 @@ class SetCriterion(nn.Module):
 
         weight = self.empty_weight.to(logits.dtype)
         loss = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none")
-        loss = loss.view_as(classes).sum(dim=1) / weight[classes].sum(dim=1)
+        loss = loss.view_as(classes).sum(dim=1) / weight[classes].sum(dim=1).masked_fill(layers.failed, torch.nan)
         matched = logits[0].flatten(0, 1)[layers.pairs.query[0]]
         return {"loss_ce": loss, "class_error": 100 - accuracy(matched, labels[0])[0][None]}
 
@@ -254,8 +257,8 @@ class SetCriterion(nn.Module):
         masks = F.interpolate(masks[:, None], size=padded.shape[-2:], mode="bilinear", align_corners=False)
         masks = masks.flatten(1)
         return {
-            "loss_mask": sigmoid_focal_loss(masks, target_masks, layers.num_boxes)[None],
-            "loss_dice": dice_loss(masks, target_masks, layers.num_boxes)[None],
+            "loss_mask": sigmoid_focal_loss(masks, target_masks, layers.num_boxes[:1]),
+            "loss_dice": dice_loss(masks, target_masks, layers.num_boxes[:1]),
         }
 
     def _loss_function(self, loss: str) -> Callable[..., dict[str, Tensor]]:

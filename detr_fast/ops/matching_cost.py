@@ -90,16 +90,18 @@ def _reference(logits, boxes, labels, target_boxes, offsets, cost_class, cost_bb
     # The image of each target, without asking the device how many there are.
     image = torch.arange(num_images, device=offsets.device)
     image = torch.repeat_interleave(image, offsets.diff(), output_size=labels.shape[0])
-    refused = (labels < 0) | (labels >= num_classes) | (target_boxes[:, 2:] < 0).any(dim=-1)
+    is_allowed = (labels >= 0) & (labels < num_classes) & (target_boxes[:, 2:] >= 0).all(dim=-1)
     labels = labels.clamp(0, num_classes - 1)
     target_boxes = target_boxes[:, None]  # [T, 1, 4]
-    boxes = boxes[:, image]  # [L, T, Q, 4]
+    # Coordinates first in memory: on the CPU, operations on rows of Q are much faster than on rows of 4.
+    both = torch.cat((boxes, box_cxcywh_to_xyxy(boxes)), dim=-1).movedim(-1, 0).contiguous()
+    boxes, corners = both[:, :, image].movedim(0, -1).split(4, dim=-1)  # [L, T, Q, 4]
 
     probability = logits.softmax(dim=-1).permute(1, 3, 0, 2)[image, labels].transpose(0, 1)  # [L, T, Q]
     l1 = (boxes - target_boxes).abs().sum(dim=-1)
-    giou = paired_generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
+    giou = paired_generalized_box_iou(corners, box_cxcywh_to_xyxy(target_boxes))
     cost = cost_bbox * l1 - cost_class * probability - cost_giou * giou
-    return torch.where(refused[:, None] | ~cost.isfinite(), torch.nan, cost).contiguous()
+    return torch.where(is_allowed[:, None] & (cost.abs() < torch.inf), cost, torch.nan).contiguous()
 
 
 @torch.library.custom_op("detr_fast::matching_cost", mutates_args=())
