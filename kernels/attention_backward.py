@@ -185,14 +185,16 @@ def _attention_grad_query_kernel(
                 True, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     else:
-        full = k_len // BLOCK_N
+        # In float32 two copies of the body cost more in spilled registers than looking after the boundary everywhere.
+        ONE_BODY: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+        full = tl.cdiv(k_len, BLOCK_N) if ONE_BODY else k_len // BLOCK_N
         for i in range(0, full):
             dq = _grad_query_block(
                 dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_tile, v_tile, mask_ptr, stride_k_length, stride_v_length,
                 stride_mask_key, i * BLOCK_N, k_len, scale_log2, seed, drop_threshold, drop_scale, image_head, offs_m,
-                False, False, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                False, ONE_BODY, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
-        if full * BLOCK_N < k_len:
+        if not ONE_BODY and full * BLOCK_N < k_len:
             dq = _grad_query_block(
                 dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_tile, v_tile, mask_ptr, stride_k_length, stride_v_length,
                 stride_mask_key, full * BLOCK_N, k_len, scale_log2, seed, drop_threshold, drop_scale, image_head,
@@ -413,7 +415,7 @@ def attention_backward(
 def _grad_query_tile(query: torch.Tensor, block_d: int) -> dict[str, int]:
     """Queries per tile, warps and stages."""
     if query.dtype == torch.float32:
-        return {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1}
     return {"BLOCK_M": 64, "num_warps": 4 if block_d <= 64 else 8, "num_stages": 2}
 
 
