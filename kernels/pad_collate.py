@@ -364,10 +364,9 @@ def _table_on_device(
     rows = [value for image in images for value in (image.data_ptr(), *image.stride(), *image.shape)]
     norm_dtype = torch.float64 if compute_type == tl.float64 else torch.float32
     norm = norm if norm_dtype == torch.float64 or len(norm) % 2 == 0 else [*norm, 0.0]
-    # On the CPU by name: under torch.set_default_device("cuda") each would be a copy that waits.
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    table = torch.tensor(rows, dtype=torch.int64)
     if norm:
-        table = torch.cat((table, torch.tensor(norm, dtype=norm_dtype, device="cpu").view(torch.int64)))
+        table = torch.cat((table, torch.tensor(norm, dtype=norm_dtype).view(torch.int64)))
     if device.type == "cuda":
         table = table.pin_memory()
         if torch.cuda.is_current_stream_capturing():

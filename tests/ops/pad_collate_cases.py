@@ -86,7 +86,7 @@ def image(shape, dtype, layout, generator):
         return values((1, H, W), dtype, generator).expand(C, H, W)
     content = values(shape, dtype, generator)
     if layout == "flipped":
-        return content.flip(2)
+        return content.double().flip(2).to(dtype)  # torch 2.11 flips no uint16
     if layout == "hwc":
         return content.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     if layout == "transposed":

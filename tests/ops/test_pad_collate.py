@@ -150,15 +150,6 @@ def test_pad_collate_strides_beyond_int32(_implementation, tmp_path):
 
 
 @either
-def test_pad_collate_ignores_the_default_device(_implementation):
-    images = [torch.rand(3, 4, 5), torch.rand(3, 6, 2)]
-    expected, _ = pad_collate(images, **IMAGENET)
-    with torch.device("meta"):
-        batch, mask = pad_collate(images, **IMAGENET)
-    assert mask.device.type == "cpu" and torch.equal(batch, expected)
-
-
-@either
 def test_pad_collate_takes_a_batched_tensor(_implementation):
     batch, mask = pad_collate(torch.arange(120.0).view(2, 3, 4, 5), size_divisor=8)
     assert torch.equal(batch[:, :, :4, :5], torch.arange(120.0).view(2, 3, 4, 5)) and batch.shape == (2, 3, 8, 8)

@@ -50,6 +50,14 @@ def test_pack_images_keeps_each_memory_order():
     assert pack_images(chw + hwc, layout="chw")[1][:, 4].tolist() == [0, 0]
 
 
+def test_pack_images_ignores_the_default_device():
+    images = bytes_like([(3, 2, 4), (3, 5, 2)])
+    with torch.device("meta"):
+        buffer, header = pack_images(images)
+        batch, _ = pad_collate_packed(buffer, header)
+    assert buffer.device == header.device == torch.device("cpu") and torch.equal(batch, pad_collate(images)[0])
+
+
 @either
 def test_pad_collate_packed_allows_gaps_and_overlaps(_implementation):
     buffer = torch.arange(100, dtype=torch.uint8)
