@@ -154,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
             rate = loader_rate(path, args.batch, args.workers, 8 * args.workers, args.seed)
             print(f"loader with {args.workers} workers: {rate:.0f} img/s by the clock")
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return 0
 

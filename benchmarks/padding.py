@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     table = rows(resampled(sizes, args.images, args.seed), args.batch, args.seed, args.window)
     print(f"{args.images} images of {len(sizes)} sizes, window {args.window}\n\n{markdown(table)}")
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return 0
 

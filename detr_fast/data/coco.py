@@ -233,9 +233,9 @@ class CocoDetection(torchvision.datasets.CocoDetection):
             MissingImageError, CorruptImageError: the file has to be asked and cannot be read.
         """
         image_id = self.ids[index]
-        entry = self.coco.imgs[image_id]
-        if entry.get("width") and entry.get("height"):
-            return entry["width"], entry["height"]
+        stated = [self.coco.imgs[image_id].get(name) for name in ("width", "height")]
+        if all(_is_integer(side) and side > 0 for side in stated):
+            return stated[0], stated[1]
         path = self._path(image_id)
         try:
             with Image.open(path) as image:
@@ -344,8 +344,10 @@ class ConvertCocoPolysToMask:
         return torch.stack(masks) if masks else torch.zeros((0, height, width), dtype=torch.uint8)
 
 
-def build_dataset(image_set: str, args, *, categories: Categories | None = None, uint8: bool = False) -> CocoDetection:
-    """The training or validation set that the command line names.
+def build_dataset(image_set: str, args, *, categories: Categories | None = None, uint8: bool = False):
+    """The training or validation set that the command line names: a ``CocoDetection``.
+
+    With ``args.dataset_file`` "coco_panoptic" it is a ``CocoPanoptic`` with classes of its own, see ``build_panoptic``.
 
     Args:
         image_set: "train" or "val".
@@ -364,8 +366,12 @@ def build_dataset(image_set: str, args, *, categories: Categories | None = None,
         FileNotFoundError: what is named does not exist; the message lists everything that is missing.
     """
     dataset_file = getattr(args, "dataset_file", "coco")
+    if dataset_file == "coco_panoptic":
+        from detr_fast.data.panoptic import build_panoptic  # which builds on this module
+
+        return build_panoptic(image_set, args, uint8=uint8)
     if dataset_file != "coco":
-        raise ValueError(f"dataset_file {dataset_file!r} is not supported; expected 'coco'")
+        raise ValueError(f"dataset_file {dataset_file!r} is not supported; expected 'coco' or 'coco_panoptic'")
     image_size = getattr(args, "image_size", None)
     transforms = make_coco_transforms(
         image_set, scales=image_size, max_size=getattr(args, "max_size", None), uint8=uint8

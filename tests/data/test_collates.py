@@ -27,6 +27,7 @@ from detr_fast.data import (
     EpochLoader,
     SkipUnreadable,
     UnpaddedDistributedSampler,
+    build_loader,
     make_coco_transforms,
 )
 
@@ -119,21 +120,32 @@ def test_workers_deliver_the_same_batches_as_none(damaged, collate):
     assert len(sizes) > 1 if isinstance(collate, DetectionCollate) else sizes == {9}
 
 
-def _process(rank, init_file, damaged, folder):
+def _process(rank, init_file, damaged, complete, folder):
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
     loader = EpochLoader(
         damaged, 2, sampler=UnpaddedDistributedSampler(damaged), num_workers=1, collate_fn=DetectionCollate(32)
     )
-    (folder / f"{rank}.json").write_text(json.dumps([delivered(loader), delivered(loader)]))
+    epochs = [delivered(loader), delivered(loader)]
+    grouped = build_loader(complete, 2, train=True, distributed=True, pin_memory=False)
+    ids = [[int(target["image_id"]) for target in targets] for _, targets in grouped]
+    (folder / f"{rank}.json").write_text(json.dumps([*epochs, ids]))
     dist.destroy_process_group()
 
 
-def test_two_processes_share_the_good_samples(damaged, tmp_path):
+def test_two_processes_share_the_good_samples(damaged, shapes, tmp_path):
+    complete = CocoDetection(
+        shapes / "train2017",
+        shapes / "annotations" / "instances_train2017.json",
+        make_coco_transforms("train", scales=48),
+    )
     torch.multiprocessing.start_processes(
-        _process, (tmp_path / "init", damaged, tmp_path), nprocs=2, start_method="fork"
+        _process, (tmp_path / "init", damaged, complete, tmp_path), nprocs=2, start_method="fork"
     )
     epochs = list(zip(*(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)), strict=True))
+    *epochs, grouped = epochs
     assert epochs[0] != epochs[1]
+    assert [len(batches) for batches in grouped] == [3, 3]
+    assert sorted(image_id for batches in grouped for batch in batches for image_id in batch) == list(range(1, 13))
     for first, second in epochs:
         assert first and second and sorted(first + second) == GOOD
 
@@ -249,6 +261,14 @@ def test_drop_last_subset_and_single_samples():
     loader = EpochLoader(data, batch_size=None, shuffle=True)
     values = [int(value) for (value,) in loader]
     assert sorted(values) == list(range(10)) and values != sorted(values) and len(loader) == 10
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+def test_pinned_batches_are_the_same():
+    data = TensorDataset(torch.arange(10))
+    loader = EpochLoader(data, 3, pin_memory=True, num_workers=1)
+    assert numbers(loader) == list(range(10))
+    assert next(iter(loader))[0].is_pinned() == torch.cuda.is_available()
 
 
 def test_a_generator_given_by_the_user_is_kept():
