@@ -44,6 +44,21 @@ def test_pad_collate_every_layout(dtype):
     assert torch.equal(batch.cpu(), expected) and torch.equal(mask.cpu(), expected_mask)
 
 
+@pytest.mark.parametrize("dtype", INTEGERS + FLOATS, ids=str)
+def test_pad_collate_casts_as_copy_does(dtype):
+    """Every pair of dtypes, bfloat16 among them, whose rounding the interpreter does not have; gradients, too."""
+    generator = torch.Generator().manual_seed(4)
+    images = [image((3, h, w), dtype, "chw", generator) for h, w in ((40, 300), (33, 64))]
+    for target in FLOATS:
+        batch, _ = pad_collate([img.cuda() for img in images], dtype=target)
+        expected, _ = pad_collate_reference(images, dtype=target)
+        assert torch.equal(batch.cpu(), expected)
+        if dtype.is_floating_point:
+            crops = torch.ops.detr_fast.pad_collate_backward(batch, [3, 40, 300, 3, 33, 64], None, dtype)
+            assert torch.equal(crops[0].cpu(), expected[0].to(dtype))
+            assert torch.equal(crops[1].cpu(), expected[1, :, :33, :64].to(dtype))
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("divisor", [1, 32])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
