@@ -59,6 +59,11 @@ class SetCriterion(nn.Module):
         ValueError: if a loss is unknown.
     """
 
+    # For a criterion of something else than boxes: what is matched, by what, and which methods a subclass may override.
+    _geometry = "boxes"
+    _own_matcher = HungarianMatcher
+    _public_losses = ("get_loss", "loss_labels", "loss_boxes", "loss_cardinality", "loss_masks")
+
     def __init__(
         self,
         num_classes: int,
@@ -124,22 +129,19 @@ class SetCriterion(nn.Module):
 
     def _all_layers(self, layers: list, targets: Targets, num_boxes: Tensor) -> list[dict[str, Tensor]]:
         """The losses of each layer, all layers together."""
-        outputs = {key: torch.stack([layer[key] for layer in layers]) for key in ("pred_logits", "pred_boxes")}
+        keys = ("pred_logits", f"pred_{self._geometry}")
+        outputs = {key: torch.stack([layer[key] for layer in layers]) for key in keys}
         if "masks" in self.losses:
             outputs["pred_masks"] = layers[0]["pred_masks"][None]
-        packed = pack_targets(targets, outputs["pred_logits"].device)
-        pairs, failed = self.matcher.match_layers(outputs["pred_logits"], outputs["pred_boxes"], packed)
+        packed = pack_targets(targets, outputs["pred_logits"].device, self._geometry)
+        pairs, failed = self.matcher.match_layers(*(outputs[key] for key in keys), packed)
         if failed.device.type == "cpu" and not torch.compiler.is_compiling() and failed.any():
-            raise ValueError(f"no matching: {explain_refusal(layers[int(failed.nonzero()[0])], targets)}")
+            first = layers[int(failed.nonzero()[0])]
+            raise ValueError(f"no matching: {explain_refusal(first, targets, self._geometry)}")
 
         num_boxes = num_boxes.expand(len(layers)).masked_fill(failed, torch.nan)
         everything = _Layers(outputs, targets, packed, pairs, failed, num_boxes)
-        functions = {
-            "labels": self._labels,
-            "boxes": self._boxes,
-            "cardinality": self._cardinality,
-            "masks": self._masks,
-        }
+        functions = self._layer_functions()
         by_layer = [{} for _ in layers]
         for loss in self.losses:
             for name, values in functions[loss](everything).items():
@@ -156,18 +158,26 @@ class SetCriterion(nn.Module):
             for loss in self.losses:
                 if loss == "masks" and i > 0:
                     continue
-                options = {"log": False} if loss == "labels" and i > 0 else {}
-                losses.update(self.get_loss(loss, layer, targets, indices, num_boxes, **options))
+                losses.update(self._judge(loss, layer, targets, indices, num_boxes, is_last=i == 0))
             by_layer.append(losses)
         return by_layer
 
+    def _judge(self, loss, layer, targets, indices, num_boxes, *, is_last: bool) -> dict[str, Tensor]:
+        """`get_loss` for one of the layers."""
+        options = {"log": False} if loss == "labels" and not is_last else {}
+        return self.get_loss(loss, layer, targets, indices, num_boxes, **options)
+
     def _is_all_ours(self, layers: list) -> bool:
         """True if neither the matcher nor a loss is somebody else's, and all layers are of one shape."""
-        own = all(getattr(type(self), name) is getattr(SetCriterion, name) for name in _PUBLIC_LOSSES)
-        shapes = {
-            (layer["pred_logits"].shape, layer["pred_logits"].dtype, layer["pred_boxes"].dtype) for layer in layers
-        }
-        return own and type(self.matcher) is HungarianMatcher and len(shapes) == 1
+        ours = next(kind for kind in type(self).__mro__ if "_public_losses" in vars(kind))
+        own = all(getattr(type(self), name) is getattr(ours, name) for name in self._public_losses)
+        name = f"pred_{self._geometry}"
+        shapes = {(layer["pred_logits"].shape, layer["pred_logits"].dtype, layer[name].dtype) for layer in layers}
+        return own and type(self.matcher) is self._own_matcher and len(shapes) == 1
+
+    def _layer_functions(self) -> dict[str, Callable[[_Layers], dict[str, Tensor]]]:
+        """By the name of a loss what computes it for all layers."""
+        return {"labels": self._labels, "boxes": self._boxes, "cardinality": self._cardinality, "masks": self._masks}
 
     def get_loss(
         self,
@@ -206,11 +216,11 @@ class SetCriterion(nn.Module):
         """Focal and dice loss of the matched pairs' masks, at the resolution of the batch's padded target masks."""
         return self._one_layer(self._masks, outputs, targets, indices, num_boxes)
 
-    @staticmethod
-    def _one_layer(function, outputs, targets, indices, num_boxes) -> dict[str, Tensor]:
-        outputs = {key: outputs[key][None] for key in ("pred_logits", "pred_boxes", "pred_masks") if key in outputs}
+    def _one_layer(self, function, outputs, targets, indices, num_boxes) -> dict[str, Tensor]:
+        keys = ("pred_logits", f"pred_{self._geometry}", "pred_masks")
+        outputs = {key: outputs[key][None] for key in keys if key in outputs}
         some = next(iter(outputs.values()))  # whichever there is: [1, B, Q, ...]
-        packed = pack_targets(targets, some.device)
+        packed = pack_targets(targets, some.device, self._geometry)
         pairs = pairs_from_indices(indices, packed, some.shape[2])
         failed = torch.zeros(1, dtype=torch.bool, device=some.device)
         num_boxes = num_boxes.view(1) if isinstance(num_boxes, Tensor) else some.new_full((1,), num_boxes)
@@ -273,8 +283,8 @@ class SetCriterion(nn.Module):
         return functions[loss]
 
     def _check(self, outputs: Mapping[str, Tensor], targets: Targets) -> None:
-        check_predictions(outputs)
-        check_targets(outputs, targets)
+        check_predictions(outputs, self._geometry)
+        check_targets(outputs, targets, self._geometry)
         logits = outputs["pred_logits"]
         if logits.shape[-1] != self.num_classes + 1:
             raise ValueError(
@@ -369,10 +379,6 @@ def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list
     best = output.topk(max(topk), dim=1).indices  # [N, max(topk)]
     correct = best == target[:, None]
     return [correct[:, :k].float().sum() * (100.0 / len(target)) for k in topk]
-
-
-# What a subclass may override.
-_PUBLIC_LOSSES = ("get_loss", "loss_labels", "loss_boxes", "loss_cardinality", "loss_masks")
 
 
 def _average_over_ranks(count: int, device: torch.device) -> Tensor:

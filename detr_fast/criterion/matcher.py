@@ -27,6 +27,8 @@ class HungarianMatcher(nn.Module):
         ValueError: if all three weights are 0.
     """
 
+    geometry = "boxes"  # what is matched: the targets' key; the predictions' is "pred_boxes"
+
     def __init__(self, cost_class: float = 1, cost_bbox: float = 1, cost_giou: float = 1):
         super().__init__()
         if cost_class == 0 and cost_bbox == 0 and cost_giou == 0:
@@ -58,13 +60,13 @@ class HungarianMatcher(nn.Module):
                 a target's width or height negative, or a value not finite (says which).
             TypeError: if predictions are not floating point or labels not integer.
         """
-        check_predictions(outputs)
-        check_targets(outputs, targets)
-        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-        packed = pack_targets(targets, logits.device)
+        check_predictions(outputs, self.geometry)
+        check_targets(outputs, targets, self.geometry)
+        logits, boxes = outputs["pred_logits"], outputs[f"pred_{self.geometry}"]
+        packed = pack_targets(targets, logits.device, self.geometry)
         costs = self._costs(logits[None], boxes[None], packed)[0].cpu()  # [targets, Q]
         if costs.isnan().any():
-            raise ValueError(f"no matching: {explain_refusal(outputs, targets)}")
+            raise ValueError(f"no matching: {explain_refusal(outputs, targets, self.geometry)}")
 
         indices = []
         for cost in costs.split(packed.sizes):
@@ -111,24 +113,27 @@ def as_float(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def check_predictions(outputs: Mapping[str, Tensor]) -> None:
+def check_predictions(outputs: Mapping[str, Tensor], geometry: str = "boxes") -> None:
     """Raise unless "pred_logits" is [B, Q, K] and "pred_boxes" [B, Q, 4], floating point. Reads no values."""
-    for key in ("pred_logits", "pred_boxes"):
+    name = f"pred_{geometry}"
+    for key in ("pred_logits", name):
         if key not in outputs:
             raise ValueError(f"outputs lack the key {key!r}, they have {sorted(outputs)}")
         if not outputs[key].is_floating_point():
             raise TypeError(f"{key} must be floating point, got {outputs[key].dtype}")
-    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+    logits, boxes = outputs["pred_logits"], outputs[name]
     if logits.dim() != 3 or boxes.shape != (*logits.shape[:2], 4):
         raise ValueError(
-            "pred_logits must be [B, Q, K] and pred_boxes [B, Q, 4], "
+            f"pred_logits must be [B, Q, K] and {name} [B, Q, 4], "
             f"got shapes {tuple(logits.shape)} and {tuple(boxes.shape)}"
         )
     if logits.device != boxes.device:
-        raise ValueError(f"pred_logits and pred_boxes must be on one device, got {logits.device} and {boxes.device}")
+        raise ValueError(f"pred_logits and {name} must be on one device, got {logits.device} and {boxes.device}")
 
 
-def check_targets(outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> None:
+def check_targets(
+    outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]], geometry: str = "boxes"
+) -> None:
     """Raise unless there is one target per image with fitting "labels" [n] and "boxes" [n, 4]. Reads no values."""
     logits = outputs["pred_logits"]
     if isinstance(targets, Mapping) or not isinstance(targets, Sequence):
@@ -138,7 +143,7 @@ def check_targets(outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, 
             f"targets must hold one dict per image and at least one, got {len(targets)} for a batch of {len(logits)}"
         )
     for i, target in enumerate(targets):
-        for key in ("labels", "boxes"):
+        for key in ("labels", geometry):
             if key not in target:
                 raise ValueError(f"targets[{i}] lacks the key {key!r}, it has {sorted(target)}")
             if target[key].device not in (logits.device, torch.device("cpu")):
@@ -150,31 +155,33 @@ def check_targets(outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, 
                     f"all targets must be on one device, got {target[key].device} for targets[{i}][{key!r}] "
                     f"and {targets[0]['labels'].device} for targets[0]['labels']"
                 )
-        labels, boxes = target["labels"], target["boxes"]
+        labels, boxes = target["labels"], target[geometry]
         if labels.dim() != 1 or boxes.shape != (len(labels), 4):
             raise ValueError(
-                f"targets[{i}] must have labels [n] and boxes [n, 4], "
+                f"targets[{i}] must have labels [n] and {geometry} [n, 4], "
                 f"got shapes {tuple(labels.shape)} and {tuple(boxes.shape)}"
             )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"targets[{i}]['labels'] must be integer, got {labels.dtype}")
         if not boxes.is_floating_point():
-            raise TypeError(f"targets[{i}]['boxes'] must be floating point, got {boxes.dtype}")
+            raise TypeError(f"targets[{i}][{geometry!r}] must be floating point, got {boxes.dtype}")
 
 
-def explain_refusal(outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> str:
+def explain_refusal(
+    outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]], geometry: str = "boxes"
+) -> str:
     """Why predictions and targets of one layer have costs that are not finite or pairs that must not be matched."""
     num_classes = outputs["pred_logits"].shape[-1]
     for i, target in enumerate(targets):
         wrong = target["labels"][(target["labels"] < 0) | (target["labels"] >= num_classes)]
         if len(wrong):
             return f"targets[{i}]['labels'] has {wrong[0].item()}, the model's classes are 0 to {num_classes - 1}"
-        wrong = target["boxes"][(target["boxes"][:, 2:] < 0).any(dim=1)]
-        if len(wrong):
+        wrong = target[geometry][(target[geometry][:, 2:] < 0).any(dim=1)]
+        if geometry == "boxes" and len(wrong):
             return f"targets[{i}]['boxes'] has a negative width or height: cx, cy, w, h = {wrong[0].tolist()}"
 
-    values = {"pred_logits": outputs["pred_logits"], "pred_boxes": outputs["pred_boxes"]}
-    values.update({f"targets[{i}]['boxes']": target["boxes"] for i, target in enumerate(targets)})
+    values = {name: outputs[name] for name in ("pred_logits", f"pred_{geometry}")}
+    values.update({f"targets[{i}][{geometry!r}]": target[geometry] for i, target in enumerate(targets)})
     counts = {name: int((~torch.isfinite(value)).sum()) for name, value in values.items()}
     found = [f"{name} ({n} of {values[name].numel()} values)" for name, n in counts.items() if n]
     if found:

@@ -19,7 +19,7 @@ class PackedTargets(NamedTuple):
 
     Attributes:
         labels: [T] int64.
-        boxes: [T, 4], cx, cy, w, h in 0..1, in the targets' dtype.
+        boxes: [T, 4], cx, cy, w, h in 0..1 (or lines, x1, y1, x2, y2), in the targets' dtype.
         image: [T] int64, the image of each target.
         offsets: [B + 1] int64, where each image's targets start.
         sizes: number of targets of each image, known to the host.
@@ -44,8 +44,8 @@ class Pairs(NamedTuple):
     target: Tensor
 
 
-def pack_targets(targets: Targets, device: torch.device) -> PackedTargets:
-    """Pack "labels" and "boxes" of all images on `device`.
+def pack_targets(targets: Targets, device: torch.device, geometry: str = "boxes") -> PackedTargets:
+    """Pack "labels" and `geometry` of all images on `device`.
 
     From the CPU to a GPU all goes in one copy that does not wait; of targets that are on the device already, only
     the sizes are copied.
@@ -53,12 +53,13 @@ def pack_targets(targets: Targets, device: torch.device) -> PackedTargets:
     Args:
         targets: dicts with "labels" [n] integer and "boxes" [n, 4] floating point; all on `device` or all on the CPU.
         device: where the predictions are.
+        geometry: the key whose value stands in the place of the boxes, such as "lines".
     """
     sizes = [len(t["labels"]) for t in targets]
     offsets = torch.tensor([0, *accumulate(sizes)])
     image = torch.tensor([i for i, n in enumerate(sizes) for _ in range(n)], dtype=torch.int64)
     labels = torch.cat([t["labels"] for t in targets]).long()
-    boxes = torch.cat([t["boxes"] for t in targets])
+    boxes = torch.cat([t[geometry] for t in targets])
     if labels.device == device:
         offsets, image = copy_at_once((offsets, image), device)
     else:
