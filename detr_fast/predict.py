@@ -5,14 +5,16 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from pycocotools import mask as mask_utils
 
 from detr_fast.data.coco import ImageReadError, load_image, read_annotations
 from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, make_coco_transforms
 from detr_fast.nested_tensor import nested_tensor_from_tensor_list
 from detr_fast.training.config import UsageError, choose_device, usage_errors
 from detr_fast.training.engine import PRECISIONS
-from detr_fast.training.pictures import best_detections, draw_detections
+from detr_fast.training.pictures import best_detections, best_masks, draw_detections
 from detr_fast.training.run import load_for_inference
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -26,8 +28,9 @@ def predict(args: argparse.Namespace, given: set[str]) -> int:
 
     Written are a picture for each image with what scores at least `args.threshold`; ``predictions.json``, the same
     detections in COCO's results format (category ids as in the training data, boxes x, y, width, height in pixels of
-    the file, with the file's name beside the image id); and ``images.json``, every image's id, file name and size.
-    Image ids come from `args.ann`, a COCO json, if given; otherwise images are numbered from 1.
+    the file, with the file's name beside the image id; with a mask head also "segmentation", run-length encoded); and
+    ``images.json``, every image's id, file name and size. Image ids come from `args.ann`, a COCO json, if given;
+    otherwise images are numbered from 1.
 
     Args:
         args: parsed flags of ``detr-fast predict``.
@@ -76,22 +79,28 @@ def _predict(args: argparse.Namespace, given: set[str]) -> int:
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             outputs = model(nested_tensor_from_tensor_list(tensors, mean=IMAGENET_MEAN, std=IMAGENET_STD))
         sizes = torch.tensor([[image.height, image.width] for _, image in batch])
-        for (name, image), result in zip(batch, postprocessors["bbox"](outputs, sizes), strict=True):
+        results = postprocessors["bbox"](outputs, sizes)
+        if "segm" in postprocessors:
+            processed = torch.tensor([tensor.shape[-2:] for tensor in tensors])
+            results = postprocessors["segm"](results, outputs, sizes, processed)
+        for (name, image), result in zip(batch, results, strict=True):
             if categories is not None:
                 result["labels"] = categories.to_id(result["labels"])
             boxes, labels, scores = best_detections(result, args.threshold)
+            masks = best_masks(result, len(scores))
             described.append({"id": ids[name], "file_name": name, "width": image.width, "height": image.height})
-            for (x0, y0, x1, y1), label, score in zip(boxes, labels, scores, strict=True):
-                predictions.append(
-                    {
-                        "image_id": ids[name],
-                        "file_name": name,
-                        "category_id": label,
-                        "bbox": [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)],
-                        "score": score,
-                    }
-                )
-            picture = draw_detections(image, boxes, labels, names, scores)
+            for i, ((x0, y0, x1, y1), label, score) in enumerate(zip(boxes, labels, scores, strict=True)):
+                prediction = {
+                    "image_id": ids[name],
+                    "file_name": name,
+                    "category_id": label,
+                    "bbox": [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)],
+                    "score": score,
+                }
+                if masks is not None:
+                    prediction["segmentation"] = _run_lengths(masks[i])
+                predictions.append(prediction)
+            picture = draw_detections(image, boxes, labels, names, scores, masks)
             picture.save(output_dir / _picture_name(name, pictures), quality=92)
     (output_dir / "predictions.json").write_text(json.dumps(predictions), encoding="utf-8")
     (output_dir / "images.json").write_text(json.dumps(described), encoding="utf-8")
@@ -139,6 +148,12 @@ def _image_ids(names: Sequence[str], ann_file: str | None) -> dict[str, int]:
     if unknown:
         raise UsageError(f"{len(unknown)} images are not in {ann_file}, the first is {unknown[0]!r}")
     return {name: known[name] for name in names}
+
+
+def _run_lengths(mask: np.ndarray) -> dict:
+    """COCO's compressed run-length encoding of a mask [H, W], as json takes it."""
+    encoded = mask_utils.encode(np.asfortranarray(mask))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
 
 
 def _picture_name(name: str, used: set[str]) -> str:

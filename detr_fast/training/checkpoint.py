@@ -18,6 +18,8 @@ from detr_fast.models.weights import load_url
 
 # What `load_weights` may leave at its fresh values: the parts whose size depends on the task.
 _REPLACEABLE = ("class_embed.", "query_embed.")
+# In a model with masks the detector's names begin with this.
+DETECTOR = "detr."
 
 
 def save_checkpoint(state: Mapping, path: str | os.PathLike) -> None:
@@ -95,23 +97,39 @@ def load_model(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> list[str]:
     """Loads `state`, leaving the class head and the queries fresh where their sizes differ.
 
+    A model with masks also takes the weights of one without; its mask head is then left fresh.
+
     Args:
         model: gets the values.
         state: name → tensor.
         source: what the error message calls the state.
 
     Returns:
-        One line for each tensor that was left as it is, with both shapes.
+        One line for each tensor that was left as it is, with both shapes, and one for the mask head.
 
     Raises:
         ValueError: anything else does not fit; the message says what.
     """
     own = model.state_dict()
+    lines, fresh = [], {}
+    if has_masks(own) and not has_masks(state):
+        state = {f"{DETECTOR}{name}": value for name, value in state.items()}
+        fresh = {name: value for name, value in own.items() if not name.startswith(DETECTOR)}
+        lines.append(f"the mask head, which {source} does not have")
     replaced = [
-        name for name in own if name.startswith(_REPLACEABLE) and name in state and state[name].shape != own[name].shape
+        name
+        for name in own
+        if name.removeprefix(DETECTOR).startswith(_REPLACEABLE)
+        and name in state
+        and state[name].shape != own[name].shape
     ]
-    load_model(model, {**state, **{name: own[name] for name in replaced}}, source)
-    return [f"{name}: {list(state[name].shape)} there, {list(own[name].shape)} here" for name in replaced]
+    load_model(model, {**state, **fresh, **{name: own[name] for name in replaced}}, source)
+    return [f"{name}: {list(state[name].shape)} there, {list(own[name].shape)} here" for name in replaced] + lines
+
+
+def has_masks(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is that of a model with masks."""
+    return any(name.startswith(DETECTOR) for name in state)
 
 
 def rng_state(device: torch.device) -> dict:

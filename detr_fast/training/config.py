@@ -11,8 +11,7 @@ import torch
 
 from detr_fast.training.engine import PRECISIONS
 
-# Segmentation and panoptic data are not there yet; the flags are known so that the answer can say so.
-_SEGMENTATION = "segmentation is not available yet"
+DATASETS = ("coco", "coco_panoptic")
 
 
 class UsageError(ValueError):
@@ -69,8 +68,14 @@ def add_optimiser_flags(parser: argparse.ArgumentParser) -> None:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """What the model is made of."""
     group = parser.add_argument_group("model")
-    group.add_argument("--frozen_weights", type=str, default=None, help=_SEGMENTATION)
-    group.add_argument("--masks", action="store_true", help=_SEGMENTATION)
+    group.add_argument(
+        "--frozen_weights",
+        type=str,
+        default=None,
+        metavar="PATH",
+        help="with --masks: a trained detector, which stays as it is while the mask head is trained",
+    )
+    group.add_argument("--masks", action="store_true", help="a mask for every detection")
     group.add_argument("--backbone", default="resnet50", type=str, help="resnet18, 34, 50, 101 (default %(default)s)")
     group.add_argument(
         "--backbone_weights",
@@ -106,8 +111,8 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--set_cost_class", default=1, type=float, help="matching cost of the class")
     group.add_argument("--set_cost_bbox", default=5, type=float, help="matching cost of the boxes' L1 distance")
     group.add_argument("--set_cost_giou", default=2, type=float, help="matching cost of the boxes' generalised IoU")
-    group.add_argument("--mask_loss_coef", default=1, type=float, help=_SEGMENTATION)
-    group.add_argument("--dice_loss_coef", default=1, type=float, help=_SEGMENTATION)
+    group.add_argument("--mask_loss_coef", default=1, type=float, help="focal loss of the masks")
+    group.add_argument("--dice_loss_coef", default=1, type=float, help="dice loss of the masks")
     group.add_argument("--bbox_loss_coef", default=5, type=float)
     group.add_argument("--giou_loss_coef", default=2, type=float)
     group.add_argument("--eos_coef", default=0.1, type=float, help="relative weight of the no-object class")
@@ -116,12 +121,16 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
 def add_data_flags(parser: argparse.ArgumentParser, train: bool) -> None:
     """Where images and annotations are, and at what size they are read."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset_file", default="coco", help="only coco is available yet")
+    group.add_argument("--dataset_file", default="coco", choices=DATASETS, help="default %(default)s")
     group.add_argument(
         "--coco_path", type=str, help="folder with annotations/instances_{train,val}2017.json, train2017/, val2017/"
     )
+    group.add_argument(
+        "--coco_panoptic_path",
+        type=str,
+        help="for coco_panoptic: folder with annotations/panoptic_{train,val}2017.json, panoptic_{train,val}2017/",
+    )
     if train:
-        group.add_argument("--coco_panoptic_path", type=str, help=_SEGMENTATION)
         group.add_argument("--remove_difficult", action="store_true", help="COCO has no such mark; refused")
         group.add_argument(
             "--augmentation",
@@ -214,7 +223,7 @@ def check_args(args: argparse.Namespace) -> None:
         _require(args, name, lambda value: value >= 1, "at least 1")
     not_negative = ("lr", "lr_backbone", "weight_decay", "max_steps", "warmup_steps", "clip_max_norm", "num_workers",
                     "start_epoch", "sample_images", "set_cost_class", "set_cost_bbox", "set_cost_giou",
-                    "bbox_loss_coef", "giou_loss_coef", "eos_coef")  # fmt: skip
+                    "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef", "giou_loss_coef", "eos_coef")  # fmt: skip
     for name in not_negative:
         _require(args, name, lambda value: value >= 0, "not negative")
     for name in ("dropout", "ema_decay"):
@@ -280,12 +289,19 @@ def parse_with_given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tu
 
 
 def _check_segmentation(args: argparse.Namespace) -> None:
-    for name, default in (("masks", False), ("frozen_weights", None), ("coco_panoptic_path", None),
-                          ("mask_loss_coef", 1), ("dice_loss_coef", 1)):  # fmt: skip
-        if getattr(args, name, default) != default:
-            raise UsageError(f"--{name} cannot be honoured: {_SEGMENTATION}")
-    if args.dataset_file != "coco":
-        raise UsageError(f"--dataset_file must be 'coco', got {args.dataset_file!r}: {_SEGMENTATION}")
+    if not args.masks:
+        for name, default in (("frozen_weights", None), ("mask_loss_coef", 1), ("dice_loss_coef", 1)):
+            if getattr(args, name, default) != default:
+                raise UsageError(f"--{name} is about masks; it needs --masks")
+    if args.frozen_weights is not None and getattr(args, "weights", ""):
+        raise UsageError("--frozen_weights and --weights both say where the detector comes from; give one of them")
+    if args.dataset_file not in DATASETS:
+        raise UsageError(f"--dataset_file must be one of {', '.join(DATASETS)}, got {args.dataset_file!r}")
+    panoptic = args.dataset_file == "coco_panoptic"
+    if panoptic and not (args.coco_path and args.coco_panoptic_path):
+        raise UsageError("--dataset_file coco_panoptic needs --coco_path (images) and --coco_panoptic_path (segments)")
+    if not panoptic and args.coco_panoptic_path:
+        raise UsageError("--coco_panoptic_path is only read with --dataset_file coco_panoptic")
 
 
 def _require(args: argparse.Namespace, name: str, holds: Callable[[float], bool], expected: str) -> None:

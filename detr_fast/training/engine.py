@@ -4,6 +4,7 @@ Source: facebookresearch/detr, engine.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
 from pycocotools.coco import COCO
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from detr_fast.data.categories import Categories
+from detr_fast.data.panoptic import CocoPanoptic
 from detr_fast.data.prefetch import Prefetcher
-from detr_fast.evaluation import CocoEvaluator
+from detr_fast.evaluation import CocoEvaluator, PanopticEvaluator
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.log import Metrics, Progress
@@ -151,25 +153,30 @@ def evaluate(
 
     Args:
         model, criterion, data_loader, device, precision, print_freq: as in `train_one_epoch`.
-        postprocessors: "bbox": outputs, sizes [B, 2] → scores, labels and boxes of each image.
-        base_ds: the annotations.
-        output_dir: there for the original's signature; box evaluation writes no files.
+        postprocessors: "bbox": outputs, sizes [B, 2] → scores, labels and boxes of each image; "segm", optional, adds
+            masks (`PostProcessSegm`); "panoptic", optional, gives panoptic pictures (`PostProcessPanoptic`), and the
+            loader's dataset is then a `CocoPanoptic`.
+        base_ds: the annotations of boxes and masks.
+        output_dir: panoptic pictures and lists are written to its ``panoptic_eval/``; empty: nowhere.
         categories: maps the model's labels to category ids. None: they are the same.
-        on_results: called for every batch with {image id: {"scores", "labels" (category ids), "boxes"}}.
+        on_results: called for every batch with {image id: {"scores", "labels" (category ids), "boxes", "masks"}}.
 
     Returns:
-        Means of the losses as in `train_one_epoch`, with "coco_eval_bbox" = pycocotools' twelve numbers; and the
-        evaluator.
+        Means of the losses as in `train_one_epoch`, with "coco_eval_bbox" and, for masks, "coco_eval_masks" =
+        pycocotools' twelve numbers; for panoptic pictures "PQ_all", "PQ_th" and "PQ_st" (see `evaluation.pq_compute`;
+        not in other processes than the first); and the evaluator.
     """
     dtype = _autocast_dtype(precision)
     model.eval()
     criterion.eval()
     metrics = Metrics()
-    evaluator = CocoEvaluator(base_ds, ["bbox"])
+    iou_types = [kind for kind in ("segm", "bbox") if kind in postprocessors]
+    evaluator = CocoEvaluator(base_ds, iou_types)
+    panoptic = _panoptic_evaluator(data_loader, output_dir) if "panoptic" in postprocessors else None
 
     for samples, targets in Progress(data_loader, "Test:", metrics, print_freq, device):
         image_ids = [int(target["image_id"]) for target in targets]
-        sizes = torch.stack([target["orig_size"] for target in targets])
+        original_sizes, sizes = (torch.stack([target[key] for target in targets]) for key in ("orig_size", "size"))
         samples, targets = _to_device(samples, targets, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             outputs = model(samples)
@@ -177,19 +184,45 @@ def evaluate(
         loss = _weighted_sum(loss_dict, criterion.weight_dict)
         metrics.update(_named_losses(loss_dict, loss, criterion.weight_dict, samples))
 
-        results = postprocessors["bbox"](outputs, sizes)
+        results = postprocessors["bbox"](outputs, original_sizes)
+        if "segm" in postprocessors:
+            results = postprocessors["segm"](results, outputs, original_sizes, sizes)
         if categories is not None:
             results = [{**result, "labels": categories.to_id(result["labels"])} for result in results]
         results = dict(zip(image_ids, results, strict=True))
         evaluator.update(results)
         if on_results is not None:
             on_results(results)
+        if panoptic is not None:
+            padded_size = samples.tensors.shape[-2:]
+            pictures = postprocessors["panoptic"](outputs, sizes, original_sizes, padded_size=padded_size)
+            for image_id, picture in zip(image_ids, pictures, strict=True):
+                picture.update(image_id=image_id, file_name=f"{image_id:012d}.png")
+            panoptic.update(pictures)
 
     evaluator.synchronize_between_processes()
     evaluator.accumulate()
     evaluator.summarize()
     stats = metrics.averages(device)
-    return {**stats, "coco_eval_bbox": evaluator.coco_eval["bbox"].stats.tolist()}, evaluator
+    for kind, name in (("bbox", "coco_eval_bbox"), ("segm", "coco_eval_masks")):
+        if kind in iou_types:
+            stats[name] = evaluator.coco_eval[kind].stats.tolist()
+    if panoptic is not None:
+        panoptic.synchronize_between_processes()
+        quality = panoptic.summarize()
+        if quality is not None:
+            stats.update(PQ_all=quality["All"], PQ_th=quality["Things"], PQ_st=quality["Stuff"])
+    return stats, evaluator
+
+
+def _panoptic_evaluator(data_loader, output_dir: str) -> PanopticEvaluator:
+    dataset = data_loader.dataset
+    while not isinstance(dataset, CocoPanoptic) and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    if not isinstance(dataset, CocoPanoptic):
+        raise ValueError(f"panoptic pictures are evaluated on a CocoPanoptic, got a {type(dataset).__name__}")
+    folder = Path(output_dir) / "panoptic_eval" if output_dir else None
+    return PanopticEvaluator(dataset.ann_file, dataset.ann_folder, folder)
 
 
 def _optimizer_step(

@@ -210,11 +210,14 @@ class RunLog:
 
 
 def scalars(row: Mapping) -> dict[str, float]:
-    """A log row with COCO's lists of twelve numbers taken apart: ``test_coco_eval_bbox_AP50`` and so on."""
+    """A log row with COCO's lists of twelve numbers and its panoptic dicts taken apart: ``test_coco_eval_bbox_AP50``,
+    ``test_PQ_all_pq`` and so on."""
     flat = {}
     for name, value in row.items():
         if isinstance(value, list):
             flat.update({f"{name}_{stat}": v for stat, v in zip(COCO_STATS, value, strict=True)})
+        elif isinstance(value, dict):
+            flat.update({f"{name}_{key}": v for key, v in value.items()})
         else:
             flat[name] = value
     return flat

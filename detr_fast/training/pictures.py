@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
@@ -13,6 +14,7 @@ from detr_fast.training.log import read_log, scalars
 
 # Smaller images are enlarged for drawing, so that captions can be read.
 _SHORTEST_LONG_SIDE = 480
+_MASK_OPACITY = 120  # of 255
 
 
 def colour_of(label: int) -> tuple[int, int, int]:
@@ -28,8 +30,9 @@ def draw_detections(
     labels: Sequence[int],
     names: Mapping[int, str],
     scores: Sequence[float] | None = None,
+    masks: Sequence[np.ndarray] | None = None,
 ) -> Image.Image:
-    """A copy of an image with boxes, class names and scores; line and font sizes follow the image's size.
+    """A copy of an image with masks, boxes, class names and scores; line and font sizes follow the image's size.
 
     Args:
         image: any size; one whose long side is below 480 pixels is enlarged.
@@ -37,14 +40,19 @@ def draw_detections(
         labels: n classes, which choose the colour.
         names: label → name; a label without one is shown by its number.
         scores: n numbers in 0..1, or None to show none. The highest is drawn last.
+        masks: n arrays of the image's size, not 0 where the object is, or None.
     """
     factor = max(1, -(-_SHORTEST_LONG_SIDE // max(image.size)))
-    picture = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+    order = range(len(boxes)) if scores is None else sorted(range(len(boxes)), key=lambda i: scores[i])
+    image = image.convert("RGB")
+    for i in order if masks is not None else ():
+        cover = Image.fromarray((np.asarray(masks[i]) != 0).astype(np.uint8) * _MASK_OPACITY)
+        image.paste(colour_of(int(labels[i])), mask=cover)
+    picture = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     long_side = max(picture.size)
     line = max(2, round(long_side / 250))
     font = ImageFont.load_default(size=max(11, round(long_side / 45)))
-    order = range(len(boxes)) if scores is None else sorted(range(len(boxes)), key=lambda i: scores[i])
     captions = []
     for i in order:
         x0, y0, x1, y1 = (float(value) * factor for value in boxes[i])
@@ -87,7 +95,8 @@ def draw_samples(
         path: the file to write.
         coco: the annotations.
         images_dir: folder of the images.
-        results: image id → "boxes" [n, 4] x0, y0, x1, y1 in pixels, "labels" [n] category ids, "scores" [n].
+        results: image id → "boxes" [n, 4] x0, y0, x1, y1 in pixels, "labels" [n] category ids, "scores" [n], and, to
+            draw masks, "masks" [n, 1, H, W].
         threshold: lowest score to draw. Where no prediction reaches it, the best three are drawn.
     """
     names = {category["id"]: category.get("name", str(category["id"])) for category in coco.loadCats(coco.getCatIds())}
@@ -97,9 +106,11 @@ def draw_samples(
             image = file.convert("RGB")
         truth = [ann for ann in coco.loadAnns(coco.getAnnIds(image_id)) if not ann.get("iscrowd", 0)]
         boxes = [(x, y, x + w, y + h) for x, y, w, h in (ann["bbox"] for ann in truth)]
-        left = draw_detections(image, boxes, [ann["category_id"] for ann in truth], names)
+        masks = [coco.annToMask(ann) for ann in truth] if "masks" in result else None
+        left = draw_detections(image, boxes, [ann["category_id"] for ann in truth], names, masks=masks)
         boxes, labels, scores = best_detections(result, threshold, at_least=3)
-        right = draw_detections(image, boxes, labels, names, scores)
+        masks = best_masks(result, len(scores))
+        right = draw_detections(image, boxes, labels, names, scores, masks)
         rows.append(_beside(left, right))
     width = max(row.width for row in rows)
     sheet = Image.new("RGB", (width, sum(row.height for row in rows) + 8 * (len(rows) - 1)), "white")
@@ -118,6 +129,14 @@ def best_detections(result: Mapping[str, torch.Tensor], threshold: float, at_lea
     return result["boxes"].cpu()[order].tolist(), result["labels"].cpu()[order].tolist(), scores[:count].tolist()
 
 
+def best_masks(result: Mapping[str, torch.Tensor], count: int) -> list[np.ndarray] | None:
+    """The [H, W] masks of the `count` best detections, in `best_detections`' order; None if there are no masks."""
+    if "masks" not in result:
+        return None
+    order = result["scores"].cpu().sort(descending=True).indices[:count]
+    return list(result["masks"].cpu()[order].flatten(0, 1).numpy())
+
+
 def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
     font = ImageFont.load_default(size=16)
     sheet = Image.new("RGB", (left.width + right.width + 8, left.height + 24), "white")
@@ -131,9 +150,15 @@ def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
 
 _CURVES = (
     ("loss", ("loss",)),
-    ("losses, unweighted", ("loss_ce_unscaled", "loss_bbox_unscaled", "loss_giou_unscaled")),
+    (
+        "losses, unweighted",
+        ("loss_ce_unscaled", "loss_bbox_unscaled", "loss_giou_unscaled", "loss_mask_unscaled", "loss_dice_unscaled"),
+    ),
     ("class error [%]", ("class_error",)),
-    ("COCO average precision", ("coco_eval_bbox_AP", "coco_eval_bbox_AP50")),
+    (
+        "COCO average precision, panoptic quality",
+        ("coco_eval_bbox_AP", "coco_eval_bbox_AP50", "coco_eval_masks_AP", "PQ_all_pq"),
+    ),
 )
 
 
@@ -156,7 +181,7 @@ def draw_curves(output_dir: str | os.PathLike) -> bool:
             for prefix, style in (("train", "-"), ("test", "--")):
                 points = [(row["epoch"], row[f"{prefix}_{name}"]) for row in rows if f"{prefix}_{name}" in row]
                 if points:
-                    label = f"{prefix} {name.removeprefix('coco_eval_bbox_').removesuffix('_unscaled')}"
+                    label = f"{prefix} {name.removeprefix('coco_eval_').removesuffix('_unscaled')}"
                     axes.plot(*zip(*points, strict=True), style, color=f"C{colour}", label=label, marker=".")
         axes.set_title(title)
         axes.set_xlabel("epoch")

@@ -14,15 +14,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from detr_fast.data.categories import Categories
 from detr_fast.data.coco import CocoDetection, build_dataset, read_annotations
 from detr_fast.data.loader import EpochLoader, PackedCollate, build_loader
+from detr_fast.data.panoptic import CocoPanoptic
 from detr_fast.data.transforms import Compose, RandomHorizontalFlip, make_coco_transforms
 from detr_fast.models.build import build_model
+from detr_fast.models.detr import DETR
+from detr_fast.models.segmentation import DETRsegm
 from detr_fast.training.checkpoint import (
+    DETECTOR,
+    has_masks,
     load_model,
     load_weights,
     plain_args,
@@ -42,8 +48,11 @@ from detr_fast.training.pictures import draw_curves, draw_samples
 # The arguments that define the model and how it sees images: a checkpoint brings them along.
 MODEL_ARGS = (
     "backbone", "backbone_norm", "backbone_level", "dilation", "position_embedding", "enc_layers", "dec_layers",
-    "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "image_size", "max_size",
+    "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "masks", "image_size", "max_size",
 )  # fmt: skip
+# COCO's panoptic ids end at 200; the original's models, and so its checkpoints, have this many classes.
+_COCO_PANOPTIC_CLASSES = 250
+_LAST_COCO_THING = 90
 
 
 def say(text: str) -> None:
@@ -56,7 +65,8 @@ def train(args: argparse.Namespace) -> dict:
     """Trains as the flags say (see `config.get_args_parser`) and evaluates on the way.
 
     Returns:
-        The last epoch's log row; its "test_coco_eval_bbox" are pycocotools' twelve numbers.
+        The last epoch's log row; its "test_coco_eval_bbox" are pycocotools' twelve numbers, and so are, with masks,
+        "test_coco_eval_masks".
 
     Raises:
         UsageError: the flags, the data or a checkpoint do not fit; the message is for the user.
@@ -107,8 +117,20 @@ def build(args: argparse.Namespace, own_weights: bool) -> tuple[nn.Module, nn.Mo
             raise UsageError(f"{error}{hint}") from error
     built = build_model(argparse.Namespace(**{**vars(args), "backbone_weights": "none"}))
     # Which parameters are trained is decided by where the weights once came from.
-    built[0].backbone[0].freeze(train_backbone=args.lr_backbone > 0)
+    detector_of(built[0]).backbone[0].freeze(train_backbone=args.lr_backbone > 0)
     return built
+
+
+def detector_of(model: nn.Module) -> DETR:
+    """The detector in a model with masks, or the model itself."""
+    return model.detr if isinstance(model, DETRsegm) else model
+
+
+def box_annotations(dataset: CocoDetection | CocoPanoptic, args: argparse.Namespace) -> COCO:
+    """The validation set's annotations of boxes and masks; for panoptic data those of ``coco_path``'s instances."""
+    if isinstance(dataset, CocoPanoptic):
+        dataset = build_dataset("val", argparse.Namespace(**{**vars(args), "dataset_file": "coco"}))
+    return dataset.coco
 
 
 class Trainer:
@@ -121,7 +143,7 @@ class Trainer:
     Attributes:
         epoch: the next epoch.
         steps: optimiser steps so far.
-        best: the best AP so far, None before the first evaluation.
+        best: the best AP so far (of masks, if there are some, otherwise of boxes), None before the first evaluation.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
@@ -132,21 +154,30 @@ class Trainer:
         self.dataset_train = build_dataset("train", args, uint8=True)
         if args.augmentation == "flip":
             resize = make_coco_transforms("val", scales=args.image_size, max_size=args.max_size, uint8=True)
-            self.dataset_train._transforms = Compose([RandomHorizontalFlip(), resize])
+            transforms = "transforms" if isinstance(self.dataset_train, CocoPanoptic) else "_transforms"
+            setattr(self.dataset_train, transforms, Compose([RandomHorizontalFlip(), resize]))
         self.dataset_val = build_dataset("val", args, categories=self.dataset_train.categories, uint8=True)
+        self.coco_val = box_annotations(self.dataset_val, args)
         self.categories = self.dataset_train.categories
         args.num_classes = self.categories.num_classes
+        if isinstance(self.dataset_train, CocoPanoptic):
+            args.thing_classes = self.dataset_train.thing_classes
+            if _LAST_COCO_THING < self.categories.ids[-1] < _COCO_PANOPTIC_CLASSES:
+                args.num_classes = _COCO_PANOPTIC_CLASSES
         self.loader_train = _loader(self.dataset_train, args, train=True)
         self.loader_val = _loader(self.dataset_val, args, train=False)
         checkpoint = self._resume_from()
-        weights = read_checkpoint(args.weights) if args.weights and checkpoint is None else None
+        weights = _read_weights(args.weights) if args.weights and checkpoint is None else None
+        frozen = _read_weights(args.frozen_weights) if args.frozen_weights and checkpoint is None else None
 
-        self.model, self.criterion, self.postprocessors = build(args, own_weights=bool(checkpoint or weights))
+        self.model, self.criterion, self.postprocessors = build(args, own_weights=bool(checkpoint or weights or frozen))
         self.model.to(device)
         self.n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if weights is not None:
-            for line in load_weights(self.model, weights.get("ema", {}).get("values", weights["model"]), args.weights):
+            for line in load_weights(self.model, weights, args.weights):
                 say(f"--weights: not taken, starts fresh: {line}")
+        if frozen is not None:
+            load_model(self.model.detr, frozen, f"--frozen_weights {args.frozen_weights}")
         self.optimizer = build_optimizer(self.model, args)
         self.steps_per_epoch = math.ceil(len(self.loader_train) / args.accumulate_steps)
         self.scheduler = build_scheduler(self.optimizer, args, self.steps_per_epoch)
@@ -228,9 +259,11 @@ class Trainer:
             # Saved before as well: an evaluation that fails costs no training.
             self._save(epoch, unevaluated=dict(train_stats))
             row.update({f"test_{name}": value for name, value in self._evaluate(epoch).items()})
-        is_best = "test_coco_eval_bbox" in row and (self.best is None or row["test_coco_eval_bbox"][0] > self.best)
+        # Of masks, where there are some: a frozen detector's boxes are always the same.
+        stats = row.get("test_coco_eval_masks", row.get("test_coco_eval_bbox"))
+        is_best = stats is not None and (self.best is None or stats[0] > self.best)
         if is_best:
-            self.best = row["test_coco_eval_bbox"][0]
+            self.best = stats[0]
         row.update(epoch=epoch, n_parameters=self.n_parameters)
         if self.log is not None:
             self.log.append(row)
@@ -260,7 +293,7 @@ class Trainer:
             if samples:
                 folder = self.output_dir / "samples"
                 folder.mkdir(exist_ok=True)
-                draw_samples(folder / f"epoch{epoch:04}.png", self.dataset_val.coco, self.dataset_val.root, samples)
+                draw_samples(folder / f"epoch{epoch:04}.png", self.coco_val, _image_folder(self.dataset_val), samples)
         return stats
 
     def _evaluate_model(self, on_results):
@@ -269,8 +302,9 @@ class Trainer:
             self.criterion,
             self.postprocessors,
             self.loader_val,
-            self.dataset_val.coco,
+            self.coco_val,
             self.device,
+            self.args.output_dir,
             categories=self.categories,
             precision=self.args.precision,
             print_freq=self.args.print_freq,
@@ -355,7 +389,17 @@ class Trainer:
             )
 
 
-def _loader(dataset: CocoDetection, args: argparse.Namespace, train: bool) -> EpochLoader:
+def _read_weights(path: str) -> dict[str, Tensor]:
+    """A checkpoint's weights, averaged ones (EMA) where there are some."""
+    checkpoint = read_checkpoint(path)
+    return checkpoint.get("ema", {}).get("values", checkpoint["model"])
+
+
+def _image_folder(dataset: CocoDetection | CocoPanoptic):
+    return dataset.img_folder if isinstance(dataset, CocoPanoptic) else dataset.root
+
+
+def _loader(dataset: CocoDetection | CocoPanoptic, args: argparse.Namespace, train: bool) -> EpochLoader:
     return build_loader(
         dataset,
         args.batch_size,
@@ -428,16 +472,20 @@ def load_for_inference(
     checkpoint = read_checkpoint(path)
     theirs = checkpoint.get("args", {})
     for name in (*MODEL_ARGS, "aux_loss", "set_cost_class", "set_cost_bbox", "set_cost_giou", "bbox_loss_coef",
-                 "giou_loss_coef", "eos_coef"):  # fmt: skip
+                 "giou_loss_coef", "mask_loss_coef", "dice_loss_coef", "eos_coef", "thing_classes"):  # fmt: skip
         if name in theirs and name not in given:
             setattr(args, name, theirs[name])
     state = checkpoint["model"]
     if "ema" in checkpoint:
         say(f"{path}: using its averaged weights (EMA)")
         state = checkpoint["ema"]["values"]
-    if "class_embed.bias" not in state:
-        raise ValueError(f"{path} has no class_embed.bias; expected the weights of a DETR")
-    args.num_classes = len(state["class_embed.bias"]) - 1
+    if args.masks and "masks" in given and not has_masks(state):
+        raise ValueError(f"--masks: {path} has no mask head")
+    args.masks, args.frozen_weights = has_masks(state), None
+    classes = f"{DETECTOR if args.masks else ''}class_embed.bias"
+    if classes not in state:
+        raise ValueError(f"{path} has no {classes}; expected the weights of a DETR")
+    args.num_classes = len(state[classes]) - 1
     if args.backbone_norm is None:
         args.backbone_norm = "frozen"
     args.backbone_weights, args.lr_backbone, args.dropout = "none", 0.0, 0.0
@@ -453,13 +501,15 @@ def load_for_inference(
 def evaluate_checkpoint(args: argparse.Namespace, given: set[str], path: str) -> dict:
     """Evaluates a checkpoint on the validation data and prints COCO's numbers and those of each class.
 
+    Masks are evaluated where the model has some, and with ``args.dataset_file`` "coco_panoptic" panoptic pictures.
+
     Args:
         args: parsed flags of ``detr-fast eval`` or ``detr-fast train --eval``.
         given: names of the flags that the user gave.
         path: the checkpoint.
 
     Returns:
-        The losses and "coco_eval_bbox".
+        The losses and what `evaluate` adds to them.
     """
     with usage_errors():
         device = start(args)
@@ -473,25 +523,34 @@ def evaluate_checkpoint(args: argparse.Namespace, given: set[str], path: str) ->
                 f"{path} has {args.num_classes} classes, the annotations need {dataset.categories.num_classes}: "
                 f"category ids up to {dataset.categories.ids[-1]}"
             )
+        if "panoptic" in postprocessors:
+            postprocessors["panoptic"].is_thing_map = {
+                label: label in dataset.thing_classes for label in range(args.num_classes)
+            }
+        annotations = box_annotations(dataset, args)
         loader = _loader(dataset, args, train=False)
     stats, evaluator = evaluate(
         model,
         criterion,
         postprocessors,
         loader,
-        dataset.coco,
+        annotations,
         device,
+        args.output_dir,
         categories=dataset.categories,
         precision=args.precision,
         print_freq=args.print_freq,
     )
     if is_main_process():
-        rows = evaluator.per_class()
-        width = max(len("category"), *(len(name) for name in rows))
-        print(f"{'category':{width}}     AP   AP50")
-        for name, row in rows.items():
-            if not math.isnan(row["AP"]):
-                print(f"{name:{width}}  {row['AP']:.3f}  {row['AP50']:.3f}")
+        for iou_type, title in (("bbox", "category"), ("segm", "category (masks)")):
+            if iou_type not in evaluator.iou_types:
+                continue
+            rows = evaluator.per_class(iou_type)
+            width = max(len(title), *(len(name) for name in rows))
+            print(f"{title:{width}}     AP   AP50")
+            for name, row in rows.items():
+                if not math.isnan(row["AP"]):
+                    print(f"{name:{width}}  {row['AP']:.3f}  {row['AP50']:.3f}")
         if args.output_dir:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             save_evaluation(evaluator, Path(args.output_dir) / "eval.pth")
