@@ -75,7 +75,9 @@ def test_pad_collate_equals_the_original(dtype, _implementation):
 
 @either
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("source, dtype", [("hwc", torch.float32), ("crop", torch.float16), ("hwc", torch.float64)])
+@pytest.mark.parametrize(
+    "source, dtype", [("hwc", torch.float32), ("crop", torch.float16), ("hwc", torch.float64)], ids=str
+)
 def test_pad_collate_normalises_uint8(dtype, source, channels_last, _implementation, monkeypatch):
     """In the kernel's own tiles, several of them in both directions."""
     generator = torch.Generator().manual_seed(2)

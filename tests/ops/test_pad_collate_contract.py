@@ -74,6 +74,7 @@ def _opcheck_images(dtype, layout):
 @pytest.mark.parametrize(
     "dtype, channels_last",
     [(dtype, dtype.itemsize == 2) for dtype in INTEGERS + FLOATS] + [(torch.uint8, True), (torch.float32, True)],
+    ids=str,
 )
 def test_pad_collate_opcheck(dtype, channels_last):
     images = _opcheck_images(dtype, "crop" if channels_last else "chw")
@@ -83,6 +84,7 @@ def test_pad_collate_opcheck(dtype, channels_last):
 @pytest.mark.parametrize(
     "dtype, layout",
     [(dtype, "hwc") for dtype in (torch.uint8, *FLOATS)] + [(torch.uint8, "chw"), (torch.float32, "chw")],
+    ids=str,
 )
 def test_pad_collate_opcheck_normalising(dtype, layout):
     images = [img.detach().requires_grad_(dtype.is_floating_point) for img in _opcheck_images(dtype, layout)]
