@@ -18,12 +18,12 @@ _COMMON = {
     "dropout": 0.0, "sample_images": 6, "augmentation": "flip",
 }  # fmt: skip
 _CPU = {
-    "image_size": 64, "hidden_dim": 128, "dim_feedforward": 256, "nheads": 4, "batch_size": 8, "epochs": 6,
+    "image_size": 64, "hidden_dim": 128, "dim_feedforward": 256, "nheads": 8, "batch_size": 8, "epochs": 7,
     "num_workers": 0, "eval_every": 2, "print_freq": 25,
 }  # fmt: skip
 _CPU_DATA = {"image_size": 64, "num_train": 2000, "num_val": 200}
 _GPU = {
-    "image_size": 96, "hidden_dim": 128, "dim_feedforward": 512, "nheads": 4, "batch_size": 16, "epochs": 30,
+    "image_size": 96, "hidden_dim": 128, "dim_feedforward": 512, "nheads": 8, "batch_size": 16, "epochs": 30,
     "num_workers": 4, "eval_every": 5, "print_freq": 50,
 }  # fmt: skip
 _GPU_DATA = {"image_size": 96, "num_train": 4000, "num_val": 400}
