@@ -137,7 +137,11 @@ class EpochBatchSampler(EpochSampler):
     def _keys(self, epoch: int) -> Iterator[NumberedBatch]:
         self._start(epoch)
         seen = Counter()
-        for number, batch in enumerate(self.sampler, epoch * len(self)):
+        try:
+            first = epoch * len(self)
+        except TypeError:  # a sampler without a length: numbers start again with every epoch
+            first = 0
+        for number, batch in enumerate(self.sampler, first):
             yield NumberedBatch([_key(epoch, index, seen) for index in batch], number)
 
 

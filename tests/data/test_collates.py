@@ -271,6 +271,15 @@ def test_pinned_batches_are_the_same():
     assert next(iter(loader))[0].is_pinned() == torch.cuda.is_available()
 
 
+def test_batch_sampler_without_a_length():
+    class Pairs:
+        def __iter__(self):
+            return iter([[4, 2], [1, 0]])
+
+    loader = EpochLoader(TensorDataset(torch.arange(10)), batch_sampler=Pairs())
+    assert numbers(loader) == numbers(loader) == [4, 2, 1, 0]
+
+
 def test_a_generator_given_by_the_user_is_kept():
     data = TensorDataset(torch.arange(10))
     order = numbers(EpochLoader(data, 2, sampler=RandomSampler(data, generator=torch.Generator().manual_seed(3))))

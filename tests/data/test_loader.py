@@ -1,3 +1,4 @@
+import pickle
 import random
 
 import pytest
@@ -30,6 +31,12 @@ def test_epoch_is_independent_of_workers_and_history(shapes):
     first, second = epoch(workers, 0), epoch(workers, 1)
     assert len(second) == 2 and same(epoch(plain, 1), second) and same(epoch(plain, 0), first)
     assert not same(first, second) and not same(second, epoch(build_loader(dataset(shapes), 5, train=True, seed=1), 1))
+
+
+def test_loader_can_be_sent_to_spawned_workers(shapes):
+    seeded = build_loader(dataset(shapes, uint8=True), 5, train=True).dataset
+    image, target = pickle.loads(pickle.dumps(seeded))[0, 3]
+    assert torch.equal(image, seeded[0, 3][0]) and torch.equal(target["boxes"], seeded[0, 3][1]["boxes"])
 
 
 def test_loading_leaves_the_global_generators_alone(shapes):
