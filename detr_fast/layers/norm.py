@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_EPS = 1e-5
+EPS = 1e-5
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -36,13 +36,13 @@ class FrozenBatchNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, n, H, W] → [B, n, H, W], in x's dtype."""
         if x.dtype in (torch.float16, torch.bfloat16):
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=_EPS)
-        scale = self.weight * (self.running_var + _EPS).rsqrt()
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=EPS)
+        scale = self.weight * (self.running_var + EPS).rsqrt()
         bias = self.bias - self.running_mean * scale
         return x * scale[:, None, None] + bias[:, None, None]
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={_EPS}"
+        return f"{self.weight.shape[0]}, eps={EPS}"
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -53,7 +53,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def __init__(self, n: int):
-        super().__init__(n, eps=_EPS)
+        super().__init__(n, eps=EPS)
         self.num_batches_tracked = None
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d, PositionEmbeddingLearned, PositionEmbeddingSine
+from detr_fast.layers.fused_conv import Affine, folded_conv, frozen_affines
 from detr_fast.models.weights import load_file, load_url
 from detr_fast.nested_tensor import NestedTensor
 
@@ -34,8 +36,20 @@ _POSITION_EMBEDDINGS = (PositionEmbeddingSine, PositionEmbeddingLearned)
 _NORMS = {"frozen": FrozenBatchNorm2d, "batch": BatchNorm2d, "group": partial(nn.GroupNorm, 32)}
 
 
+# What a fused body may consist of; with any other module in it the modules are called one by one.
+_FUSABLE = {nn.Sequential, nn.Conv2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d, BasicBlock, Bottleneck}
+
+
 class ResNetBody(nn.Module):
     """The layers of a torchvision ResNet up to a stage, under their names, returning some of the stages.
+
+    With frozen batch norm throughout, each convolution is computed together with the norm, the residual and the ReLU
+    after it (`detr_fast.layers.fused_conv`), on CUDA in channels-last memory, without calling the modules. They are
+    called one by one, with the same results up to rounding, where a norm is trained, where a module has a hook or is
+    somebody else's, under torch.compile and torch.export (which fuse on their own terms), and with `fused` False.
+
+    Attributes:
+        fused: may be set to False.
 
     Args:
         resnet: a `torchvision.models.ResNet`.
@@ -44,6 +58,7 @@ class ResNetBody(nn.Module):
 
     def __init__(self, resnet: nn.Module, return_layers: dict[str, str]):
         super().__init__()
+        self.fused = True
         self.return_layers = dict(return_layers)
         missing = set(return_layers)
         for name, layer in resnet.named_children():
@@ -54,12 +69,66 @@ class ResNetBody(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[B, 3, H, W] → {name: [B, C, h, w]}, in the order of the stages."""
+        fused = self.fused and not torch.compiler.is_compiling() and self._is_fusable(x)
+        affines: dict[nn.Module, Affine] = {}
+        if fused:
+            norms = [module for module in self.modules() if type(module) is FrozenBatchNorm2d]
+            affines = dict(zip(norms, frozen_affines(norms), strict=True))
+            if x.device.type == "cuda":
+                x = x.contiguous(memory_format=torch.channels_last)
+            x = self.maxpool(_conv(x, self.conv1, affines[self.bn1]))
         out = {}
         for name, layer in self.named_children():
-            x = layer(x)
+            if not fused:
+                x = layer(x)
+            elif name in STAGES:
+                for block in layer:
+                    x = _block(x, block, affines)
             if name in self.return_layers:
                 out[self.return_layers[name]] = x
         return out
+
+    def _is_fusable(self, x: Tensor) -> bool:
+        """Whether all there is are torchvision's own modules with frozen norms, and nobody watches them."""
+        for module in self.modules():
+            if module is self:
+                continue
+            if type(module) not in _FUSABLE or "forward" in module.__dict__ or _has_hooks(module):
+                return False
+            if type(module) is nn.Conv2d and (module.bias is not None or module.padding_mode != "zeros"):
+                return False
+        # Without autocast a convolution refuses other dtypes than its own; its own message says so.
+        return torch.is_autocast_enabled(x.device.type) or x.dtype == self.conv1.weight.dtype
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _conv(x: Tensor, conv: nn.Conv2d, affine: Affine, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+    return folded_conv(
+        x, conv.weight, *affine, residual, relu=relu, stride=conv.stride, padding=conv.padding,
+        dilation=conv.dilation, groups=conv.groups,
+    )  # fmt: skip
+
+
+def _block(x: Tensor, block: BasicBlock | Bottleneck, affines: dict[nn.Module, Affine]) -> Tensor:
+    """A block of torchvision's, fused."""
+    pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+    if type(block) is Bottleneck:
+        pairs.append((block.conv3, block.bn3))
+    last, last_norm = pairs.pop()
+    residual, (scale, bias) = x, affines[last_norm]
+    if block.downsample is not None:
+        # Both branches' biases are added at once, by the last convolution.
+        residual_scale, residual_bias = affines[block.downsample[1]]
+        residual = _conv(x, block.downsample[0], (residual_scale, None), relu=False)
+        bias = bias + residual_bias
+    for conv, norm in pairs:
+        x = _conv(x, conv, affines[norm])
+    return _conv(x, last, (scale, bias), residual)
 
 
 class BackboneBase(nn.Module):

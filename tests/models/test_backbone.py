@@ -45,6 +45,7 @@ def test_backbone_returns_all_levels(name, last):
 @torch.no_grad()
 def test_dilation_matches_plain_resnet():
     backbone = Backbone("resnet50", True, False, True, weights=None, norm="frozen")
+    randomize_norms(nn.Sequential(backbone))
     samples = _batch((64, 80))
     state = {f"backbone.0.{name}": value for name, value in backbone.state_dict().items()}
     out = backbone(samples)["0"]

@@ -47,6 +47,8 @@ def test_compiles_once_for_all_sizes():
 def test_compiled_gradients_match_eager():
     torch._dynamo.reset()
     model = tiny_detr(level=0, layers=1)
+    # Compiled, the backbone is not fused: rounding like its own, or another ReLU may be active.
+    model.backbone[0].body.fused = False
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     cotangents = [torch.randn(1, 5, 6, 6), torch.randn(1, 5, 6, 4)]
     for size in SIZES:
