@@ -41,7 +41,7 @@ class _Layers(NamedTuple):
     packed: PackedTargets
     pairs: Pairs
     failed: Tensor  # [L] bool: layers that could not be matched, whose losses and gradients are to be NaN
-    num_boxes: Tensor  # [L], NaN where failed
+    num_boxes: Tensor  # [L] in the predictions' dtype, NaN where failed
 
 
 class SetCriterion(nn.Module):
@@ -139,7 +139,7 @@ class SetCriterion(nn.Module):
             first = layers[int(failed.nonzero()[0])]
             raise ValueError(f"no matching: {explain_refusal(first, targets, self._geometry)}")
 
-        num_boxes = num_boxes.expand(len(layers)).masked_fill(failed, torch.nan)
+        num_boxes = num_boxes.to(outputs["pred_logits"].dtype).expand(len(layers)).masked_fill(failed, torch.nan)
         everything = _Layers(outputs, targets, packed, pairs, failed, num_boxes)
         functions = self._layer_functions()
         by_layer = [{} for _ in layers]
@@ -223,22 +223,26 @@ class SetCriterion(nn.Module):
         packed = pack_targets(targets, some.device, self._geometry)
         pairs = pairs_from_indices(indices, packed, some.shape[2])
         failed = torch.zeros(1, dtype=torch.bool, device=some.device)
-        num_boxes = num_boxes.view(1) if isinstance(num_boxes, Tensor) else some.new_full((1,), num_boxes)
+        num_boxes = num_boxes.view(1).to(some) if isinstance(num_boxes, Tensor) else some.new_full((1,), num_boxes)
         losses = function(_Layers(outputs, targets, packed, pairs, failed, num_boxes))
         return {name: value[0] for name, value in losses.items()}
 
     def _labels(self, layers: _Layers) -> dict[str, Tensor]:
         logits = layers.outputs["pred_logits"]
-        # Not above no-object nor below 0, which would end the CUDA context: the matcher has refused such targets.
-        labels = layers.packed.labels.clamp(0, self.num_classes)[layers.pairs.target]  # [L, P]
-        classes = logits.new_full((len(logits), logits[0, ..., 0].numel()), self.num_classes, dtype=torch.int64)
-        classes.scatter_(1, layers.pairs.query, labels)
-
+        classes = self._classes(layers)
         weight = self.empty_weight.to(logits.dtype)
         loss = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none")
         loss = loss.view_as(classes).sum(dim=1) / weight[classes].sum(dim=1).masked_fill(layers.failed, torch.nan)
         matched = logits[0].flatten(0, 1)[layers.pairs.query[0]]
-        return {"loss_ce": loss, "class_error": 100 - accuracy(matched, labels[0])[0][None]}
+        return {"loss_ce": loss, "class_error": 100 - accuracy(matched, classes[0][layers.pairs.query[0]])[0][None]}
+
+    def _classes(self, layers: _Layers) -> Tensor:
+        """[L, B * Q] int64: the class that each query should have, no-object where it is not matched."""
+        logits = layers.outputs["pred_logits"]
+        # Not above no-object nor below 0, which would end the CUDA context: the matcher has refused such targets.
+        labels = layers.packed.labels.clamp(0, self.num_classes)[layers.pairs.target]  # [L, P]
+        classes = logits.new_full((len(logits), logits[0, ..., 0].numel()), self.num_classes, dtype=torch.int64)
+        return classes.scatter_(1, layers.pairs.query, labels)
 
     @torch.no_grad()
     def _cardinality(self, layers: _Layers) -> dict[str, Tensor]:
@@ -247,14 +251,18 @@ class SetCriterion(nn.Module):
         return {"cardinality_error": (found - layers.packed.offsets.diff()).abs().float().mean(dim=1)}
 
     def _boxes(self, layers: _Layers) -> dict[str, Tensor]:
-        boxes = layers.outputs["pred_boxes"].flatten(1, 2)  # [L, B * Q, 4]
-        boxes = boxes.gather(1, layers.pairs.query[..., None].expand(-1, -1, 4))  # [L, P, 4]
-        targets = layers.packed.boxes.to(boxes.dtype)[layers.pairs.target]
+        boxes, targets = self._matched_pairs(layers)
         giou = paired_generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(targets))
         return {
             "loss_bbox": (boxes - targets).abs().sum(dim=(1, 2)) / layers.num_boxes,
             "loss_giou": (1 - giou).sum(dim=1) / layers.num_boxes,
         }
+
+    def _matched_pairs(self, layers: _Layers) -> tuple[Tensor, Tensor]:
+        """The four numbers of each pair's prediction and target, [L, P, 4]."""
+        predicted = layers.outputs[f"pred_{self._geometry}"].flatten(1, 2)  # [L, B * Q, 4]
+        predicted = predicted.gather(1, layers.pairs.query[..., None].expand(-1, -1, 4))
+        return predicted, layers.packed.boxes.to(predicted.dtype)[layers.pairs.target]
 
     def _masks(self, layers: _Layers) -> dict[str, Tensor]:
         packed, query, target = layers.packed, layers.pairs.query[0], layers.pairs.target[0]

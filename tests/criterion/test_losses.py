@@ -330,6 +330,195 @@ def test_boxes_are_averaged_over_two_processes(tmp_path):
         assert losses["loss_ce"].item() == pytest.approx(alone["loss_ce"])
 
 
+class OneByOne(SetCriterion):
+    """Overrides a loss without changing it, so that layers come one by one."""
+
+    def loss_boxes(self, *args, **kwargs):
+        return super().loss_boxes(*args, **kwargs)
+
+
+ALL_LOSSES = ("labels", "boxes", "cardinality", "masks")
+
+
+def layered_batch(sizes, queries=6, layers=4, dtype=torch.float64):
+    layer_outputs = [make_outputs(len(sizes), queries, dtype) for _ in range(layers)]
+    outputs = {**layer_outputs[-1], "aux_outputs": layer_outputs[:-1]}
+    outputs["pred_masks"] = torch.randn(len(sizes), queries, 5, 7, dtype=dtype, requires_grad=True)
+    targets = make_targets(sizes, dtype)
+    for i, target in enumerate(targets):
+        target["masks"] = torch.rand(len(target["labels"]), 9 + i, 11) > 0.5
+    return outputs, targets
+
+
+def leaves(outputs):
+    tensors = [outputs["pred_logits"], outputs["pred_boxes"], outputs["pred_masks"]]
+    return tensors + [layer[key] for layer in outputs["aux_outputs"] for key in ("pred_logits", "pred_boxes")]
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (0, 6, 2), (0, 0), (9, 0, 4, 7)], ids=str)
+def test_one_pass_equals_layer_by_layer(sizes, monkeypatch):
+    outputs, targets = layered_batch(sizes)
+    arguments = CLASSES, HungarianMatcher(1, 5, 2), {}, EOS, ALL_LOSSES
+    expected = OneByOne(*arguments)(outputs, targets)
+    one_pass = SetCriterion(*arguments)
+    monkeypatch.setattr(SetCriterion, "_one_by_one", None)  # must not be needed
+    losses = one_pass(outputs, targets)
+    assert list(losses) == list(expected)
+    weights = torch.rand(len(losses), dtype=torch.float64)
+
+    def gradients(values):
+        total = sum(w * v for w, v in zip(weights, values.values(), strict=True) if v.requires_grad)
+        return torch.autograd.grad(total, leaves(outputs))
+
+    for name in losses:
+        assert losses[name].dtype == expected[name].dtype and losses[name].shape == ()
+        assert losses[name].dtype == (torch.float64 if name.startswith("loss") else torch.float32)
+        tolerance = 1e-12 if losses[name].dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(losses[name], expected[name], rtol=tolerance, atol=tolerance)
+    for got, want in zip(gradients(losses), gradients(expected), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_not_ours_is_asked_layer_by_layer():
+    outputs, targets = layered_batch((3, 2), layers=3)
+    calls = []
+
+    class Doubled(SetCriterion):
+        def get_loss(self, loss, outputs, targets, indices, num_boxes, **kwargs):
+            calls.append((loss, kwargs, len(indices)))
+            values = super().get_loss(loss, outputs, targets, indices, num_boxes, **kwargs)
+            return {k: 2 * v for k, v in values.items()}
+
+    class Matcher(HungarianMatcher):
+        def forward(self, outputs, targets):
+            calls.append("matcher")
+            return super().forward(outputs, targets)
+
+    arguments = {}, EOS, ("labels", "masks")
+    expected = SetCriterion(CLASSES, HungarianMatcher(1, 5, 2), *arguments)(outputs, targets)
+    doubled = Doubled(CLASSES, HungarianMatcher(1, 5, 2), *arguments)(outputs, targets)
+    assert calls == [("labels", {}, 2), ("masks", {}, 2)] + 2 * [("labels", {"log": False}, 2)]
+    torch.testing.assert_close(doubled, {k: 2 * v for k, v in expected.items()})
+    calls.clear()
+    torch.testing.assert_close(SetCriterion(CLASSES, Matcher(1, 5, 2), *arguments)(outputs, targets), expected)
+    assert calls == 3 * ["matcher"]
+
+
+def test_layers_of_different_shape():
+    outputs, targets = layered_batch((3, 2), layers=3)
+    outputs["aux_outputs"][1] = make_outputs(2, 9, torch.float64)
+    losses = make_criterion()(outputs, targets)
+    for layer, suffix in ((outputs, ""), (outputs["aux_outputs"][0], "_0"), (outputs["aux_outputs"][1], "_1")):
+        alone = make_criterion()({key: layer[key] for key in ("pred_logits", "pred_boxes")}, targets)
+        for name in ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error"):
+            torch.testing.assert_close(losses[name + suffix], alone[name])
+
+
+def test_a_layer_that_cannot_be_matched_is_nan_where_nobody_may_wait(monkeypatch):
+    """What a GPU does: its losses and gradients are NaN, those of the other layers are not."""
+    outputs, targets = layered_batch((3, 2), layers=3)
+    criterion = SetCriterion(CLASSES, HungarianMatcher(1, 5, 2), {}, EOS, ALL_LOSSES)
+    expected = criterion(outputs, targets)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert criterion(outputs, targets) == expected
+    with torch.no_grad():
+        outputs["aux_outputs"][0]["pred_boxes"][1, 2, 0] = math.nan
+    losses = criterion(outputs, targets)
+    for name, value in losses.items():
+        if name in ("loss_ce_0", "loss_bbox_0", "loss_giou_0"):
+            assert value.isnan(), name
+        else:
+            assert torch.equal(value, expected[name]), name
+    sum(v for k, v in losses.items() if k.startswith("loss")).backward()
+    assert outputs["aux_outputs"][0]["pred_logits"].grad.isnan().any()
+    assert outputs["aux_outputs"][0]["pred_boxes"].grad.isnan().any()
+    assert outputs["pred_boxes"].grad.isfinite().all() and outputs["pred_boxes"].grad.abs().sum() > 0
+
+    outputs, targets = layered_batch((3, 2), layers=3)
+    targets[0]["labels"][1] = -1
+    losses = criterion(outputs, targets)
+    assert all(v.isnan() == k.startswith("loss") for k, v in losses.items())
+
+
+def test_one_pass_says_which_layer_is_refused():
+    outputs, targets = layered_batch((3, 2), layers=3)
+    with torch.no_grad():
+        outputs["aux_outputs"][1]["pred_logits"][0, 0, :2] = math.nan
+    with pytest.raises(ValueError, match=r"no matching: NaN or infinity in pred_logits \(2 of 60 values\)"):
+        make_criterion()(outputs, targets)
+
+
+def test_criterion_compiles():
+    outputs, targets = layered_batch((3, 9), layers=2)
+    del outputs["pred_masks"]
+    criterion = make_criterion()
+    torch._dynamo.reset()
+    compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(outputs, targets), criterion(outputs, targets))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("sizes", [(3, 1), (9, 0)], ids=str)
+def test_one_pass_through_the_kernels(sizes):
+    outputs, targets = layered_batch(sizes, layers=2, dtype=torch.float32)
+    arguments = CLASSES, HungarianMatcher(1, 5, 2), {}, EOS, ALL_LOSSES
+    losses, expected = SetCriterion(*arguments)(outputs, targets), OneByOne(*arguments)(outputs, targets)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+
+
+def gpu_batch(target_device="cuda"):
+    outputs, targets = layered_batch((30, 0, 7, 120), queries=100, layers=6, dtype=torch.float32)
+    layers = [outputs, *outputs["aux_outputs"]]
+    layers = [{k: v.detach().cuda().requires_grad_() for k, v in x.items() if k != "aux_outputs"} for x in layers]
+    targets = [{k: v.to("cuda" if k == "masks" else target_device) for k, v in t.items()} for t in targets]
+    return {**layers[0], "aux_outputs": layers[1:]}, targets
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target_device", ["cuda", "cpu"])
+def test_criterion_with_its_matcher_does_not_wait_for_the_gpu(target_device):
+    outputs, targets = gpu_batch(target_device)
+    arguments = CLASSES, HungarianMatcher(1, 5, 2), {}, EOS
+    criterion = SetCriterion(*arguments, ("labels", "boxes", "cardinality")).cuda()
+    sum(v for k, v in criterion(outputs, targets).items() if k.startswith("loss")).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = criterion(outputs, targets)
+        sum(v for k, v in losses.items() if k.startswith("loss")).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    host_outputs = {k: v.detach().cpu() for k, v in outputs.items() if k != "aux_outputs"}
+    host_outputs["aux_outputs"] = [{k: v.detach().cpu() for k, v in x.items()} for x in outputs["aux_outputs"]]
+    host_targets = [{k: v.cpu() for k, v in t.items()} for t in targets]
+    expected = SetCriterion(*arguments, ("labels", "boxes", "cardinality"))(host_outputs, host_targets)
+    assert list(losses) == list(expected)
+    for name, value in losses.items():
+        torch.testing.assert_close(value.detach().cpu(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_mask_losses_on_the_gpu_equal_the_cpu():
+    outputs, targets = gpu_batch()
+    criterion = SetCriterion(CLASSES, HungarianMatcher(1, 5, 2), {}, EOS, ALL_LOSSES).cuda()
+    losses = criterion({k: v for k, v in outputs.items() if k != "aux_outputs"}, targets)
+    host = {k: v.detach().cpu() for k, v in outputs.items() if k != "aux_outputs"}
+    expected = criterion.cpu()(host, [{k: v.cpu() for k, v in t.items()} for t in targets])
+    for name, value in losses.items():
+        torch.testing.assert_close(value.detach().cpu(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_matched_on_the_gpu_is_nan_and_the_matcher_says_why():
+    outputs, targets = gpu_batch()
+    for label in (-1, 2**40):
+        targets[0]["labels"][0] = label
+        criterion = make_criterion().cuda()
+        losses = criterion(outputs, targets)
+        assert all(v.isnan() for k, v in losses.items() if k.startswith("loss"))
+        with pytest.raises(ValueError, match=r"targets\[0\]\['labels'\] has"):
+            criterion.matcher(outputs, targets)
+
+
 @pytest.mark.gpu
 def test_losses_and_gradients_do_not_wait_for_the_gpu():
     outputs = {k: v.detach().cuda().requires_grad_() for k, v in make_outputs(2, 6).items()}

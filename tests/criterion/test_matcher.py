@@ -192,6 +192,14 @@ def test_matcher_rejects_an_empty_batch_and_a_single_dict():
         HungarianMatcher()(make_outputs(1, 5, 4), make_targets((2,), 3)[0])
 
 
+def test_matcher_rejects_targets_on_two_devices():
+    outputs = {k: v.to("meta") for k, v in make_outputs(1, 5, 4).items()}
+    targets = make_targets((2,), 3)
+    targets[0]["boxes"] = targets[0]["boxes"].to("meta")
+    with pytest.raises(ValueError, match=r"all targets must be on one device, got meta for targets\[0\]\['boxes'\]"):
+        HungarianMatcher()(outputs, targets)
+
+
 @pytest.mark.gpu
 def test_matcher_waits_for_the_gpu_once(recwarn):
     outputs = {k: v.cuda() for k, v in make_outputs(2, 50, 6).items()}

@@ -74,9 +74,8 @@ def test_assign_on_the_gpu_takes_many_queries_and_targets(queries, targets):
 @pytest.mark.interpret
 def test_assign_kernel_matches_scipy_one_problem_at_a_time():
     """As on a GPU; above, the interpreter takes hundreds in step."""
-    for seed, family in enumerate(FAMILIES):
-        for queries, most_targets in ((5, 7), (6, 6)):
-            solve_and_judge(*make_problems(1, queries, most_targets, seed=seed, families=(family,)))
+    for seed, family in enumerate(FAMILIES[::2]):
+        solve_and_judge(*make_problems(1, 4, 4 + seed % 2, seed=seed, families=(family,)))
 
 
 @either
