@@ -56,6 +56,10 @@ def _predict(args: argparse.Namespace, given: set[str]) -> int:
     files = list(find_images(args.inputs))
     ids = _image_ids([name for _, name in files], args.ann)
     model, _, postprocessors, categories = load_for_inference(args, given, args.weights)
+    if "line" in postprocessors:
+        raise UsageError(
+            f"{args.weights} detects lines; predict draws boxes and masks: use detr-fast eval, or the model"
+        )
     names = _coco_names() if categories is None and args.num_classes == _COCO_CLASSES else {}
     if categories is not None:
         names = dict(zip(categories.ids, categories.names, strict=True))

@@ -33,17 +33,32 @@ class PostProcess(nn.Module):
             TypeError: if predictions are not floating point, or the sizes not a tensor.
         """
         check_predictions(outputs)
-        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-        if not isinstance(target_sizes, Tensor):
-            raise TypeError(f"target_sizes must be a tensor [B, 2], got {type(target_sizes).__name__}")
-        if target_sizes.shape != (len(logits), 2):
-            raise ValueError(f"target_sizes must be [B, 2] = [{len(logits)}, 2], got shape {tuple(target_sizes.shape)}")
-        if logits.shape[-1] < 2:
-            raise ValueError(f"pred_logits needs a class besides no-object, got {logits.shape[-1]} columns")
-
-        with torch.autocast(logits.device.type, enabled=False):
-            scores, labels = as_float(logits).softmax(dim=-1)[..., :-1].max(dim=-1)
-            height, width = target_sizes.to(boxes.device, non_blocking=True).unbind(dim=1)
-            scale = torch.stack((width, height, width, height), dim=1)
-            boxes = box_cxcywh_to_xyxy(as_float(boxes)) * scale[:, None]
+        scores, labels, scale = best_classes(outputs["pred_logits"], target_sizes)
+        boxes = box_cxcywh_to_xyxy(as_float(outputs["pred_boxes"])) * scale[:, None]
         return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]
+
+
+def best_classes(logits: Tensor, target_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each query's best class other than no-object, and what scales coordinates in 0..1 to pixels.
+
+    Args:
+        logits: [B, Q, K], no-object last.
+        target_sizes: [B, 2], height and width in pixels.
+
+    Returns:
+        Scores [B, Q] (softmax over all K classes), labels [B, Q] int64, and [B, 4] width, height, width, height.
+
+    Raises:
+        ValueError: sizes that are not [B, 2], or no class besides no-object. TypeError: sizes that are not a tensor.
+    """
+    if not isinstance(target_sizes, Tensor):
+        raise TypeError(f"target_sizes must be a tensor [B, 2], got {type(target_sizes).__name__}")
+    if target_sizes.shape != (len(logits), 2):
+        raise ValueError(f"target_sizes must be [B, 2] = [{len(logits)}, 2], got shape {tuple(target_sizes.shape)}")
+    if logits.shape[-1] < 2:
+        raise ValueError(f"pred_logits needs a class besides no-object, got {logits.shape[-1]} columns")
+
+    with torch.autocast(logits.device.type, enabled=False):
+        scores, labels = as_float(logits).softmax(dim=-1)[..., :-1].max(dim=-1)
+    height, width = target_sizes.to(logits.device, non_blocking=True).unbind(dim=1)
+    return scores, labels, torch.stack((width, height, width, height), dim=1)

@@ -104,6 +104,18 @@ def read_annotations(ann_file: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: not json, or one of the lists is missing, malformed or (categories) empty.
     """
+    content = read_json(ann_file)
+    check_content(content, ann_file)
+    return content
+
+
+def read_json(ann_file: str | os.PathLike) -> dict[str, Any]:
+    """Reads a json object.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not json, or not an object.
+    """
     ann_file = Path(ann_file)
     if not ann_file.is_file():
         raise FileNotFoundError(f"annotation file {ann_file} does not exist")
@@ -113,6 +125,11 @@ def read_annotations(ann_file: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{ann_file} is not valid json: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{ann_file}: expected a COCO json object, got a {type(content).__name__}")
+    return content
+
+
+def check_content(content: dict[str, Any], ann_file: str | os.PathLike) -> None:
+    """Raises ValueError, see ``read_annotations``, unless the content of ``ann_file`` has its lists."""
     for key, needed in (("images", ("id", "file_name")), ("annotations", ()), ("categories", ("id",))):
         entries = content.get(key)
         if not isinstance(entries, list):
@@ -124,7 +141,6 @@ def read_annotations(ann_file: str | os.PathLike) -> dict[str, Any]:
                 )
             if needed and not _is_integer(entry["id"]):
                 raise ValueError(f"{ann_file}: {key}[{position}] has id {entry['id']!r}; expected an integer")
-    return content
 
 
 def annotation_problem(annotation: dict, known_ids: Iterable[int]) -> str | None:
@@ -180,6 +196,8 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         MissingImageError, CorruptImageError: on reading an item.
     """
 
+    _read = staticmethod(read_annotations)
+
     def __init__(
         self,
         img_folder: str | os.PathLike,
@@ -192,7 +210,7 @@ class CocoDetection(torchvision.datasets.CocoDetection):
     ):
         if not Path(img_folder).is_dir():
             raise FileNotFoundError(f"image folder {img_folder} does not exist")
-        content = read_annotations(ann_file)
+        content = self._read(ann_file)
         own = Categories.from_coco(content["categories"])
         self.categories = own if categories is None else categories
         _check_same_names(own, self.categories, ann_file)
@@ -347,7 +365,8 @@ class ConvertCocoPolysToMask:
 def build_dataset(image_set: str, args, *, categories: Categories | None = None, uint8: bool = False):
     """The training or validation set that the command line names: a ``CocoDetection``.
 
-    With ``args.dataset_file`` "coco_panoptic" it is a ``CocoPanoptic`` with classes of its own, see ``build_panoptic``.
+    With ``args.dataset_file`` "coco_panoptic" it is a ``CocoPanoptic`` with classes of its own, see ``build_panoptic``;
+    with "lines" a ``LineDetection``, whose ``coco_path`` has ``annotations/lines_{train,val}2017.json``.
 
     Args:
         image_set: "train" or "val".
@@ -370,13 +389,17 @@ def build_dataset(image_set: str, args, *, categories: Categories | None = None,
         from detr_fast.data.panoptic import build_panoptic  # which builds on this module
 
         return build_panoptic(image_set, args, uint8=uint8)
+    if dataset_file == "lines":
+        from detr_fast.data.lines import build_lines  # which builds on this module
+
+        return build_lines(image_set, args, categories=categories, uint8=uint8)
     if dataset_file != "coco":
-        raise ValueError(f"dataset_file {dataset_file!r} is not supported; expected 'coco' or 'coco_panoptic'")
+        raise ValueError(f"dataset_file {dataset_file!r} is not supported; expected 'coco', 'coco_panoptic' or 'lines'")
     image_size = getattr(args, "image_size", None)
     transforms = make_coco_transforms(
         image_set, scales=image_size, max_size=getattr(args, "max_size", None), uint8=uint8
     )
-    images, annotations = _paths(image_set, args)
+    images, annotations = dataset_paths(image_set, args)
     if categories is None and not getattr(args, "coco_path", None):
         source = getattr(args, "train_ann", None) or annotations
         categories = Categories.from_coco(read_annotations(source)["categories"], contiguous=True)
@@ -390,8 +413,8 @@ def build_dataset(image_set: str, args, *, categories: Categories | None = None,
     )
 
 
-def _paths(image_set: str, args) -> tuple[Path, Path]:
-    """(image folder, annotation file) of a set, both of which exist."""
+def dataset_paths(image_set: str, args, kind: str = "instances") -> tuple[Path, Path]:
+    """(image folder, annotation file) of a set, both of which exist; ``coco_path`` has ``{kind}_train2017.json``."""
     root = getattr(args, "coco_path", None)
     own = {name: getattr(args, name, None) for name in ("train_ann", "train_images", "val_ann", "val_images")}
     if root and any(own.values()):
@@ -400,7 +423,7 @@ def _paths(image_set: str, args) -> tuple[Path, Path]:
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f"coco_path {root} is not a directory")
-        images, annotations = root / f"{image_set}2017", root / "annotations" / f"instances_{image_set}2017.json"
+        images, annotations = root / f"{image_set}2017", root / "annotations" / f"{kind}_{image_set}2017.json"
     else:
         images, annotations = own[f"{image_set}_images"], own[f"{image_set}_ann"]
         absent = [name for name in (f"{image_set}_ann", f"{image_set}_images") if not own[name]]
@@ -414,7 +437,7 @@ def _paths(image_set: str, args) -> tuple[Path, Path]:
         missing.append(f"annotation file {annotations}")
     if missing:
         layout = (
-            f"; {root} should hold {{train,val}}2017/ and annotations/instances_{{train,val}}2017.json" if root else ""
+            f"; {root} should hold {{train,val}}2017/ and annotations/{kind}_{{train,val}}2017.json" if root else ""
         )
         raise FileNotFoundError(f"{image_set} data is incomplete, missing: {', '.join(missing)}{layout}")
     return images, annotations

@@ -13,6 +13,8 @@ Tensor images are resized by torch's antialiased bilinear kernel on uint8, sever
 of COCO's training images 0.1 % then differ from PIL's, by 1 or at most 2 grey levels of 255; all draws, sizes and
 targets are the same.
 
+``target["lines"]``, float32 [N, 4], x1, y1, x2, y2, goes the same way; see ``detr_fast.data.lines``.
+
 A target may be None everywhere (prediction). Keypoints pass through untouched, as in the original.
 
 Source: facebookresearch/detr, datasets/transforms.py.
@@ -31,6 +33,7 @@ import torchvision.transforms.functional as F
 from PIL import Image
 
 from detr_fast.criterion.boxes import box_xyxy_to_cxcywh
+from detr_fast.data.line_geometry import crop_lines, hflip_lines, vflip_lines
 
 Target = dict[str, Any] | None
 Img = Image.Image | torch.Tensor
@@ -69,6 +72,9 @@ def crop(image: Img, target: Target, region: tuple[int, int, int, int]) -> tuple
         fields = sorted({*fields, "area"})
     elif "masks" in target:
         keep = target["masks"].flatten(1).any(dim=1)
+    elif "lines" in target:
+        target["lines"], keep = crop_lines(target["lines"], top, left, height, width)
+        fields.append("lines")
     else:
         return cropped, target
     for name in fields:
@@ -86,9 +92,25 @@ def hflip(image: Img, target: Target) -> tuple[Img, Target]:
         width, _ = image_size(image)
         x0, y0, x1, y1 = target["boxes"].unbind(dim=1)
         target["boxes"] = torch.stack([width - x1, y0, width - x0, y1], dim=1)
+    if "lines" in target:
+        target["lines"] = hflip_lines(target["lines"], image_size(image)[0])
     if "masks" in target:
         target["masks"] = target["masks"].flip(-1)
     return flipped, target
+
+
+def vflip(image: Img, target: Target) -> tuple[Img, Target]:
+    """Mirrors top and bottom an image with lines.
+
+    Raises:
+        ValueError: the target has boxes or masks, which no augmentation here mirrors that way.
+    """
+    if target is not None and not {"boxes", "masks"}.isdisjoint(target):
+        raise ValueError(f"vflip takes targets with lines, got one with {sorted(target)}")
+    flipped = F.vflip(image)
+    if target is None:
+        return flipped, None
+    return flipped, dict(target, lines=vflip_lines(target["lines"], image_size(image)[1]))
 
 
 def resized_size(image_size: Size, size: int, max_size: int | None = None) -> tuple[int, int]:
@@ -129,6 +151,8 @@ def resize(image: Img, target: Target, size: int | Sequence[int], max_size: int 
     target = dict(target, size=torch.tensor([height, width]))
     if "boxes" in target:
         target["boxes"] = target["boxes"] * torch.tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+    if "lines" in target:
+        target["lines"] = target["lines"] * torch.tensor([ratio_x, ratio_y, ratio_x, ratio_y])
     if "area" in target:
         target["area"] = target["area"] * (ratio_x * ratio_y)
     if "masks" in target:
@@ -233,6 +257,13 @@ class RandomHorizontalFlip(SizeTransform):
         return ([hflip] if random.random() < self.p else []), size
 
 
+class RandomVerticalFlip(RandomHorizontalFlip):
+    """Mirrors top and bottom with probability ``p``; of targets with lines."""
+
+    def draw(self, size):
+        return ([vflip] if random.random() < self.p else []), size
+
+
 class RandomResize(SizeTransform):
     """Resizes the short side to one of ``sizes``, the long side to at most ``max_size`` (see ``resize``)."""
 
@@ -293,22 +324,29 @@ class ToTensor:
         return [self], size
 
 
-class RandomErasing:
-    """``torchvision.transforms.RandomErasing`` of the image tensor; the target is left alone."""
+class ImageOnly:
+    """A transform of the image alone, which keeps its size; the target is left alone."""
 
-    def __init__(self, *args, **kwargs):
-        self.eraser = T.RandomErasing(*args, **kwargs)
+    def __init__(self, transform: Callable[[Img], Img]):
+        self.transform = transform
 
     def __call__(self, image, target=None):
-        return self.eraser(image), target
+        return self.transform(image), target
 
     def draw(self, size: Size) -> tuple[list[Step], Size]:
         """Draws when it is applied, and the size stays; see ``SizeTransform.draw``."""
         return [self], size
 
 
+class RandomErasing(ImageOnly):
+    """``torchvision.transforms.RandomErasing`` of the image tensor; the target is left alone."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(T.RandomErasing(*args, **kwargs))
+
+
 class Normalize:
-    """Normalises a float image [3, H, W] by ``mean`` and ``std``, and boxes to cx, cy, w, h in 0..1.
+    """Normalises a float image [3, H, W] by ``mean`` and ``std``, boxes to cx, cy, w, h and lines to ends in 0..1.
 
     A uint8 image is left as it is: ``pad_collate`` normalises it on the training device, in the same pass as padding.
     """
@@ -323,10 +361,12 @@ class Normalize:
         if target is None:
             return image, None
         target = dict(target)
+        height, width = image.shape[-2:]
+        size = torch.tensor([width, height, width, height], dtype=torch.float32)
         if "boxes" in target:
-            height, width = image.shape[-2:]
-            size = torch.tensor([width, height, width, height], dtype=torch.float32)
             target["boxes"] = box_xyxy_to_cxcywh(target["boxes"]) / size
+        if "lines" in target:
+            target["lines"] = target["lines"] / size
         return image, target
 
     def draw(self, size: Size) -> tuple[list[Step], Size]:

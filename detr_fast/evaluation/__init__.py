@@ -1,6 +1,7 @@
-"""Evaluation as COCO defines it."""
+"""Evaluation as COCO defines it, and of line segments as L-CNN does."""
 
 from detr_fast.evaluation.coco import CocoEvaluator
+from detr_fast.evaluation.lines import LineEvaluator
 from detr_fast.evaluation.panoptic import PanopticEvaluator, pq_compute
 
-__all__ = ["CocoEvaluator", "PanopticEvaluator", "pq_compute"]
+__all__ = ["CocoEvaluator", "LineEvaluator", "PanopticEvaluator", "pq_compute"]

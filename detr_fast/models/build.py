@@ -31,20 +31,21 @@ def build_position_encoding(args: Namespace) -> nn.Module:
     raise ValueError(f"position_embedding is {args.position_embedding!r}; expected 'sine' or 'learned'")
 
 
-def build_backbone(args: Namespace) -> Joiner:
+def build_backbone(args: Namespace, return_interm_layers: bool | None = None) -> Joiner:
     """Backbone and position embedding.
 
     Args:
         args: `backbone`, `dilation`, `lr_backbone` (0 freezes pretrained weights), and those of
             `build_position_encoding`; optional `backbone_weights` ("imagenet", "none" or a path), `backbone_norm` and
-            `backbone_level`, see `Backbone`; `masks`: all four levels are returned, for the mask head.
+            `backbone_level`, see `Backbone`.
+        return_interm_layers: return all levels; None: where `args.masks` says so, for the mask head.
     """
     position_embedding = build_position_encoding(args)
     weights = getattr(args, "backbone_weights", "imagenet")
     backbone = Backbone(
         args.backbone,
         args.lr_backbone > 0,
-        bool(getattr(args, "masks", False)),
+        bool(getattr(args, "masks", False)) if return_interm_layers is None else return_interm_layers,
         args.dilation,
         weights=None if weights == "none" else weights,
         norm=getattr(args, "backbone_norm", None),
@@ -53,20 +54,26 @@ def build_backbone(args: Namespace) -> Joiner:
     return Joiner(backbone, position_embedding)
 
 
-def build_transformer(args: Namespace) -> Transformer:
+def build_transformer(args: Namespace, kind: type[Transformer] = Transformer, prefix: str = "") -> Transformer:
     """The transformer.
 
     Args:
         args: `hidden_dim`, `dropout`, `nheads`, `dim_feedforward`, `enc_layers`, `dec_layers`, `pre_norm`.
+        kind: the class to build.
+        prefix: stands before those names, such as "second_".
     """
-    return Transformer(
-        d_model=args.hidden_dim,
-        dropout=args.dropout,
-        nhead=args.nheads,
-        dim_feedforward=args.dim_feedforward,
-        num_encoder_layers=args.enc_layers,
-        num_decoder_layers=args.dec_layers,
-        normalize_before=args.pre_norm,
+    values = {
+        name: getattr(args, prefix + name)
+        for name in ("hidden_dim", "dropout", "nheads", "dim_feedforward", "enc_layers", "dec_layers", "pre_norm")
+    }
+    return kind(
+        d_model=values["hidden_dim"],
+        dropout=values["dropout"],
+        nhead=values["nheads"],
+        dim_feedforward=values["dim_feedforward"],
+        num_encoder_layers=values["enc_layers"],
+        num_decoder_layers=values["dec_layers"],
+        normalize_before=values["pre_norm"],
         return_intermediate_dec=True,
     )
 
@@ -81,7 +88,7 @@ def build_model(args: Namespace) -> tuple[DETR | DETRsegm, nn.Module, dict[str, 
             `frozen_weights` (anything but None trains the mask head alone; the caller loads the file into
             ``model.detr``). Optional: `num_classes` (highest category id + 1), without it 91 for the dataset "coco",
             250 for "coco_panoptic", 20 for any other; `thing_classes` (the labels of things, for "coco_panoptic"),
-            without it 0 to 90.
+            without it 0 to 90. With the dataset "lines" it is LETR, see `detr_fast.models.letr.build`.
 
     Returns:
         The model (on the CPU), the criterion (on `args.device`) and the post-processors: "bbox", with `masks` "segm",
@@ -90,6 +97,10 @@ def build_model(args: Namespace) -> tuple[DETR | DETRsegm, nn.Module, dict[str, 
     Raises:
         ValueError: `frozen_weights` without `masks`, or an argument of the parts is wrong.
     """
+    if getattr(args, "dataset_file", None) == "lines":
+        from detr_fast.models import letr  # which builds on this module
+
+        return letr.build(args)
     from detr_fast.criterion import HungarianMatcher, PostProcess, PostProcessPanoptic, PostProcessSegm, SetCriterion
 
     masks, frozen = getattr(args, "masks", False), getattr(args, "frozen_weights", None) is not None

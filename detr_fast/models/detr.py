@@ -60,15 +60,28 @@ class DETR(nn.Module):
 
     def outputs(self, hs: Tensor) -> dict:
         """What `forward` returns, from the decoder's outputs hs [layers, B, num_queries, d_model]."""
-        if not self.aux_loss:
-            hs = hs[-1:]
-        logits = self.class_embed(hs)
-        boxes = self.bbox_embed(hs).sigmoid()
-        out = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
-        if self.aux_loss:
-            earlier = zip(logits[:-1].unbind(), boxes[:-1].unbind(), strict=True)
-            out["aux_outputs"] = [{"pred_logits": a, "pred_boxes": b} for a, b in earlier]
-        return out
+        return head_outputs(hs, self.class_embed, self.bbox_embed, "pred_boxes", self.aux_loss)
+
+
+def head_outputs(hs: Tensor, class_embed: nn.Module, embed: nn.Module, name: str, aux_loss: bool) -> dict:
+    """Predictions from the decoder's outputs, as a detector returns them.
+
+    Args:
+        hs: [layers, B, Q, C].
+        class_embed: [..., C] → class logits.
+        embed: [..., C] → four numbers, of which the sigmoid is taken.
+        name: the key of those numbers, such as "pred_boxes".
+        aux_loss: also give "aux_outputs".
+    """
+    if not aux_loss:
+        hs = hs[-1:]
+    logits = class_embed(hs)
+    values = embed(hs).sigmoid()
+    out = {"pred_logits": logits[-1], name: values[-1]}
+    if aux_loss:
+        earlier = zip(logits[:-1].unbind(), values[:-1].unbind(), strict=True)
+        out["aux_outputs"] = [{"pred_logits": a, name: b} for a, b in earlier]
+    return out
 
 
 def as_nested(samples: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTensor:

@@ -49,9 +49,7 @@ class DETRsegm(nn.Module):
         """Training or evaluation mode; a frozen detector's batch norms stay in evaluation mode."""
         super().train(mode)
         if self.freeze_detr:
-            for module in self.detr.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+            keep_batch_norm_statistics(self.detr)
         return self
 
     def forward(self, samples: NestedTensor | Tensor | Sequence[Tensor]) -> dict:
@@ -81,6 +79,13 @@ class DETRsegm(nn.Module):
         masks = self.mask_head(src, bbox_mask, levels)
         out["pred_masks"] = masks.view(*bbox_mask.shape[:2], *masks.shape[-2:])
         return out
+
+
+def keep_batch_norm_statistics(model: nn.Module) -> None:
+    """Puts the trainable batch norms of a model that is not trained into evaluation mode."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def _fpn_dims(backbone: nn.Module) -> list[int]:

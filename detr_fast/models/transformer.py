@@ -73,7 +73,7 @@ class Transformer(nn.Module):
         Args:
             src: [B, C, h, w], C = d_model.
             mask: [B, h, w] bool, True = padding.
-            query_embed: [Q, C], one embedding per query.
+            query_embed: [Q, C], one embedding per query; or [B, Q, C], each image's own.
             pos_embed: [B, C, h, w].
 
         Returns:
@@ -95,12 +95,16 @@ class Transformer(nn.Module):
         src_LBC = _tokens(src).transpose(0, 1)
         pos_LBC = _tokens(pos_embed).transpose(0, 1)
         key_padding_mask = mask.flatten(1)
-        query_pos_QBC = query_embed.unsqueeze(1).expand(-1, batch, -1)
-        tgt_QBC = query_embed.new_zeros(batch, *query_embed.shape).transpose(0, 1)
+        query_pos_BQC = query_embed.expand(batch, *query_embed.shape[-2:])
+        tgt_BQC = query_embed.new_zeros(query_pos_BQC.shape)
 
         memory_LBC = self.encoder(src_LBC, src_key_padding_mask=key_padding_mask, pos=pos_LBC)
         hs = self.decoder(
-            tgt_QBC, memory_LBC, memory_key_padding_mask=key_padding_mask, pos=pos_LBC, query_pos=query_pos_QBC
+            tgt_BQC.transpose(0, 1),
+            memory_LBC,
+            memory_key_padding_mask=key_padding_mask,
+            pos=pos_LBC,
+            query_pos=query_pos_BQC.transpose(0, 1),
         )
         return hs.transpose(1, 2), memory_LBC.permute(1, 2, 0).unflatten(2, (height, width))
 

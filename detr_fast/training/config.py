@@ -9,9 +9,18 @@ from contextlib import contextmanager
 
 import torch
 
+from detr_fast.criterion.lines import LABEL_LOSSES
 from detr_fast.training.engine import PRECISIONS
 
-DATASETS = ("coco", "coco_panoptic")
+DATASETS = ("coco", "coco_panoptic", "lines")
+# Flags that only "lines" reads, and those that it does not read, with their defaults.
+_LINES_ONLY = {
+    "LETRpost": False, "layer1_num": 3, "layer2_num": 2, "layer1_frozen": False, "second_enc_layers": 6,
+    "second_dec_layers": 6, "second_dim_feedforward": 2048, "second_hidden_dim": 256, "second_dropout": 0.1,
+    "second_nheads": 8, "second_pre_norm": False, "set_cost_line": 5, "line_loss_coef": 5,
+    "label_loss_func": "cross_entropy", "label_loss_params": "{}",
+}  # fmt: skip
+_NOT_LINES = {"set_cost_bbox": 5, "set_cost_giou": 2, "bbox_loss_coef": 5, "giou_loss_coef": 2, "masks": False}
 
 
 class UsageError(ValueError):
@@ -73,7 +82,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         type=str,
         default=None,
         metavar="PATH",
-        help="with --masks: a trained detector, which stays as it is while the mask head is trained",
+        help="with --masks: a trained detector, which stays as it is while the mask head is trained; with --LETRpost: "
+        "a trained first stage, from which the second one starts",
     )
     group.add_argument("--masks", action="store_true", help="a mask for every detection")
     group.add_argument("--backbone", default="resnet50", type=str, help="resnet18, 34, 50, 101 (default %(default)s)")
@@ -102,6 +112,15 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--nheads", default=8, type=int)
     group.add_argument("--num_queries", default=100, type=int, help="the most objects that can be found in an image")
     group.add_argument("--pre_norm", action="store_true")
+    group = parser.add_argument_group("model of lines (LETR, --dataset_file lines)")
+    group.add_argument("--layer1_num", default=3, type=int, choices=range(4), help="backbone level of the first stage")
+    group.add_argument("--LETRpost", action="store_true", help="add the second, fine stage")
+    group.add_argument("--layer2_num", default=2, type=int, choices=range(4), help="backbone level of the second stage")
+    group.add_argument("--layer1_frozen", action="store_true", help="train the second stage alone")
+    for name in ("enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "nheads"):
+        group.add_argument(f"--second_{name}", default=_LINES_ONLY[f"second_{name}"], type=int)
+    group.add_argument("--second_dropout", default=0.1, type=float)
+    group.add_argument("--second_pre_norm", action="store_true")
 
 
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +134,10 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dice_loss_coef", default=1, type=float, help="dice loss of the masks")
     group.add_argument("--bbox_loss_coef", default=5, type=float)
     group.add_argument("--giou_loss_coef", default=2, type=float)
+    group.add_argument("--set_cost_line", default=5, type=float, help="matching cost of the lines' L1 distance")
+    group.add_argument("--line_loss_coef", default=5, type=float)
+    group.add_argument("--label_loss_func", default="cross_entropy", choices=LABEL_LOSSES, help="of lines")
+    group.add_argument("--label_loss_params", default="{}", help="of the focal loss, such as '{\"gamma\": 2.0}'")
     group.add_argument("--eos_coef", default=0.1, type=float, help="relative weight of the no-object class")
 
 
@@ -123,7 +146,9 @@ def add_data_flags(parser: argparse.ArgumentParser, train: bool) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_file", default="coco", choices=DATASETS, help="default %(default)s")
     group.add_argument(
-        "--coco_path", type=str, help="folder with annotations/instances_{train,val}2017.json, train2017/, val2017/"
+        "--coco_path",
+        type=str,
+        help="folder with annotations/instances_{train,val}2017.json (lines: lines_…), train2017/, val2017/",
     )
     group.add_argument(
         "--coco_panoptic_path",
@@ -214,19 +239,22 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UsageError: says which flag, what it was and what is expected.
     """
+    _check_lines(args)
     _check_segmentation(args)
     positive = (
         "batch_size", "epochs", "lr_drop", "accumulate_steps", "eval_every", "print_freq", "num_queries", "enc_layers",
-        "dec_layers", "hidden_dim", "nheads", "dim_feedforward", "image_size", "max_size",
+        "dec_layers", "hidden_dim", "nheads", "dim_feedforward", "image_size", "max_size", "second_enc_layers",
+        "second_dec_layers", "second_nheads", "second_dim_feedforward",
     )  # fmt: skip
     for name in positive:
         _require(args, name, lambda value: value >= 1, "at least 1")
     not_negative = ("lr", "lr_backbone", "weight_decay", "max_steps", "warmup_steps", "clip_max_norm", "num_workers",
                     "start_epoch", "sample_images", "set_cost_class", "set_cost_bbox", "set_cost_giou",
-                    "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef", "giou_loss_coef", "eos_coef")  # fmt: skip
+                    "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef", "giou_loss_coef", "eos_coef",
+                    "set_cost_line", "line_loss_coef")  # fmt: skip
     for name in not_negative:
         _require(args, name, lambda value: value >= 0, "not negative")
-    for name in ("dropout", "ema_decay"):
+    for name in ("dropout", "second_dropout", "ema_decay"):
         _require(args, name, lambda value: 0 <= value < 1, "at least 0 and below 1")
     if args.hidden_dim % args.nheads or args.hidden_dim % 2:
         raise UsageError(
@@ -288,8 +316,26 @@ def parse_with_given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tu
     return args, {name for name, value in vars(given).items() if value is not mark}
 
 
+def _check_lines(args: argparse.Namespace) -> None:
+    is_lines = args.dataset_file == "lines"
+    for name, default in (_NOT_LINES if is_lines else _LINES_ONLY).items():
+        if getattr(args, name, default) != default:
+            raise UsageError(f"--{name} does nothing with --dataset_file {args.dataset_file}")
+    if not is_lines:
+        return
+    if not args.LETRpost:
+        for name in ("layer2_num", "layer1_frozen", *(name for name in _LINES_ONLY if name.startswith("second_"))):
+            if getattr(args, name) != _LINES_ONLY[name]:
+                raise UsageError(f"--{name} is about the second stage; it needs --LETRpost")
+    elif args.second_hidden_dim != args.hidden_dim or args.hidden_dim % args.second_nheads:
+        raise UsageError(
+            f"--second_hidden_dim must be --hidden_dim and divisible by --second_nheads, got {args.second_hidden_dim}, "
+            f"{args.hidden_dim} and {args.second_nheads}"
+        )
+
+
 def _check_segmentation(args: argparse.Namespace) -> None:
-    if not args.masks:
+    if not args.masks and not getattr(args, "LETRpost", False):
         for name, default in (("frozen_weights", None), ("mask_loss_coef", 1), ("dice_loss_coef", 1)):
             if getattr(args, name, default) != default:
                 raise UsageError(f"--{name} is about masks; it needs --masks")

@@ -14,7 +14,7 @@ from torch.amp import GradScaler
 from detr_fast.data.categories import Categories
 from detr_fast.data.panoptic import CocoPanoptic
 from detr_fast.data.prefetch import Prefetcher
-from detr_fast.evaluation import CocoEvaluator, PanopticEvaluator
+from detr_fast.evaluation import CocoEvaluator, LineEvaluator, PanopticEvaluator
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.log import Metrics, Progress
@@ -97,7 +97,7 @@ def train_one_epoch(
         wait = not is_last_of_group and isinstance(model, nn.parallel.DistributedDataParallel)
         with model.no_sync() if wait else torch.enable_grad():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                outputs = model(samples)
+                outputs = _outputs(model, samples)
             try:
                 loss_dict = criterion(outputs, targets)
             except ValueError:
@@ -148,14 +148,14 @@ def evaluate(
     precision: str = "fp32",
     print_freq: int = 10,
     on_results: Callable[[dict[int, dict[str, Tensor]]], None] | None = None,
-) -> tuple[dict[str, float | list[float]], CocoEvaluator]:
-    """Losses and COCO's numbers over the loader's images.
+) -> tuple[dict[str, float | list[float] | dict[str, float]], CocoEvaluator | LineEvaluator]:
+    """Losses and COCO's numbers (of lines: L-CNN's) over the loader's images.
 
     Args:
         model, criterion, data_loader, device, precision, print_freq: as in `train_one_epoch`.
         postprocessors: "bbox": outputs, sizes [B, 2] → scores, labels and boxes of each image; "segm", optional, adds
             masks (`PostProcessSegm`); "panoptic", optional, gives panoptic pictures (`PostProcessPanoptic`), and the
-            loader's dataset is then a `CocoPanoptic`.
+            loader's dataset is then a `CocoPanoptic`. Or "line" alone: lines of each image (`PostProcess_Line`).
         base_ds: the annotations of boxes and masks.
         output_dir: panoptic pictures and lists are written to its ``panoptic_eval/``; empty: nowhere.
         categories: maps the model's labels to category ids. None: they are the same.
@@ -164,14 +164,14 @@ def evaluate(
     Returns:
         Means of the losses as in `train_one_epoch`, with "coco_eval_bbox" and, for masks, "coco_eval_masks" =
         pycocotools' twelve numbers; for panoptic pictures "PQ_all", "PQ_th" and "PQ_st" (see `evaluation.pq_compute`;
-        not in other processes than the first); and the evaluator.
+        not in other processes than the first); for lines "line_eval", see `LineEvaluator.stats`; and the evaluator.
     """
     dtype = _autocast_dtype(precision)
     model.eval()
     criterion.eval()
     metrics = Metrics()
     iou_types = [kind for kind in ("segm", "bbox") if kind in postprocessors]
-    evaluator = CocoEvaluator(base_ds, iou_types)
+    evaluator = LineEvaluator(base_ds) if "line" in postprocessors else CocoEvaluator(base_ds, iou_types)
     panoptic = _panoptic_evaluator(data_loader, output_dir) if "panoptic" in postprocessors else None
 
     for samples, targets in Progress(data_loader, "Test:", metrics, print_freq, device):
@@ -179,12 +179,12 @@ def evaluate(
         original_sizes, sizes = (torch.stack([target[key] for target in targets]) for key in ("orig_size", "size"))
         samples, targets = _to_device(samples, targets, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            outputs = model(samples)
+            outputs = _outputs(model, samples)
         loss_dict = criterion(outputs, targets)
         loss = _weighted_sum(loss_dict, criterion.weight_dict)
         metrics.update(_named_losses(loss_dict, loss, criterion.weight_dict, samples))
 
-        results = postprocessors["bbox"](outputs, original_sizes)
+        results = postprocessors["line" if "line" in postprocessors else "bbox"](outputs, original_sizes)
         if "segm" in postprocessors:
             results = postprocessors["segm"](results, outputs, original_sizes, sizes)
         if categories is not None:
@@ -207,6 +207,8 @@ def evaluate(
     for kind, name in (("bbox", "coco_eval_bbox"), ("segm", "coco_eval_masks")):
         if kind in iou_types:
             stats[name] = evaluator.coco_eval[kind].stats.tolist()
+    if "line" in postprocessors:
+        stats["line_eval"] = evaluator.stats
     if panoptic is not None:
         panoptic.synchronize_between_processes()
         quality = panoptic.summarize()
@@ -262,7 +264,8 @@ def _named_losses(
     named = {"loss": loss}
     named.update({name: value * weights[name] for name, value in loss_dict.items() if name in weights})
     named.update({f"{name}_unscaled": value for name, value in loss_dict.items()})
-    named["class_error"] = loss_dict["class_error"]
+    if "class_error" in loss_dict:
+        named["class_error"] = loss_dict["class_error"]
     named["padding"] = samples.mask.float().mean()
     if optimizer is not None:
         named["lr"] = torch.full_like(loss, optimizer.param_groups[0]["lr"], dtype=torch.float64)
@@ -271,6 +274,12 @@ def _named_losses(
 
 def _weighted_sum(loss_dict: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     return sum(value * weights[name] for name, value in loss_dict.items() if name in weights)
+
+
+def _outputs(model: nn.Module, samples: NestedTensor) -> dict:
+    """The model's outputs; LETR's second stage returns something beside them."""
+    outputs = model(samples)
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def _to_device(samples, targets, device: torch.device) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
@@ -298,7 +307,7 @@ def _explain(model, criterion, batch, epoch: int, device: torch.device, dtype: t
         if reason is not None:
             return f"{where}: {reason}"
         model.zero_grad()
-        outputs = model(samples)
+        outputs = _outputs(model, samples)
     loss_dict = criterion(outputs, targets)
     bad = [name for name, value in loss_dict.items() if not torch.isfinite(value)]
     if bad:

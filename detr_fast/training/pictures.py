@@ -82,6 +82,30 @@ def _caption(draw, text: str, x: float, y: float, colour, font, size: tuple[int,
     draw.text((x + 3, y + 2), text, fill="black" if is_light else "white", font=font)
 
 
+def draw_lines(image: Image.Image, lines: Sequence[Sequence[float]]) -> Image.Image:
+    """A copy of an image with line segments, each in a colour of its own, and dots at their ends.
+
+    Args:
+        image: any size; one whose long side is below 480 pixels is enlarged.
+        lines: n times x1, y1, x2, y2 in the image's pixels.
+    """
+    picture, factor = _enlarged(image)
+    draw = ImageDraw.Draw(picture)
+    width = max(2, round(max(picture.size) / 250))
+    for i, line in enumerate(lines):
+        ends = [value * factor for value in line]
+        draw.line(ends, fill=colour_of(i), width=width)
+        for x, y in (ends[:2], ends[2:]):
+            draw.ellipse((x - 2 * width, y - 2 * width, x + 2 * width, y + 2 * width), fill=colour_of(i))
+    return picture
+
+
+def _enlarged(image: Image.Image) -> tuple[Image.Image, int]:
+    factor = max(1, -(-_SHORTEST_LONG_SIDE // max(image.size)))
+    size = (image.width * factor, image.height * factor)
+    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC), factor
+
+
 def draw_samples(
     path: str | os.PathLike,
     coco: COCO,
@@ -96,8 +120,8 @@ def draw_samples(
         coco: the annotations.
         images_dir: folder of the images.
         results: image id → "boxes" [n, 4] x0, y0, x1, y1 in pixels, "labels" [n] category ids, "scores" [n], and, to
-            draw masks, "masks" [n, 1, H, W].
-        threshold: lowest score to draw. Where no prediction reaches it, the best three are drawn.
+            draw masks, "masks" [n, 1, H, W]; or "lines" [n, 4] x1, y1, x2, y2 in pixels and "scores" [n].
+        threshold: lowest score to draw. Where no prediction reaches it, the best three are drawn (of lines none).
     """
     names = {category["id"]: category.get("name", str(category["id"])) for category in coco.loadCats(coco.getCatIds())}
     rows = []
@@ -105,6 +129,11 @@ def draw_samples(
         with Image.open(Path(images_dir) / coco.loadImgs(image_id)[0]["file_name"]) as file:
             image = file.convert("RGB")
         truth = [ann for ann in coco.loadAnns(coco.getAnnIds(image_id)) if not ann.get("iscrowd", 0)]
+        if "lines" in result:
+            lines = [(x, y, x + dx, y + dy) for x, y, dx, dy in (ann["line"] for ann in truth)]
+            best = result["scores"].cpu() >= threshold
+            rows.append(_beside(draw_lines(image, lines), draw_lines(image, result["lines"].cpu()[best].tolist())))
+            continue
         boxes = [(x, y, x + w, y + h) for x, y, w, h in (ann["bbox"] for ann in truth)]
         masks = [coco.annToMask(ann) for ann in truth] if "masks" in result else None
         left = draw_detections(image, boxes, [ann["category_id"] for ann in truth], names, masks=masks)
@@ -152,12 +181,19 @@ _CURVES = (
     ("loss", ("loss",)),
     (
         "losses, unweighted",
-        ("loss_ce_unscaled", "loss_bbox_unscaled", "loss_giou_unscaled", "loss_mask_unscaled", "loss_dice_unscaled"),
+        (
+            "loss_ce_unscaled",
+            "loss_bbox_unscaled",
+            "loss_giou_unscaled",
+            "loss_mask_unscaled",
+            "loss_dice_unscaled",
+            "loss_line_unscaled",
+        ),
     ),
     ("class error [%]", ("class_error",)),
     (
         "COCO average precision, panoptic quality",
-        ("coco_eval_bbox_AP", "coco_eval_bbox_AP50", "coco_eval_masks_AP", "PQ_all_pq"),
+        ("coco_eval_bbox_AP", "coco_eval_bbox_AP50", "coco_eval_masks_AP", "PQ_all_pq", "line_eval_sAP10"),
     ),
 )
 

@@ -20,11 +20,13 @@ from torch.amp import GradScaler
 
 from detr_fast.data.categories import Categories
 from detr_fast.data.coco import CocoDetection, build_dataset, read_annotations
+from detr_fast.data.lines import LineDetection, make_line_transforms
 from detr_fast.data.loader import EpochLoader, PackedCollate, build_loader
 from detr_fast.data.panoptic import CocoPanoptic
 from detr_fast.data.transforms import Compose, RandomHorizontalFlip, make_coco_transforms
+from detr_fast.evaluation import LineEvaluator
 from detr_fast.models.build import build_model
-from detr_fast.models.detr import DETR
+from detr_fast.models.letr import LETRstack, load_first_stage
 from detr_fast.models.segmentation import DETRsegm
 from detr_fast.training.checkpoint import (
     DETECTOR,
@@ -49,6 +51,8 @@ from detr_fast.training.pictures import draw_curves, draw_samples
 MODEL_ARGS = (
     "backbone", "backbone_norm", "backbone_level", "dilation", "position_embedding", "enc_layers", "dec_layers",
     "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "masks", "image_size", "max_size",
+    "layer1_num", "LETRpost", "layer2_num", "second_enc_layers", "second_dec_layers", "second_dim_feedforward",
+    "second_hidden_dim", "second_nheads", "second_dropout", "second_pre_norm",
 )  # fmt: skip
 # COCO's panoptic ids end at 200; the original's models, and so its checkpoints, have this many classes.
 _COCO_PANOPTIC_CLASSES = 250
@@ -121,8 +125,8 @@ def build(args: argparse.Namespace, own_weights: bool) -> tuple[nn.Module, nn.Mo
     return built
 
 
-def detector_of(model: nn.Module) -> DETR:
-    """The detector in a model with masks, or the model itself."""
+def detector_of(model: nn.Module) -> nn.Module:
+    """The detector in a model with masks, or the model itself: what has the backbone."""
     return model.detr if isinstance(model, DETRsegm) else model
 
 
@@ -143,7 +147,8 @@ class Trainer:
     Attributes:
         epoch: the next epoch.
         steps: optimiser steps so far.
-        best: the best AP so far (of masks, if there are some, otherwise of boxes), None before the first evaluation.
+        best: the best AP so far (of masks, if there are some, otherwise of boxes; of lines sAP10), None before the
+            first evaluation.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
@@ -153,7 +158,10 @@ class Trainer:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         self.dataset_train = build_dataset("train", args, uint8=True)
         if args.augmentation == "flip":
-            resize = make_coco_transforms("val", scales=args.image_size, max_size=args.max_size, uint8=True)
+            if isinstance(self.dataset_train, LineDetection):
+                resize = make_line_transforms("val", scale=args.image_size, max_size=args.max_size, uint8=True)
+            else:
+                resize = make_coco_transforms("val", scales=args.image_size, max_size=args.max_size, uint8=True)
             transforms = "transforms" if isinstance(self.dataset_train, CocoPanoptic) else "_transforms"
             setattr(self.dataset_train, transforms, Compose([RandomHorizontalFlip(), resize]))
         self.dataset_val = build_dataset("val", args, categories=self.dataset_train.categories, uint8=True)
@@ -176,7 +184,9 @@ class Trainer:
         if weights is not None:
             for line in load_weights(self.model, weights, args.weights):
                 say(f"--weights: not taken, starts fresh: {line}")
-        if frozen is not None:
+        if frozen is not None and isinstance(self.model, LETRstack):
+            load_first_stage(self.model, frozen)
+        elif frozen is not None:
             load_model(self.model.detr, frozen, f"--frozen_weights {args.frozen_weights}")
         self.optimizer = build_optimizer(self.model, args)
         self.steps_per_epoch = math.ceil(len(self.loader_train) / args.accumulate_steps)
@@ -261,9 +271,10 @@ class Trainer:
             row.update({f"test_{name}": value for name, value in self._evaluate(epoch).items()})
         # Of masks, where there are some: a frozen detector's boxes are always the same.
         stats = row.get("test_coco_eval_masks", row.get("test_coco_eval_bbox"))
-        is_best = stats is not None and (self.best is None or stats[0] > self.best)
+        score = row["test_line_eval"]["sAP10"] if "test_line_eval" in row else stats[0] if stats else None
+        is_best = score is not None and (self.best is None or score > self.best)
         if is_best:
-            self.best = stats[0]
+            self.best = score
         row.update(epoch=epoch, n_parameters=self.n_parameters)
         if self.log is not None:
             self.log.append(row)
@@ -400,6 +411,7 @@ def _image_folder(dataset: CocoDetection | CocoPanoptic):
 
 
 def _loader(dataset: CocoDetection | CocoPanoptic, args: argparse.Namespace, train: bool) -> EpochLoader:
+    is_lines = isinstance(dataset, LineDetection)
     return build_loader(
         dataset,
         args.batch_size,
@@ -408,7 +420,7 @@ def _loader(dataset: CocoDetection | CocoPanoptic, args: argparse.Namespace, tra
         distributed=args.distributed,
         seed=args.seed,
         group_by_size=None if train and args.group_by_size else False,
-        collate_fn=PackedCollate(),
+        collate_fn=PackedCollate(mean=dataset.mean, std=dataset.std) if is_lines else PackedCollate(),
     )
 
 
@@ -444,7 +456,11 @@ def save_evaluation(evaluator, path: Path) -> None:
 
     Keys: "precision" [IoU thresholds, recalls, classes, areas, detections], "scores" likewise, "recall" without the
     second axis, "counts", and "stats", the twelve numbers; -1 where there is no object.
+    Of lines there are only `LineEvaluator.stats`.
     """
+    if isinstance(evaluator, LineEvaluator):
+        save_checkpoint({"stats": dict(evaluator.stats)}, path)
+        return
     curves = evaluator.coco_eval["bbox"].eval
     state = {name: torch.from_numpy(curves[name]) for name in ("precision", "recall", "scores")}
     state["counts"] = list(curves["counts"])
@@ -472,9 +488,12 @@ def load_for_inference(
     checkpoint = read_checkpoint(path)
     theirs = checkpoint.get("args", {})
     for name in (*MODEL_ARGS, "aux_loss", "set_cost_class", "set_cost_bbox", "set_cost_giou", "bbox_loss_coef",
-                 "giou_loss_coef", "mask_loss_coef", "dice_loss_coef", "eos_coef", "thing_classes"):  # fmt: skip
+                 "giou_loss_coef", "mask_loss_coef", "dice_loss_coef", "eos_coef", "thing_classes",
+                 "set_cost_line", "line_loss_coef", "label_loss_func", "label_loss_params"):  # fmt: skip
         if name in theirs and name not in given:
             setattr(args, name, theirs[name])
+    if "lines" in (args.dataset_file, theirs.get("dataset_file")):
+        args.dataset_file = "lines"
     state = checkpoint["model"]
     if "ema" in checkpoint:
         say(f"{path}: using its averaged weights (EMA)")
@@ -543,7 +562,7 @@ def evaluate_checkpoint(args: argparse.Namespace, given: set[str], path: str) ->
     )
     if is_main_process():
         for iou_type, title in (("bbox", "category"), ("segm", "category (masks)")):
-            if iou_type not in evaluator.iou_types:
+            if iou_type not in getattr(evaluator, "iou_types", ()):
                 continue
             rows = evaluator.per_class(iou_type)
             width = max(len(title), *(len(name) for name in rows))
