@@ -1,0 +1,176 @@
+"""The fused body against the same modules called one by one."""
+
+import copy
+
+import pytest
+import torch
+from plain_detr import randomize_norms
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d
+from detr_fast.models import backbone as backbone_module
+from detr_fast.models.backbone import BackboneBase
+
+
+def _body(block=BasicBlock, norm=FrozenBatchNorm2d, level=1, **options):
+    """A shallow, and for bottlenecks narrow, ResNet: one block per stage, two in layer2."""
+    resnet = ResNet(block, [1, 2, 1, 1], norm_layer=norm, **options)
+    base = BackboneBase(resnet, True, 1, True, level=level)
+    randomize_norms(base)
+    return base.body
+
+
+@pytest.fixture
+def folded(monkeypatch):
+    """The folded convolutions that were computed, by their weight."""
+    calls = []
+
+    def counted(x, weight, *args, **kwargs):
+        calls.append(weight)
+        return folded_conv(x, weight, *args, **kwargs)
+
+    folded_conv = backbone_module.folded_conv
+    monkeypatch.setattr(backbone_module, "folded_conv", counted)
+    return calls
+
+
+def _step(body, x, fused):
+    body.fused = fused
+    body.zero_grad()
+    out = body(x)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(level.shape, generator=generator).to(level) for level in list(out.values())[1:]]
+    torch.autograd.backward(list(out.values())[1:], cotangents)
+    return list(out.values()), {name: p.grad for name, p in body.named_parameters() if p.grad is not None}
+
+
+NARROW = dict(block=Bottleneck, width_per_group=4)
+BODIES = {
+    "basic": dict(level=1),
+    "bottleneck-dilated": dict(**NARROW, level=3, replace_stride_with_dilation=[False, False, True]),
+    "bottleneck-groups": dict(**NARROW, level=1, groups=4),
+}
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_fused_body_equals_its_modules(kind, folded):
+    """In float64, where no ReLU is active on one side only because of rounding."""
+    body = _body(**BODIES[kind]).double()
+    x = torch.randn(2, 3, 33, 40, dtype=torch.float64)
+    out, gradients = _step(body, x, fused=True)
+    convolutions = [module.weight for module in body.modules() if isinstance(module, nn.Conv2d)]
+    assert {id(w) for w in folded} == {id(w) for w in convolutions} and len(folded) == len(convolutions)
+    expected, expected_gradients = _step(body, x, fused=False)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    assert gradients.keys() == expected_gradients.keys() and all(name.startswith("layer") for name in gradients)
+    assert not any(name.startswith("layer1") for name in gradients)
+    for name, gradient in gradients.items():
+        limit = 1e-9 * expected_gradients[name].abs().max().item()
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=0, atol=limit)
+
+
+def test_fused_body_in_float32():
+    body = _body(**NARROW)
+    x = torch.randn(2, 3, 40, 33)
+    out, gradients = _step(body, x, fused=True)
+    expected, expected_gradients = _step(body, x, fused=False)
+    for value, right in zip(out, expected, strict=True):
+        assert (value - right).abs().max() <= 1e-5 * right.abs().max()
+    for name, gradient in gradients.items():
+        right = expected_gradients[name]
+        assert (gradient - right).abs().max() <= 1e-5 * right.abs().max(), name
+
+
+def test_frozen_stages_keep_nothing():
+    body = _body()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = body(torch.randn(1, 3, 40, 40))
+    assert not out["0"].requires_grad and out["1"].requires_grad
+    kept = {t.data_ptr() for t in saved if t.dim() == 4 and t.shape[-1] > 3}
+    # layer2: its input, and what each of its four convolutions with a ReLU puts out.
+    assert len(kept) == 5 and out["0"].data_ptr() in kept and out["1"].data_ptr() in kept
+
+
+def test_nothing_is_promoted_to_float32():
+    body = _body()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = body(torch.randn(1, 3, 40, 40))
+        body.fused = False
+        expected = body(torch.randn(1, 3, 40, 40))
+    assert [level.dtype for level in out.values()] == [torch.bfloat16] * 2 == [x.dtype for x in expected.values()]
+
+
+def test_bfloat16_error_is_within_twice_the_modules():
+    body = _body()
+    exact = copy.deepcopy(body).double()
+    x = torch.randn(1, 3, 40, 40)
+    errors = {}
+    right = exact(x.double())["1"]
+    for fused in (True, False):
+        body.fused = fused
+        with torch.autocast("cpu", torch.bfloat16):
+            errors[fused] = (body(x)["1"].double() - right).abs()
+    assert errors[True].mean() <= 2 * errors[False].mean() and errors[True].max() <= 2 * errors[False].max()
+
+
+def _watch(body):
+    body.layer1[0].conv1.register_forward_hook(lambda *args: None)
+
+
+def _replace(body):
+    body.layer2[1].relu = nn.GELU()
+
+
+def _thaw(body):
+    body.layer2[0].bn1 = nn.BatchNorm2d(128)
+
+
+@pytest.mark.parametrize("change", [_watch, _replace, _thaw])
+@torch.no_grad()
+def test_changed_modules_are_called(change, folded):
+    body = _body().eval()
+    change(body)
+    x = torch.randn(1, 3, 40, 40)
+    out = body(x)
+    body.fused = False
+    assert folded == [] and all(torch.equal(a, b) for a, b in zip(out.values(), body(x).values(), strict=True))
+
+
+@pytest.mark.parametrize("norm", [BatchNorm2d, lambda n: nn.GroupNorm(32, n)])
+@torch.no_grad()
+def test_trained_norms_are_not_folded(norm, folded):
+    _body(level=0, norm=norm)(torch.randn(1, 3, 40, 40))
+    assert folded == []
+
+
+def test_hooks_fire():
+    body = _body(level=0)
+    seen = []
+    body.layer1[0].bn1.register_forward_hook(lambda *args: seen.append(args))
+    body(torch.randn(1, 3, 40, 40))
+    assert len(seen) == 1
+
+
+def test_other_dtypes_are_refused_as_by_a_convolution():
+    with pytest.raises(RuntimeError, match="should be the same|expected scalar type"):
+        _body(level=0)(torch.randn(1, 3, 40, 40).bfloat16())
+
+
+@pytest.mark.gpu
+def test_fused_body_on_a_gpu():
+    body = _body(**NARROW).cuda()
+    exact = copy.deepcopy(body).double()
+    x = torch.randn(2, 3, 128, 96, device="cuda")
+    right, _ = _step(exact, x.double(), fused=False)
+    errors, grads = {}, {}
+    for fused in (True, False):
+        with torch.autocast("cuda", torch.bfloat16):
+            out, grads[fused] = _step(body, x, fused)
+        assert out[-1].dtype == torch.bfloat16
+        errors[fused] = (out[-1].double() - right[-1]).abs().mean()
+    assert errors[True] <= 2 * errors[False]
+    for name, gradient in grads[True].items():
+        difference = (gradient - grads[False][name]).norm() / grads[False][name].norm()
+        assert difference < 0.1, name
