@@ -35,8 +35,8 @@ def make_shapes_dataset(
 ) -> Path:
     """Writes JPEG files and COCO json under ``root``, where ``coco_path`` finds them.
 
-    Each image has 1 to ``max_objects`` large objects (diameter 0.35 to 0.6 of the short side) in a shade of
-    the class's colour, which barely overlap, in one of five shapes of image: 1:1, 4:3, 3:2, lying or standing. Boxes, areas and
+    Each image has 1 to ``max_objects`` large objects (diameter 0.35 to 0.6 of the short side) in a shade of the class's
+    colour, which barely overlap, in one of five shapes of image: 1:1, 4:3, 3:2, lying or standing. Boxes, areas and
     polygons are exact up to the drawing's pixels. An image is a function of (seed, split, its number) alone, so a
     larger set begins with the smaller one.
 
