@@ -311,9 +311,24 @@ def _explain(model, criterion, batch, epoch: int, device: torch.device, dtype: t
     loss_dict = criterion(outputs, targets)
     bad = [name for name, value in loss_dict.items() if not torch.isfinite(value)]
     if bad:
+        reason = _refusal(criterion, outputs, targets)
+        if reason is not None:
+            return f"{where}: {reason}"
         return f"{where}: images, weights and all modules' outputs are finite, {', '.join(bad)} is not"
     _weighted_sum(loss_dict, criterion.weight_dict).backward()
     reason = explain_gradients(model)
     if reason is not None:
         return f"{where}: {reason}"
     return f"{where}; computed once more, with other dropout, it is finite. A lower learning rate may help"
+
+
+def _refusal(criterion, outputs, targets) -> str | None:
+    """What the matcher says against the batch: on a GPU the criterion gives NaN instead of waiting to be told."""
+    if not hasattr(criterion, "matcher"):
+        return None
+    try:
+        for layer in (outputs, *outputs.get("aux_outputs", [])):
+            criterion.matcher(layer, targets)
+    except ValueError as error:
+        return str(error)
+    return None
