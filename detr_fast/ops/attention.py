@@ -7,6 +7,8 @@ of four holds the columns 8 j + 2 g + b at byte 2 j + b (j < 8, b < 2): the elem
 in a matrix product's result, so that a kernel can use all 16 bytes where they are made.
 """
 
+import math
+
 import torch
 
 from detr_fast.ops._dispatch import use_kernel
@@ -47,7 +49,8 @@ def attention(
             nor 1 unless `dropout_p` is), is what is applied and what the kept elements are scaled up for.
         seed: [1] int64 on the same device, fixes the dropout mask; None draws one from torch's generator of that
             device, so that `torch.manual_seed`, checkpointing and CUDA graphs behave as with torch's own dropout.
-        scale: positive, multiplies q kᵀ; None means D ** -0.5.
+        scale: multiplies q kᵀ, finite; None means D ** -0.5. The kernels take a positive one: zero and negative ones
+            are multiplied into `query` beforehand, in its dtype.
 
     Returns:
         out [B, H, Lq, Dv] in the inputs' dtype, a view of [B, Lq, H, Dv]-contiguous memory; and the natural
@@ -58,7 +61,7 @@ def attention(
         TypeError: a dtype is not one of the four or the three differ; `key_padding_mask` is not bool; `seed` is not an
             int64 tensor.
         ValueError: shapes do not fit together, devices differ, `dropout_p` is outside 0..1, `scale` is not
-            positive.
+            finite.
         NotImplementedError: under `torch.vmap`.
         RuntimeError: when differentiated twice.
 
@@ -76,8 +79,10 @@ def attention(
     elif seed is None:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not scale > 0:
-        raise ValueError(f"scale is {scale}; expected a positive number")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; expected a finite number")
+    if scale <= 0:
+        query, scale = query * scale, 1.0
     return _attention(query, key, value, key_padding_mask, float(dropout_p), seed, scale)
 
 

@@ -51,6 +51,19 @@ def test_attention_matches_sdpa(dtype):
         torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=4e-7, atol=4e-7)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_attention_of_a_scale_that_is_not_positive(scale):
+    inputs, mask = make_inputs(), make_mask(all_padded=False)
+    out, lse = attention(*inputs, mask, scale=scale)
+    want = F.scaled_dot_product_attention(*inputs, attn_mask=~mask[:, None, None, :], scale=scale)
+    scores = ((inputs[0] @ inputs[1].transpose(-2, -1)) * scale).masked_fill(mask[:, None, None, :], -math.inf)
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    grad = torch.randn_like(want)
+    results = (out, *torch.autograd.grad(out, inputs, grad))
+    for a, b in zip(results, (want, *torch.autograd.grad(want, inputs, grad)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_attention_output_memory():
     """out and the gradients are [B, L, H, D] in memory, also where a size is one; logsumexp is contiguous."""
     for batch, heads in ((2, 3), (1, 1), (2, 1)):
@@ -270,7 +283,7 @@ def test_attention_refuses_double_backward_and_vmap():
         ({"dropout_p": 1.5}, ValueError, "0..1"),
         ({"seed": 5}, TypeError, "int64 tensor"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, r"\[1\]"),
-        ({"scale": 0.0}, ValueError, "positive"),
+        ({"scale": math.inf}, ValueError, "finite"),
         ({"value": torch.zeros(2, 3, 7, 4, device="meta")}, ValueError, "one device"),
     ],
 )
