@@ -175,7 +175,7 @@ def test_checkpoint_with_other_heads_is_refused_with_shapes(own_data, checkpoint
         (["train", "--no_such_flag"], ["--no_such_flag"]),
         (["train", "--device", "cpu"], ["no train data"]),
         (["train", "--device", "cpu", "--coco_path", "nowhere"], ["nowhere"]),
-        (["train", "--masks", "--coco_path", "x"], ["--masks", "segmentation"]),
+        (["train", "--frozen_weights", "x.pth", "--coco_path", "x"], ["--frozen_weights", "--masks"]),
         (["train", "--world_size", "4", "--device", "cpu"], ["torchrun --nproc-per-node 4"]),
         (["eval", "--coco_path", "x"], ["--weights"]),
         (["eval", "--weights", "absent.pth", "--coco_path", "x", "--device", "cpu"], ["absent.pth"]),

@@ -12,6 +12,7 @@ Source: facebookresearch/detr, models/segmentation.py.
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ from detr_fast.models.backbone import Joiner
 from detr_fast.models.detr import DETR, as_nested
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.ops import joint_softmax
+
+_QUERIES_AT_ONCE = 25
 
 
 class DETRsegm(nn.Module):
@@ -112,6 +115,7 @@ class MaskHeadSmallConv(nn.Module):
 
     The parameters are the original's. Of the first convolution the channels that read the features and those that read
     the attention maps are applied apart, since a convolution is linear: 256 of DETR's 264 channels once per image.
+    Without gradients the queries are computed 25 at a time.
 
     Args:
         dim: channels of features and attention maps together; a multiple of 8, as the group norms need.
@@ -162,22 +166,23 @@ class MaskHeadSmallConv(nn.Module):
         Returns:
             [B * Q, 1, h_3, w_3] logits.
         """
+        shared = F.conv2d(x, self.lay1.weight[:, : x.shape[1]], self.lay1.bias, padding=1)
+        adapters = (self.adapter1, self.adapter2, self.adapter3)
+        levels = [adapter(fpn) for adapter, fpn in zip(adapters, fpns, strict=True)]
+        # Without a backward pass that needs them, nobody holds all queries' intermediate results at once.
+        parts = (bbox_mask,) if torch.is_grad_enabled() else bbox_mask.split(_QUERIES_AT_ONCE, dim=1)
+        masks = [self._masks(part, shared, levels).unflatten(0, part.shape[:2]) for part in parts]
+        return torch.cat(masks, dim=1).flatten(0, 1)
+
+    def _masks(self, bbox_mask: Tensor, shared: Tensor, levels: Sequence[Tensor]) -> Tensor:
+        """[B * Q, 1, h, w] of some queries, from what the images' queries have in common."""
+        maps = bbox_mask.shape[2]
         queries = bbox_mask.shape[1]
-        features = x.shape[1]
-        shared = F.conv2d(x, self.lay1.weight[:, :features], self.lay1.bias, padding=1)
-        y = F.conv2d(bbox_mask.flatten(0, 1), self.lay1.weight[:, features:], padding=1)  # [B * Q, dim, h, w]
-        y = _add_to_queries(y, shared, queries)
-        y = _norm_relu(self.gn1, y)
+        y = F.conv2d(bbox_mask.flatten(0, 1), self.lay1.weight[:, -maps:], padding=1)  # [B * Q, dim, h, w]
+        y = _norm_relu(self.gn1, _add_to_queries(y, shared, queries))
         y = _norm_relu(self.gn2, self.lay2(y))
-        levels = zip(
-            (self.adapter1, self.adapter2, self.adapter3),
-            fpns,
-            (self.lay3, self.lay4, self.lay5),
-            (self.gn3, self.gn4, self.gn5),
-            strict=True,
-        )
-        for adapter, fpn, layer, norm in levels:
-            level = adapter(fpn)
+        layers = ((self.lay3, self.gn3), (self.lay4, self.gn4), (self.lay5, self.gn5))
+        for level, (layer, norm) in zip(levels, layers, strict=True):
             y = F.interpolate(y, size=level.shape[-2:], mode="nearest")
             y = _norm_relu(norm, layer(_add_to_queries(y, level, queries)))
         return self.out_lay(y)

@@ -103,7 +103,17 @@ def test_mask_head_never_repeats_the_features():
 
     with torch.no_grad(), Watch():
         head(x, bbox_mask, fpns)
-    assert largest == []
+    assert largest == [(2, 3, 1, 20, 33)]  # the masks themselves
+
+
+def test_mask_head_without_gradients_gives_the_same():
+    head = make_head()
+    x, _, fpns = head_inputs()
+    bbox_mask = torch.rand(2, 53, 8, 3, 5)  # three parts of at most 25 queries
+    with torch.no_grad():
+        out = head(x, bbox_mask, fpns)
+    torch.testing.assert_close(out, head(x, bbox_mask, fpns), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out[[0, 52, 53, 105]], plain_head(head, x, bbox_mask[:, [0, 52]], fpns))
 
 
 def test_mask_head_double_agrees_with_single():

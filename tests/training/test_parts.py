@@ -47,7 +47,6 @@ def test_given_flags_are_told_from_defaults():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--masks"], "--masks"),
         (["--frozen_weights", "a.pth"], "--frozen_weights"),
         (["--dataset_file", "coco_panoptic"], "coco_panoptic"),
         (["--coco_panoptic_path", "p"], "--coco_panoptic_path"),
