@@ -9,8 +9,9 @@ from . import PRECISIONS, SUITES
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's arguments to `parser`; `run` takes what it parses."""
     parser.add_argument(
-        "suite", choices=[*SUITES, "all", "report", "static"],
-        help="what to measure; report: write the README's table from the results; static: what the compiler says",
+        "suite", choices=[*SUITES, "train", "all", "report", "static"],
+        help="what to measure; train: the whole training step, ours beside the original's; report: write the README's "
+        "table from the results; static: what the compiler says",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few cases, short measurements")
     parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS)
     parser.add_argument("--mode", nargs="+", choices=["forward", "backward", "both"])
     parser.add_argument("--batch", nargs="+", type=int)
-    parser.add_argument("--model", nargs="+", choices=["R50", "DC5"])
+    parser.add_argument("--model", nargs="+", choices=["R50", "R101", "DC5"], help="R101: for train")
     parser.add_argument(
         "--padding", nargs="+", help="none, coco, coco-dense, or validNN: about NN %% of the tokens valid"
     )

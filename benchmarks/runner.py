@@ -12,7 +12,7 @@ import torch
 
 from detr_fast.ops._dispatch import use_kernel
 
-from . import SUITES, plan
+from . import plan
 from .case import Row, Settings
 from .ceilings import measure_ceilings
 from .harness import run_case
@@ -21,7 +21,9 @@ from .provenance import device_name, provenance, slug
 from .results import load, load_record, save, suite_record
 from .table import print_case, print_ceilings
 
-# Shares of a whole run's time budget, and the seconds a process takes before it measures.
+# Shares of a whole run's time budget (of what the training step leaves), and the seconds a process takes before it
+# measures.
+TRAIN_SHARE = 0.3
 SHARES = {"collate": 0.15, "position": 0.12, "attention": 0.48, "mha": 0.25}
 START_UP = 6.0
 CHOICES = ("precision", "mode", "batch", "model", "padding", "kind", "dropout")
@@ -43,11 +45,17 @@ def run(args: argparse.Namespace) -> int:
         from .static import run_static
 
         return run_static(not args.no_save)
+    if args.suite == "train" and args.interpret:
+        raise ValueError("train: not through the interpreter; expected a GPU, or a CPU without --interpret")
     if args.interpret and os.environ.get("TRITON_INTERPRET") != "1":
         # The interpreter must be chosen before Triton is imported.
         return _again(args, args.suite, {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"})
     if args.suite == "all":
         return _run_all(args)
+    if args.suite == "train":
+        from .train import run_train
+
+        return run_train(args, _device(args))
     return _run_suite(args)
 
 
@@ -109,8 +117,11 @@ def _again(args: argparse.Namespace, suite: str, environment: dict[str, str], ti
 def _run_all(args: argparse.Namespace) -> int:
     """Every suite in a process of its own, so that a broken kernel does not take the other suites with it."""
     status = {}
-    for suite in SUITES:
-        share = None if args.budget is None else args.budget * SHARES[suite]
+    shares = {suite: (1 - TRAIN_SHARE) * share for suite, share in SHARES.items()} | {"train": TRAIN_SHARE}
+    if args.interpret:
+        del shares["train"]  # no kernel of its own
+    for suite in shares:
+        share = None if args.budget is None else args.budget * shares[suite]
         # Importing PyTorch counts, and a case that has begun may end.
         each = argparse.Namespace(**vars(args) | {"budget": share and max(1.0, share - START_UP)})
         status[suite] = _again(each, suite, {}, timeout=share and share + max(8.0, 0.1 * share))

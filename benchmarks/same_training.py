@@ -73,10 +73,10 @@ def tiny_detr(level: int = 1) -> DETR:
     return DETR(Joiner(backbone, PositionEmbeddingSine(32, normalize=True)), transformer, CLASSES, 12, True)
 
 
-def criterion(matcher: type[HungarianMatcher], layers: int) -> SetCriterion:
+def criterion(matcher: type[HungarianMatcher], layers: int, classes: int = CLASSES) -> SetCriterion:
     weights = dict(WEIGHTS)
     weights.update({f"{name}_{i}": value for i in range(layers - 1) for name, value in WEIGHTS.items()})
-    return SetCriterion(CLASSES, matcher(1, 5, 2), weights, 0.1, ["labels", "boxes", "cardinality"])
+    return SetCriterion(classes, matcher(1, 5, 2), weights, 0.1, ["labels", "boxes", "cardinality"])
 
 
 def shape_batches(root: Path, count: int, batch: int, image_size: tuple[int, int], seed: int) -> list[tuple]:
