@@ -102,6 +102,7 @@ def test_matching_cost_large_logits(_implementation):
     logits, *others = make_inputs(classes=130, layers=1)
     logits[..., 70] = 3e4
     logits[..., :65] = -torch.inf
+    others[1][:4] = torch.tensor([70, 3, 129, 70])  # the labels
     want = matching_cost_reference(logits.double(), *others, 1, 0, 0)
     assert want.isfinite().all()
     torch.testing.assert_close(matching_cost(logits, *others, 1, 0, 0).double(), want, rtol=1e-5, atol=1e-6)
