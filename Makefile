@@ -15,9 +15,10 @@ BASE_PYTHON ?= python3
 .PHONY: test demo gpu clean
 
 $(VENV)/ready: setup.py pyproject.toml
+	@echo "installing into $(VENV); torch is large, this takes minutes the first time"
 	$(BASE_PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet -e ".[test]"
+	$(VENV)/bin/python -m pip install --quiet --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --quiet -e ".[test]"
 	@touch $@
 
 # Two processes side by side: the kernels through Triton's interpreter, and everything else. The interpreter must be

@@ -40,7 +40,6 @@ setup(
     },
     entry_points={"console_scripts": ["detr-fast = detr_fast.cli:main"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
