@@ -351,8 +351,12 @@ def measure_case(
     seed: int = 0,
     seconds: float = 10.0,
     min_rounds: int = 5,
+    deadline: float = float("inf"),
 ) -> list[Row]:
-    """Checks every variant, then measures the right ones interleaved; with `ceilings` None it only checks."""
+    """Checks every variant, then measures the right ones interleaved; with `ceilings` None it only checks.
+
+    After `deadline` (of `time.monotonic`) no further variant is prepared; the first three always are.
+    """
     torch.manual_seed(seed)
     model = build_model(name, dropout=0.1)
     batch = make_batch(shape, device, seed)
@@ -362,6 +366,9 @@ def measure_case(
     expected = None
     for variant in chosen:
         row = rows[variant.name] = Row(name, shape.batch, padding, variant.name, "checked")
+        if time.monotonic() > deadline and len(rows) > 3:
+            row.status, row.reason = "unavailable", "time budget"
+            continue
         try:
             torch._dynamo.reset()
             step = Step(variant, copy.deepcopy(model), device)
@@ -475,6 +482,7 @@ def run_train(args: argparse.Namespace, device: torch.device) -> int:
             seed=args.seed,
             seconds=(5.0 if args.quick else 15.0) if cuda else 1.0,
             min_rounds=5 if cuda else 3,
+            deadline=float("inf") if args.budget is None else started + 0.6 * args.budget,
         )
         print_rows(rows)
         record["steps"] += [asdict(row) for row in rows]
