@@ -197,7 +197,7 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision", default="fp32", choices=tuple(PRECISIONS), help="autocast in bf16 or fp16 (default %(default)s)"
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--compile", action="store_true", help="torch.compile the transformer's layers and the box head")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

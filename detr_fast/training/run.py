@@ -46,6 +46,7 @@ from detr_fast.training.engine import evaluate, train_one_epoch
 from detr_fast.training.log import RunLog
 from detr_fast.training.optim import build_optimizer, build_scheduler, load_optimizer, steps_every
 from detr_fast.training.pictures import draw_curves, draw_samples
+from detr_fast.training.regions import compile_regions
 
 # The arguments that define the model and how it sees images: a checkpoint brings them along.
 MODEL_ARGS = (
@@ -203,7 +204,7 @@ class Trainer:
             self.log = RunLog(self.output_dir, self.epoch - (self._unevaluated is not None), args.tensorboard)
 
         if args.compile:
-            self.model.compile(dynamic=True)
+            compile_regions(self.model, say)
         self.wrapped = self.model
         if args.distributed:
             ids = [device.index] if device.type == "cuda" else None
@@ -411,7 +412,10 @@ def _image_folder(dataset: CocoDetection | CocoPanoptic):
 
 
 def _loader(dataset: CocoDetection | CocoPanoptic, args: argparse.Namespace, train: bool) -> EpochLoader:
-    is_lines = isinstance(dataset, LineDetection)
+    # A GPU's convolutions want channels-last images: padding can write them so at no cost.
+    options = {"channels_last": torch.device(args.device).type == "cuda"}
+    if isinstance(dataset, LineDetection):
+        options |= {"mean": dataset.mean, "std": dataset.std}
     return build_loader(
         dataset,
         args.batch_size,
@@ -420,7 +424,7 @@ def _loader(dataset: CocoDetection | CocoPanoptic, args: argparse.Namespace, tra
         distributed=args.distributed,
         seed=args.seed,
         group_by_size=None if train and args.group_by_size else False,
-        collate_fn=PackedCollate(mean=dataset.mean, std=dataset.std) if is_lines else PackedCollate(),
+        collate_fn=PackedCollate(**options),
     )
 
 
@@ -512,7 +516,7 @@ def load_for_inference(
     load_model(model, state, path)
     model.to(args.device).eval()
     if args.compile:
-        model.compile(dynamic=True)
+        compile_regions(model, say)
     categories = Categories.from_dict(checkpoint["categories"]) if "categories" in checkpoint else None
     return model, criterion, postprocessors, categories
 
