@@ -79,7 +79,7 @@ def attention(
     elif seed is None:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # torch 2.11's compiler does not know math.isfinite
         raise ValueError(f"scale is {scale}; expected a finite number")
     if scale <= 0:
         query, scale = query * scale, 1.0
