@@ -1,0 +1,92 @@
+"""The training step's benchmark and the comparison of whole trainings, on a CPU."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from detr_fast.benchmarks import same_training, train
+from detr_fast.benchmarks.ceilings import Ceilings
+from detr_fast.benchmarks.cli import main
+from detr_fast.benchmarks.shapes import nominal_batch
+
+CPU = torch.device("cpu")
+
+
+def test_twenty_steps_of_ours_are_twenty_steps_of_the_reference(monkeypatch):
+    from detr_fast.models import backbone
+
+    folded = []
+    true_conv = backbone.folded_conv
+    monkeypatch.setattr(backbone, "folded_conv", lambda *a, **k: folded.append(a[1].shape) or true_conv(*a, **k))
+    losses = same_training.compare(20, image_size=(32, 40))
+    assert len(losses) == 20 and len(folded) == 20 * 10  # stem, two stages of four, one downsample
+    assert len({round(loss, 3) for loss, _ in losses}) > 10
+    assert max(abs(ours - reference) / reference for ours, reference in losses) < 1e-4
+
+
+def test_another_model_is_another_training(monkeypatch):
+    """The comparison notices a reference that drops a loss."""
+    monkeypatch.setattr(same_training.LayerByLayer, "__init__", lambda self, *a: _only_boxes(self))
+    losses = same_training.compare(3, image_size=(32, 40))
+    assert max(abs(ours - reference) / reference for ours, reference in losses) > 1e-4
+
+
+def _only_boxes(matcher):
+    super(same_training.LayerByLayer, matcher).__init__(0, 5, 0)
+
+
+SHAPE = nominal_batch("R50", 2, 0.06)
+
+
+def test_every_variant_has_the_same_loss_and_ours_fewer_operators():
+    rows = train.measure_case(
+        "tiny", SHAPE, "none", CPU, Ceilings(1e10, {"fp32": 1e11}, 1e9), train.variants(CPU, False), seconds=0.1,
+        min_rounds=1,
+    )  # fmt: skip
+    assert [row.status for row in rows] == ["ok"] * len(rows), rows
+    by_name = {row.provider: row for row in rows}
+    assert {"as shipped", "tuned stock", "detr_fast", "detr_fast without fused backbone"} < by_name.keys()
+    ours, shipped = by_name["detr_fast"], by_name["as shipped"]
+    assert ours.counts["operators"] < 0.6 * shipped.counts["operators"]
+    assert ours.counts["host_reads"] < 0.2 * shipped.counts["host_reads"]
+    assert set(ours.stages_ms) == set(train.STAGES) and all(v >= 0 for v in ours.stages_ms.values())
+    assert ours.tflop_per_s > 0 and ours.images_per_s == pytest.approx(2e3 / ours.median_ms)
+    fused = ours.counts["operators"]
+    for technique in ("fused backbone", "criterion in one pass", "fused AdamW"):
+        assert by_name[f"detr_fast without {technique}"].counts["operators"] > fused, technique
+
+
+def test_a_wrong_variant_is_not_timed(monkeypatch):
+    broken = dataclasses.replace(train.OURS, name="detr_fast", bf16=False, channels_last=False, compile="no")
+    true_conv = train.Step.loss
+    monkeypatch.setattr(train.Step, "loss", lambda self, batch: true_conv(self, batch) * (1 + self.variant.packed))
+    shipped = dataclasses.replace(train.AS_SHIPPED)
+    first, second = train.measure_case("tiny", SHAPE, "none", CPU, None, [shipped, broken])
+    assert first.status == "checked" and second.status == "wrong" and second.median_ms is None
+
+
+def test_command(capsys):
+    assert main(["train", "--quick", "--check-only", "--device", "cpu", "--provider", "without packed"]) == 0
+    printed = capsys.readouterr().out
+    assert "Not measured without a GPU" in printed and "detr_fast without packed input" in printed
+    for arguments in (["--interpret"], ["--padding", "valid50"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", "--device", "cpu", *arguments])
+
+
+def test_plan_covers_models_and_batches():
+    from argparse import Namespace
+
+    args = Namespace(model=None, batch=None, padding=None, quick=False)
+    cases = train.cases(args, torch.device("cuda"))
+    assert cases[0] == ("R50", 16, "none") and cases[1] == ("R50", 16, "coco")
+    assert {model for model, _, _ in cases} == {"R50", "R101", "DC5"} and {b for _, b, _ in cases} >= {2, 64}
+
+
+@pytest.mark.gpu
+def test_step_on_a_gpu(tmp_path, capsys):
+    assert (
+        main(["train", "--quick", "--model", "R50", "--batch", "2", "--compile", "no", "--output", str(tmp_path)]) == 0
+    )
+    assert "launches" in capsys.readouterr().out and (tmp_path / "train.json").is_file()
