@@ -15,6 +15,7 @@ from detr_fast.data.coco import (
 )
 from detr_fast.data.collates import DetectionCollate, DropMissing, SkipUnreadable
 from detr_fast.data.grouping import SizeGroupedBatchSampler
+from detr_fast.data.lines import LineDetection, make_line_transforms, make_lines_dataset
 from detr_fast.data.loader import EpochLoader, PackedBatch, PackedCollate, build_loader
 from detr_fast.data.panoptic import CocoPanoptic, build_panoptic, load_segment_ids, read_panoptic
 from detr_fast.data.prefetch import Prefetcher
@@ -34,6 +35,7 @@ __all__ = [
     "DropMissing",
     "EpochLoader",
     "ImageReadError",
+    "LineDetection",
     "MissingImageError",
     "PackedBatch",
     "PackedCollate",
@@ -50,6 +52,8 @@ __all__ = [
     "load_image_tensor",
     "load_segment_ids",
     "make_coco_transforms",
+    "make_line_transforms",
+    "make_lines_dataset",
     "make_shapes_dataset",
     "read_annotations",
     "read_panoptic",

@@ -537,7 +537,7 @@ def evaluate_checkpoint(args: argparse.Namespace, given: set[str], path: str) ->
     with usage_errors():
         device = start(args)
         model, criterion, postprocessors, categories = load_for_inference(args, given, path)
-        if categories is None and args.val_ann:
+        if categories is None and args.val_ann and args.dataset_file != "lines":
             # Without word of the contrary labels are category ids, as in the original.
             categories = Categories.from_coco(read_annotations(args.val_ann)["categories"])
         dataset = build_dataset("val", args, categories=categories, uint8=True)
