@@ -39,6 +39,10 @@ _NORMS = {"frozen": FrozenBatchNorm2d, "batch": BatchNorm2d, "group": partial(nn
 # What a fused body may consist of; with any other module in it the modules are called one by one.
 _FUSABLE = {nn.Sequential, nn.Conv2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d, BasicBlock, Bottleneck}
 
+# Pooling with a stride, torch 2.11's compiler makes one graph for even and another for odd sizes, and its export refuses
+# a range of sizes. 2.14 does neither.
+_POOL_GUARDS_PARITY = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
+
 
 class ResNetBody(nn.Module):
     """The layers of a torchvision ResNet up to a stage, under their names, returning some of the stages.
@@ -79,7 +83,9 @@ class ResNetBody(nn.Module):
             x = self.maxpool(_conv(x, self.conv1, affines[self.bn1]))
         out = {}
         for name, layer in self.named_children():
-            if not fused:
+            if name == "maxpool" and _POOL_GUARDS_PARITY and torch.compiler.is_compiling():
+                x = _pool_of_any_size(x, layer)
+            elif not fused:
                 x = layer(x)
             elif name in STAGES:
                 for block in layer:
@@ -99,6 +105,11 @@ class ResNetBody(nn.Module):
                 return False
         # Without autocast a convolution refuses other dtypes than its own; its own message says so.
         return torch.is_autocast_enabled(x.device.type) or x.dtype == self.conv1.weight.dtype
+
+
+def _pool_of_any_size(x: Tensor, pool: nn.MaxPool2d) -> Tensor:
+    """What `pool` gives, computed at stride 1 and then thinned out."""
+    return F.max_pool2d(x, pool.kernel_size, 1, pool.padding)[:, :, :: pool.stride, :: pool.stride]
 
 
 def _has_hooks(module: nn.Module) -> bool:
