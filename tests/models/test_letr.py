@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from plain_detr import plain_detr, plain_features, plain_position, plain_transformer, randomize_norms
 from torch import nn
 
+from detr_fast.cli import main
+from detr_fast.data.lines import make_lines_dataset
 from detr_fast.models.letr import (
     LETR,
     HungarianMatcher_Line,
@@ -17,6 +19,7 @@ from detr_fast.models.letr import (
     build,
     load_first_stage,
 )
+from detr_fast.training.log import read_log
 
 ARGS = {
     "backbone": "resnet18", "backbone_weights": "none", "backbone_norm": "frozen", "dilation": False,
@@ -356,3 +359,56 @@ def test_postprocess_scales_each_image():
     torch.testing.assert_close(scaled[1]["lines"], truth[1]["lines"] * torch.tensor([40, 50, 40, 50]))
     with pytest.raises(ValueError, match="output_type is 'masks'"):
         PostProcess_Line()(out, sizes, "masks")
+
+
+TINY = [
+    "--dataset_file", "lines", "--backbone", "resnet18", "--backbone_weights", "none", "--backbone_level", "1",
+    "--layer1_num", "1", "--hidden_dim", "32", "--nheads", "2", "--enc_layers", "1", "--dec_layers", "1",
+    "--dim_feedforward", "32", "--num_queries", "12", "--image_size", "48", "--batch_size", "2", "--num_workers", "0",
+    "--lr_backbone", "1e-3", "--device", "cpu", "--print_freq", "1000", "--epochs", "1", "--sample_images", "1",
+]  # fmt: skip
+SECOND = [
+    "--LETRpost", "--layer1_frozen", "--layer2_num", "0", "--second_hidden_dim", "32", "--second_nheads", "2",
+    "--second_enc_layers", "1", "--second_dec_layers", "1", "--second_dim_feedforward", "32",
+    "--label_loss_func", "focal_loss", "--label_loss_params", '{"gamma": 2.0}',
+]  # fmt: skip
+
+
+def test_both_stages_train_and_evaluate_by_the_commands(tmp_path, capsys):
+    data = str(make_lines_dataset(tmp_path / "data", num_train=4, num_val=2, image_size=48))
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["train", *TINY, "--coco_path", data, "--output_dir", str(first)]) == 0
+    [row] = read_log(first)
+    assert set(row["test_line_eval"]) == {"sAP5", "sAP10", "sAP15", "distance"}
+    assert row["test_line_eval"]["distance"] > 0 and row["train_loss_line"] > 0 and "train_class_error" not in row
+    for name in ("checkpoint.pth", "checkpoint_best.pth", "eval/latest.pth", "samples/epoch0000.png"):
+        assert (first / name).is_file()
+
+    weights = str(first / "checkpoint.pth")
+    flags = [*TINY, *SECOND, "--coco_path", data, "--output_dir", str(second)]
+    assert main(["train", *flags, "--frozen_weights", weights]) == 0
+    coarse = torch.load(weights, weights_only=True)["model"]
+    fine = torch.load(second / "checkpoint.pth", weights_only=True)["model"]
+    assert all(torch.equal(fine[f"letr.{name}"], value) for name, value in coarse.items())
+
+    capsys.readouterr()
+    evaluate = ["eval", "--weights", str(second / "checkpoint.pth"), "--coco_path", data, "--num_workers", "0"]
+    assert main([*evaluate, "--device", "cpu", "--output_dir", str(tmp_path / "eval")]) == 0
+    assert capsys.readouterr().out.count("tructural average precision") == 3
+    alone = torch.load(tmp_path / "eval" / "eval.pth", weights_only=True)["stats"]
+    assert alone == pytest.approx(read_log(second)[0]["test_line_eval"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--LETRpost"], "--LETRpost does nothing with --dataset_file coco"),
+        (["--dataset_file", "lines", "--bbox_loss_coef", "3"], "--bbox_loss_coef does nothing with"),
+        (["--dataset_file", "lines", "--masks"], "--masks does nothing with"),
+        (["--dataset_file", "lines", "--layer1_frozen"], "--layer1_frozen is about the second stage"),
+        (["--dataset_file", "lines", "--LETRpost", "--hidden_dim", "64"], "--second_hidden_dim must be"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(flags, message, capsys):
+    assert main(["train", *flags, "--coco_path", "nowhere"]) == 2
+    assert message in capsys.readouterr().err
