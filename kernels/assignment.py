@@ -174,6 +174,6 @@ def assignment_forward(cost: torch.Tensor, offsets: torch.Tensor, largest: int) 
             num_queries=num_queries,
             GROUP=group,
             BLOCK=block,
-            num_warps=min(max(block // 128, 1), 16),
+            num_warps=1 if block <= 128 else min(block // 64, 16),
         )
     return query, status

@@ -39,8 +39,8 @@ _NORMS = {"frozen": FrozenBatchNorm2d, "batch": BatchNorm2d, "group": partial(nn
 # What a fused body may consist of; with any other module in it the modules are called one by one.
 _FUSABLE = {nn.Sequential, nn.Conv2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d, BasicBlock, Bottleneck}
 
-# Pooling with a stride, torch 2.11's compiler makes one graph for even and another for odd sizes, and its export refuses
-# a range of sizes. 2.14 does neither.
+# For pooling with a stride, torch 2.11 compiles one graph for even and another for odd sizes, and refuses to export a
+# range of sizes. 2.14 does neither.
 _POOL_GUARDS_PARITY = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
 
 
