@@ -7,7 +7,7 @@ import torch
 
 from detr_fast.data.shapes import make_shapes_dataset
 from detr_fast.predict import predict
-from detr_fast.training.config import choose_device, get_args_parser
+from detr_fast.training.config import UsageError, choose_device, get_args_parser
 from detr_fast.training.distributed import is_main_process
 from detr_fast.training.run import train
 
@@ -40,6 +40,8 @@ def demo(output_dir: str, device: str = "auto", max_steps: int = 0) -> float:
     Returns:
         AP50 on the generated validation set.
     """
+    if max_steps < 0:
+        raise UsageError(f"--max_steps must be not negative, got {max_steps}")
     device = choose_device(device)
     on_gpu = torch.device(device).type == "cuda"
     root = Path(output_dir)

@@ -40,7 +40,7 @@ def predict(args: argparse.Namespace, given: set[str]) -> int:
         How many images could not be read; each is named in a printed line and left out.
 
     Raises:
-        UsageError: no image is found, or one is not in `args.ann`.
+        UsageError: no image is found, one is not in `args.ann`, or one would be overwritten by its picture.
         ValueError, FileNotFoundError: the checkpoint cannot be read or does not fit.
     """
     with usage_errors():
@@ -55,6 +55,12 @@ def _predict(args: argparse.Namespace, given: set[str]) -> int:
     args.device = choose_device(args.device, args.precision)
     files = list(find_images(args.inputs))
     ids = _image_ids([name for _, name in files], args.ann)
+    output_dir, used = Path(args.output_dir), set()
+    pictures = {path: output_dir / _picture_name(name, used) for path, name in files}
+    inputs = {path.resolve() for path, _ in files}
+    for picture in pictures.values():
+        if picture.resolve() in inputs:
+            raise UsageError(f"--output_dir {args.output_dir}: the picture would overwrite the input {picture}")
     model, _, postprocessors, categories = load_for_inference(args, given, args.weights)
     if "line" in postprocessors:
         raise UsageError(
@@ -66,28 +72,27 @@ def _predict(args: argparse.Namespace, given: set[str]) -> int:
     transform = make_coco_transforms("val", scales=args.image_size, max_size=args.max_size, uint8=True)
     dtype, device = PRECISIONS[args.precision], torch.device(args.device)
 
-    output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    predictions, described, pictures, failed = [], [], set(), 0
+    predictions, described, failed = [], [], 0
     for start in range(0, len(files), args.batch_size):
         batch = []
         for path, name in files[start : start + args.batch_size]:
             try:
-                batch.append((name, load_image(path)))
+                batch.append((path, name, load_image(path)))
             except ImageReadError as error:
                 print(f"left out: {error}", flush=True)
                 failed += 1
         if not batch:
             continue
-        tensors = [transform(image, None)[0].to(device) for _, image in batch]
+        tensors = [transform(image, None)[0].to(device) for *_, image in batch]
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             outputs = model(nested_tensor_from_tensor_list(tensors, mean=IMAGENET_MEAN, std=IMAGENET_STD))
-        sizes = torch.tensor([[image.height, image.width] for _, image in batch])
+        sizes = torch.tensor([[image.height, image.width] for *_, image in batch])
         results = postprocessors["bbox"](outputs, sizes)
         if "segm" in postprocessors:
             processed = torch.tensor([tensor.shape[-2:] for tensor in tensors])
             results = postprocessors["segm"](results, outputs, sizes, processed)
-        for (name, image), result in zip(batch, results, strict=True):
+        for (path, name, image), result in zip(batch, results, strict=True):
             if categories is not None:
                 result["labels"] = categories.to_id(result["labels"])
             boxes, labels, scores = best_detections(result, args.threshold)
@@ -105,7 +110,7 @@ def _predict(args: argparse.Namespace, given: set[str]) -> int:
                     prediction["segmentation"] = _run_lengths(masks[i])
                 predictions.append(prediction)
             picture = draw_detections(image, boxes, labels, names, scores, masks)
-            picture.save(output_dir / _picture_name(name, pictures), quality=92)
+            picture.save(pictures[path], quality=92)
     (output_dir / "predictions.json").write_text(json.dumps(predictions), encoding="utf-8")
     (output_dir / "images.json").write_text(json.dumps(described), encoding="utf-8")
     print(

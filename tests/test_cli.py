@@ -118,6 +118,15 @@ def test_predicted_boxes_are_the_models(own_data, checkpoint, tmp_path):
     assert results[0]["image_id"] == 1 and results[0]["file_name"] == "1.jpg"
 
 
+def test_predict_never_overwrites_its_input(own_data, checkpoint, tmp_path, capsys):
+    image = tmp_path / "0.jpg"
+    before = (own_data / "images" / "0.jpg").read_bytes()
+    image.write_bytes(before)
+    argv = ["predict", str(image), "--weights", str(checkpoint), "--output_dir", str(tmp_path), "--device", "cpu"]
+    assert "overwrite" in error_of(capsys, *argv)
+    assert image.read_bytes() == before
+
+
 def test_predict_reports_a_corrupt_image_and_goes_on(own_data, checkpoint, tmp_path, capsys):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -152,6 +161,29 @@ def test_check_data_tells_good_from_bad(own_data, tmp_path, capsys):
     assert "77" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("key", ["images", "categories"])
+def test_data_without_images_or_classes_are_refused(own_data, tmp_path, capsys, key):
+    content = json.loads((own_data / "ann.json").read_text())
+    content.update({"annotations": [], key: []})
+    (tmp_path / "annotations").mkdir()
+    for name in ("train", "val"):
+        (tmp_path / f"{name}2017").symlink_to(own_data / "images")
+        (tmp_path / "annotations" / f"instances_{name}2017.json").write_text(json.dumps(content))
+    assert main(["check-data", "--coco_path", str(tmp_path)]) == 1
+    assert f"there are no {key}" in capsys.readouterr().out
+    message = error_of(capsys, "train", "--coco_path", str(tmp_path), *TINY)
+    assert f"instances_train2017.json: there are no {key}" in message
+
+
+def test_file_name_that_is_no_text_is_refused(own_data, tmp_path, capsys):
+    content = json.loads((own_data / "ann.json").read_text())
+    content["images"][1]["file_name"] = 17
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    flags = ["--train_ann", str(tmp_path / "bad.json"), "--train_images", str(own_data / "images")]
+    assert main(["check-data", *flags]) == 1
+    assert "file_name 17" in capsys.readouterr().out
+
+
 def test_training_refuses_an_unknown_category(own_data, tmp_path, capsys):
     content = json.loads((own_data / "ann.json").read_text())
     content["annotations"][2]["category_id"] = 77
@@ -182,7 +214,9 @@ def test_checkpoint_with_other_heads_is_refused_with_shapes(own_data, checkpoint
         (["predict", "nothing_here", "--weights", "absent.pth"], ["nothing_here"]),
         (["predict", "x.jpg", "--weights", "a.pth", "--threshold", "2"], ["--threshold", "2.0"]),
         (["check-data"], ["--coco_path"]),
+        (["train", "--seed", "-1"], ["--seed", "-1"]),
         (["demo", "--device", "tpu"], ["tpu"]),
+        (["demo", "--max_steps", "-3"], ["--max_steps", "-3"]),
     ],
     ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else None,
 )

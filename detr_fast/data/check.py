@@ -59,7 +59,8 @@ class DatasetReport:
                 lines += [f"  {message}" for message in messages[:_SHOWN]]
                 if len(messages) > _SHOWN:
                     lines.append(f"  … and {len(messages) - _SHOWN} more")
-        lines.append("ok" if self.ok else f"{sum(map(len, self.errors.values()))} errors")
+        count = sum(map(len, self.errors.values()))
+        lines.append("ok" if self.ok else f"{count} error{'s' * (count > 1)}")
         return "\n".join(lines)
 
 
@@ -92,6 +93,8 @@ def check_coco(images_dir: str | os.PathLike, ann_file: str | os.PathLike, *, nu
     names = {entry["id"]: str(entry.get("name", entry["id"])) for entry in content["categories"]}
     if not names:
         errors["annotation file"].append("there are no categories")
+    if not content["images"]:
+        errors["annotation file"].append("there are no images")
     report.num_images, report.num_annotations = len(content["images"]), len(content["annotations"])
     for key in ("images", "annotations", "categories"):
         counts = Counter(entry["id"] for entry in content[key] if "id" in entry)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
@@ -74,7 +74,8 @@ def load_image(path: str | os.PathLike, image_id: int | None = None) -> Image.Im
     except MemoryError:
         raise
     except Exception as error:  # what a decoder raises on damaged data differs from format to format
-        raise CorruptImageError(f"{which} cannot be decoded: {error}", str(path), image_id) from error
+        why = "the file is no image" if isinstance(error, UnidentifiedImageError) else error
+        raise CorruptImageError(f"{which} cannot be decoded: {why}", str(path), image_id) from error
 
 
 def load_image_tensor(path: str | os.PathLike, image_id: int | None = None) -> torch.Tensor:
@@ -141,6 +142,8 @@ def check_content(content: dict[str, Any], ann_file: str | os.PathLike) -> None:
                 )
             if needed and not _is_integer(entry["id"]):
                 raise ValueError(f"{ann_file}: {key}[{position}] has id {entry['id']!r}; expected an integer")
+            if key == "images" and not isinstance(entry["file_name"], str):
+                raise ValueError(f"{ann_file}: {key}[{position}] has file_name {entry['file_name']!r}; expected a text")
 
 
 def annotation_problem(annotation: dict, known_ids: Iterable[int]) -> str | None:
@@ -211,6 +214,8 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         if not Path(img_folder).is_dir():
             raise FileNotFoundError(f"image folder {img_folder} does not exist")
         content = self._read(ann_file)
+        if not content["categories"]:
+            raise ValueError(f"{ann_file}: there are no categories")
         own = Categories.from_coco(content["categories"])
         self.categories = own if categories is None else categories
         _check_same_names(own, self.categories, ann_file)
@@ -380,8 +385,8 @@ def build_dataset(image_set: str, args, *, categories: Categories | None = None,
             ``CocoDetection``); validation images keep PIL's pixels, on which the original's results stand.
 
     Raises:
-        ValueError: an unknown ``image_set`` or ``dataset_file``, no data named, both ways at once, or one half of a
-            pair missing.
+        ValueError: an unknown ``image_set`` or ``dataset_file``, no data named, both ways at once, one half of a pair
+            missing, or no images in the annotations.
         FileNotFoundError: what is named does not exist; the message lists everything that is missing.
     """
     dataset_file = getattr(args, "dataset_file", "coco")
@@ -403,7 +408,7 @@ def build_dataset(image_set: str, args, *, categories: Categories | None = None,
     if categories is None and not getattr(args, "coco_path", None):
         source = getattr(args, "train_ann", None) or annotations
         categories = Categories.from_coco(read_annotations(source)["categories"], contiguous=True)
-    return CocoDetection(
+    dataset = CocoDetection(
         images,
         annotations,
         transforms,
@@ -411,6 +416,9 @@ def build_dataset(image_set: str, args, *, categories: Categories | None = None,
         categories=categories,
         tensor_images=uint8 and image_set == "train",
     )
+    if not dataset.ids:
+        raise ValueError(f"{annotations}: there are no images")
+    return dataset
 
 
 def dataset_paths(image_set: str, args, kind: str = "instances") -> tuple[Path, Path]:

@@ -5,7 +5,6 @@ Source of the five keys "model", "optimizer", "lr_scheduler", "epoch" and "args"
 
 import argparse
 import os
-import pickle
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +62,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # what the unpickler raises on other files depends on their first bytes
             raise ValueError(
                 f"{str(path)!r} cannot be read; expected a file written by torch.save that holds only tensors, "
                 "numbers, strings, lists and dicts"

@@ -254,6 +254,7 @@ def check_args(args: argparse.Namespace) -> None:
                     "set_cost_line", "line_loss_coef")  # fmt: skip
     for name in not_negative:
         _require(args, name, lambda value: value >= 0, "not negative")
+    _require(args, "seed", lambda value: 0 <= value < 2**32, "in 0..2**32 - 1")
     for name in ("dropout", "second_dropout", "ema_decay"):
         _require(args, name, lambda value: 0 <= value < 1, "at least 0 and below 1")
     if args.hidden_dim % args.nheads or args.hidden_dim % 2:

@@ -1,8 +1,10 @@
 """Pictures for people: detections drawn on images, predictions beside the truth, and training curves."""
 
 import colorsys
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,27 @@ def colour_of(label: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which knows most alphabets, of the system or of matplotlib; otherwise PIL's, which knows ASCII."""
+    paths = ["DejaVuSans.ttf"]
+    spec = importlib.util.find_spec("matplotlib")
+    if spec is not None and spec.origin is not None:
+        paths.append(str(Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"))
+    for path in paths:
+        try:
+            return ImageFont.truetype(path, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size=size)
+
+
+def _can_write(text: str, font: ImageFont.FreeTypeFont) -> bool:
+    """Whether a font has all letters of a text."""
+    unknown = bytes(font.getmask("\U0010ffff"))
+    return not any(bytes(font.getmask(letter)) == unknown for letter in set(text) if not letter.isspace())
+
+
 def draw_detections(
     image: Image.Image,
     boxes: Sequence[Sequence[float]],
@@ -38,7 +61,7 @@ def draw_detections(
         image: any size; one whose long side is below 480 pixels is enlarged.
         boxes: n times x0, y0, x1, y1 in the image's pixels.
         labels: n classes, which choose the colour.
-        names: label → name; a label without one is shown by its number.
+        names: label → name; a label without one, or with one that no font at hand can write, is shown by its number.
         scores: n numbers in 0..1, or None to show none. The highest is drawn last.
         masks: n arrays of the image's size, not 0 where the object is, or None.
     """
@@ -52,7 +75,7 @@ def draw_detections(
     draw = ImageDraw.Draw(picture)
     long_side = max(picture.size)
     line = max(2, round(long_side / 250))
-    font = ImageFont.load_default(size=max(11, round(long_side / 45)))
+    font = _font(max(11, round(long_side / 45)))
     captions = []
     for i in order:
         x0, y0, x1, y1 = (float(value) * factor for value in boxes[i])
@@ -60,7 +83,9 @@ def draw_detections(
         y0, y1 = (min(max(y, 0.0), picture.height - 1.0) for y in (y0, y1))
         colour = colour_of(int(labels[i]))
         draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=line)
-        caption = names.get(int(labels[i]), f"class {int(labels[i])}")
+        caption = names.get(int(labels[i]), "")
+        if not caption or not _can_write(caption, font):
+            caption = f"class {int(labels[i])}"
         if scores is not None:
             caption += f" {float(scores[i]):.2f}"
         captions.append((caption, x0, y0, colour))
@@ -123,7 +148,7 @@ def draw_samples(
             draw masks, "masks" [n, 1, H, W]; or "lines" [n, 4] x1, y1, x2, y2 in pixels and "scores" [n].
         threshold: lowest score to draw. Where no prediction reaches it, the best three are drawn (of lines none).
     """
-    names = {category["id"]: category.get("name", str(category["id"])) for category in coco.loadCats(coco.getCatIds())}
+    names = {category["id"]: str(category.get("name", category["id"])) for category in coco.loadCats(coco.getCatIds())}
     rows = []
     for image_id, result in results.items():
         with Image.open(Path(images_dir) / coco.loadImgs(image_id)[0]["file_name"]) as file:
@@ -218,7 +243,8 @@ def draw_curves(output_dir: str | os.PathLike) -> bool:
                 points = [(row["epoch"], row[f"{prefix}_{name}"]) for row in rows if f"{prefix}_{name}" in row]
                 if points:
                     label = f"{prefix} {name.removeprefix('coco_eval_').removesuffix('_unscaled')}"
-                    axes.plot(*zip(*points, strict=True), style, color=f"C{colour}", label=label, marker=".")
+                    marker = "." if prefix == "train" else "x"  # tells them apart when there is one epoch
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{colour}", label=label, marker=marker)
         axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)

@@ -63,11 +63,11 @@ class Harmful:
         return (print, ("run",))
 
 
-@pytest.mark.parametrize("content", ["text", "code", "no_weights"])
+@pytest.mark.parametrize("content", ["hello", "some text", ".", "Xyz", "code", "no_weights"])
 def test_rejects_what_is_no_checkpoint(tmp_path, content, capsys):
     path = tmp_path / "wrong.pth"
-    if content == "text":
-        path.write_text("hello")
+    if content not in ("code", "no_weights"):
+        path.write_text(content)
     else:
         torch.save({"model": Harmful()} if content == "code" else {"epoch": 1}, path)
     with pytest.raises(ValueError, match="wrong.pth"):

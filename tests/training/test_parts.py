@@ -3,6 +3,7 @@
 import argparse
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -183,6 +184,15 @@ def test_captions_stay_inside_and_small_images_are_enlarged():
     picture = draw_detections(image, [(-5, -5, 70, 10), (55, 45, 60, 50)], [1, 2], {}, [0.5, 0.8])
     assert picture.size == (480, 400)
     assert picture.crop((300, 300, 480, 400)).getbbox() is not None
+
+
+def test_names_are_written_or_replaced_by_numbers():
+    pytest.importorskip("matplotlib")  # has a font with more than ASCII
+    image, box = Image.new("RGB", (480, 100)), [(10, 40, 200, 90)]
+    number, umlaut, unknown = (
+        np.asarray(draw_detections(image, box, [7], names)) for names in ({}, {7: "Würfel"}, {7: "\U0010fffe"})
+    )
+    assert (unknown == number).all() and (umlaut != number).any()
 
 
 def test_best_detections_are_sorted_and_cut():
