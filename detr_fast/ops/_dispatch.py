@@ -12,6 +12,7 @@ import importlib.util
 import os
 
 import torch
+from torch.autograd import forward_ad
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -37,3 +38,23 @@ def use_kernel(device: torch.device) -> bool:
     if device.type == "cuda":
         return True
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refuse_transforms(op: str, *tensors: torch.Tensor) -> None:
+    """Raise where `op` would lose the tangents of forward-mode differentiation or fail inside `torch.func`.
+
+    An op with a backward formula alone gives tangents of zero without a word.
+
+    Raises:
+        NotImplementedError: a tensor carries a tangent, or is one of `torch.func`'s or `torch.vmap`'s.
+    """
+    if torch.compiler.is_compiling():
+        return
+    wrapped = torch._C._functorch
+    if any(wrapped.is_batchedtensor(tensor) or wrapped.is_gradtrackingtensor(tensor) for tensor in tensors) or (
+        forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    ):
+        raise NotImplementedError(
+            f"{op} does not support vmap, forward-mode derivatives or torch.func's transforms (grad, jvp, jacrev, "
+            "...); expected plain tensors: differentiate with torch.autograd"
+        )

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from detr_fast.ops._dispatch import use_kernel
+from detr_fast.ops._dispatch import refuse_transforms, use_kernel
 
 _PHILOX_ROUNDS = 7
 _PHILOX_A, _PHILOX_B = 0xD2511F53, 0xCD9E8D57
@@ -62,7 +62,7 @@ def attention(
             int64 tensor.
         ValueError: shapes do not fit together, devices differ, `dropout_p` is outside 0..1, `scale` is not
             finite.
-        NotImplementedError: under `torch.vmap`.
+        NotImplementedError: inside `torch.vmap` or `torch.func`'s transforms, or with forward-mode tangents.
         RuntimeError: when differentiated twice.
 
     Source: Vaswani et al. 2017, section 3.2; Dao 2023 (FlashAttention-2); Salmon et al. 2011 (Philox).
@@ -74,6 +74,7 @@ def attention(
             x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (query, key, value)
         )
     _check(query, key, value, key_padding_mask, dropout_p, seed)
+    refuse_transforms("attention", query, key, value)
     if dropout_p == 0:
         seed = None
     elif seed is None:

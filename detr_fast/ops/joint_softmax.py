@@ -2,7 +2,7 @@
 
 import torch
 
-from detr_fast.ops._dispatch import use_kernel
+from detr_fast.ops._dispatch import refuse_transforms, use_kernel
 
 
 def joint_softmax(scores: torch.Tensor, key_padding_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -20,10 +20,12 @@ def joint_softmax(scores: torch.Tensor, key_padding_mask: torch.Tensor | None = 
     Raises:
         TypeError: `scores` is not floating point, `key_padding_mask` not bool.
         ValueError: a shape does not fit, or the two are on different devices.
+        NotImplementedError: inside `torch.vmap` or `torch.func`'s transforms, or with forward-mode tangents.
 
     Source: facebookresearch/detr `models/segmentation.py` (MHAttentionMap).
     """
     _check(scores, key_padding_mask)
+    refuse_transforms("joint_softmax", scores)
     if key_padding_mask is not None:
         key_padding_mask = key_padding_mask.contiguous()
     return _joint_softmax(scores, key_padding_mask)

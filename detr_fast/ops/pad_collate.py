@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detr_fast.ops._dispatch import use_kernel
+from detr_fast.ops._dispatch import refuse_transforms, use_kernel
 
 _INTEGERS = (
     torch.bool,
@@ -74,10 +74,12 @@ def pad_collate(
             a `size_divisor` below 1.
         TypeError: an item that is not a (strided) tensor, a complex or other unsupported dtype, `mean` and `std` with
             integer images other than uint8, an output dtype that is neither floating nor the images' own, `mean` or
-            `std` on a GPU.
+            `std` on a GPU, a `size_divisor` that is not an integer.
+        NotImplementedError: inside `torch.vmap` or `torch.func`'s transforms, or with forward-mode tangents.
     """
     images = list(images.unbind(0) if isinstance(images, Tensor) and images.ndim > 0 else images)
     _check_images(images)
+    refuse_transforms("pad_collate", *images)
     image_dtype = images[0].dtype
     images = [image if image.dtype == image_dtype else image.to(image_dtype) for image in images]
     channels = images[0].shape[0]
@@ -365,6 +367,8 @@ def _check_mean_std(mean, std, image_dtype: torch.dtype, channels: int):
 
 
 def _check_size_divisor(size_divisor: int) -> None:
+    if isinstance(size_divisor, float | str):
+        raise TypeError(f"size_divisor is {size_divisor!r}; expected a positive integer")
     if size_divisor < 1:
         raise ValueError(f"size_divisor is {size_divisor}; expected a positive integer")
 
