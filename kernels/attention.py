@@ -46,13 +46,15 @@ def tile_mask(mask_l, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def valid_keys(mask_ptr, offs_n, stride_mask_key, k_len, HAS_MASK: tl.constexpr):
+def valid_keys(caps_ptr, offs_n, k_len, HAS_MASK: tl.constexpr):
     """[BLOCK_N]: keys that exist and are no padding."""
-    valid = offs_n < k_len
-    if HAS_MASK:
-        padding = tl.load(mask_ptr + offs_n.to(tl.int64) * stride_mask_key, mask=valid, other=1)
-        valid = padding == 0
-    return valid
+    return tl.load(caps_ptr + offs_n) > 0 if HAS_MASK else offs_n < k_len
+
+
+@triton.jit
+def unknown_zero(threshold):
+    """0.0, unknown to the compiler, which with a constant selects after the cast to 16 bits: more instructions."""
+    return (threshold >> 8).to(tl.float32)
 
 
 @triton.jit
@@ -62,17 +64,19 @@ def dropout_keep(seed, threshold, head, offs_m, start_n, BLOCK_M: tl.constexpr, 
     w0, w1, w2, w3 = tl.philox(seed, offs_m[:, None], groups[None, :], head, 0, 7)  # [BLOCK_M, BLOCK_N / 16]
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     words = tl.reshape(words, [BLOCK_M, BLOCK_N // 16, 4, 1])
-    shifts = (tl.arange(0, 4) * 8).to(tl.uint32)
-    drawn = (words >> shifts[None, None, None, :]) & 0xFF  # [BLOCK_M, BLOCK_N / 16, 4, 4]
-    drawn = tl.reshape(drawn.to(tl.int32), [BLOCK_M, BLOCK_N // 64, 4, 8, 2])
+    # A word's byte is compared where it lies highest: those below it cannot change the answer.
+    shifts = ((3 - tl.arange(0, 4)) * 8).to(tl.uint32)
+    drawn = words << shifts[None, None, None, :]  # [BLOCK_M, BLOCK_N / 16, 4, 4]
+    drawn = tl.reshape(drawn, [BLOCK_M, BLOCK_N // 64, 4, 8, 2])
     drawn = tl.reshape(tl.permute(drawn, (0, 1, 3, 2, 4)), [BLOCK_M, BLOCK_N])
-    return drawn >= threshold
+    return drawn >= (threshold.to(tl.uint32) << 24)
 
 
 @triton.jit(do_not_specialize=["stride_mask_batch", "stride_mask_key", "k_len", "num_blocks"])
 def _key_blocks_kernel(
     mask_ptr,  # [B, Lk] bool
     blocks_ptr,  # [B, 1 + num_blocks] int32: how many blocks have a valid key, and which
+    caps_ptr,  # [B, num_blocks * BLOCK_N] float32: what a key's scores are cut to, +inf if valid, -inf if not
     stride_mask_batch,
     stride_mask_key,
     k_len,
@@ -84,11 +88,14 @@ def _key_blocks_kernel(
     batch = tl.program_id(0).to(tl.int64)
     mask_ptr += batch * stride_mask_batch
     blocks_ptr += batch * (1 + num_blocks)
+    caps_ptr += batch * num_blocks * BLOCK_N
     count = 0
     for first in range(0, num_blocks, BLOCK_B):
         offs_b = first + tl.arange(0, BLOCK_B)
         offs_n = offs_b[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         padding = tl.load(mask_ptr + offs_n.to(tl.int64) * stride_mask_key, mask=offs_n < k_len, other=1)
+        caps = tl.where(padding == 0, float("inf"), float("-inf"))
+        tl.store(caps_ptr + offs_n, caps, mask=offs_n < num_blocks * BLOCK_N)
         used = tl.max((padding == 0).to(tl.int32), axis=1)  # [BLOCK_B]
         place = count + tl.cumsum(used, axis=0) - used
         tl.store(blocks_ptr + 1 + place, offs_b, mask=used != 0)
@@ -106,10 +113,9 @@ def _forward_block(
     v_ptr,
     k_tile,
     v_tile,
-    mask_ptr,
+    caps_ptr,
     stride_k_length,
     stride_v_length,
-    stride_mask_key,
     start_n,
     k_len,
     scale_log2,
@@ -131,36 +137,37 @@ def _forward_block(
     """One block of keys. `BOUNDARY`: some of them may lie outside (with `HAS_MASK`, always looked after)."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     if HAS_MASK or BOUNDARY:
-        valid = valid_keys(mask_ptr, offs_n, stride_mask_key, k_len, HAS_MASK)
-        inside = offs_n < k_len
+        valid = valid_keys(caps_ptr, offs_n, k_len, HAS_MASK)
     else:
         valid = tl.full([BLOCK_N], 1, dtype=tl.int1)
-        inside = valid
     k_ptrs = k_ptr + tl.cast(start_n, tl.int64) * stride_k_length + k_tile
     v_ptrs = v_ptr + tl.cast(start_n, tl.int64) * stride_v_length + v_tile
-    k = tl.load(k_ptrs, mask=tile_mask(inside, HEAD_DIM, BLOCK_D), other=0.0)
+    k = tl.load(k_ptrs, mask=tile_mask(valid, HEAD_DIM, BLOCK_D), other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    if HAS_MASK or BOUNDARY:
+    if HAS_MASK:
+        scores = tl.minimum(scores, tl.load(caps_ptr + offs_n)[None, :])
+    elif BOUNDARY:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))
     rescale = tl.exp2((row_max - new_max) * scale_log2)
     probs = tl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
     row_sum = row_sum * rescale + tl.sum(probs, axis=1)
     if DROPOUT:
-        probs = tl.where(dropout_keep(seed, drop_threshold, head, offs_m, start_n, BLOCK_M, BLOCK_N), probs, 0.0)
+        keep = dropout_keep(seed, drop_threshold, head, offs_m, start_n, BLOCK_M, BLOCK_N)
+        probs = tl.where(keep, probs, unknown_zero(drop_threshold))
     # Padded rows of v count as zeros: 0 · NaN would be NaN.
     v = tl.load(v_ptrs, mask=tile_mask(valid, VALUE_DIM, BLOCK_DV), other=0.0)
     acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "num_blocks", "stride_mask_batch", "drop_threshold"])
+@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "num_blocks", "drop_threshold"])
 def _attention_forward_kernel(
     q_ptr,  # [B, H, Lq, HEAD_DIM]
     k_ptr,  # [B, H, Lk, HEAD_DIM]
     v_ptr,  # [B, H, Lk, VALUE_DIM]
-    mask_ptr,  # [B, Lk] bool, True = padding, or None
     blocks_ptr,  # [B, 1 + num_blocks] int32 from _key_blocks_kernel, or None
+    caps_ptr,  # [B, num_blocks * BLOCK_N] float32 from _key_blocks_kernel, or None
     seed_ptr,  # [1] int64, or None
     out_ptr,  # [B, H, Lq, VALUE_DIM]
     lse_ptr,  # [B, H, Lq] float32, contiguous
@@ -180,8 +187,6 @@ def _attention_forward_kernel(
     stride_out_head,
     stride_out_length,
     stride_out_dim,
-    stride_mask_batch,
-    stride_mask_key,
     num_heads,
     q_len,
     k_len,
@@ -222,27 +227,27 @@ def _attention_forward_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     if HAS_MASK:
-        mask_ptr += batch * stride_mask_batch
         blocks_ptr += batch * (1 + num_blocks)
+        caps_ptr += batch * num_blocks * BLOCK_N
         for i in range(0, tl.load(blocks_ptr)):
             start_n = tl.load(blocks_ptr + 1 + i) * BLOCK_N
             acc, row_max, row_sum = _forward_block(
-                acc, row_max, row_sum, q, k_ptr, v_ptr, k_tile, v_tile, mask_ptr, stride_k_length, stride_v_length,
-                stride_mask_key, start_n, k_len, scale_log2, seed, drop_threshold, image_head, offs_m, True, True,
+                acc, row_max, row_sum, q, k_ptr, v_ptr, k_tile, v_tile, caps_ptr, stride_k_length, stride_v_length,
+                start_n, k_len, scale_log2, seed, drop_threshold, image_head, offs_m, True, True,
                 DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     else:
         full = k_len // BLOCK_N
         for i in range(0, full):
             acc, row_max, row_sum = _forward_block(
-                acc, row_max, row_sum, q, k_ptr, v_ptr, k_tile, v_tile, mask_ptr, stride_k_length, stride_v_length,
-                stride_mask_key, i * BLOCK_N, k_len, scale_log2, seed, drop_threshold, image_head, offs_m, False, False,
+                acc, row_max, row_sum, q, k_ptr, v_ptr, k_tile, v_tile, caps_ptr, stride_k_length, stride_v_length,
+                i * BLOCK_N, k_len, scale_log2, seed, drop_threshold, image_head, offs_m, False, False,
                 DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
         if full * BLOCK_N < k_len:
             acc, row_max, row_sum = _forward_block(
-                acc, row_max, row_sum, q, k_ptr, v_ptr, k_tile, v_tile, mask_ptr, stride_k_length, stride_v_length,
-                stride_mask_key, full * BLOCK_N, k_len, scale_log2, seed, drop_threshold, image_head, offs_m, False,
+                acc, row_max, row_sum, q, k_ptr, v_ptr, k_tile, v_tile, caps_ptr, stride_k_length, stride_v_length,
+                full * BLOCK_N, k_len, scale_log2, seed, drop_threshold, image_head, offs_m, False,
                 True, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
@@ -276,8 +281,8 @@ def attention_forward(
         query, key, value: [B, H, Lq, D], [B, H, Lk, D], [B, H, Lk, Dv], any strides, one 16- or 32-bit float dtype.
         key_padding_mask: [B, Lk] bool, any strides, or None.
         seed: [1] int64, or None for no dropout.
-        drop_threshold: 0..256; an element is dropped if its byte is below.
-        drop_scale: multiplies what is kept.
+        drop_threshold: 0..256; an element is dropped if its byte is below. 256 means all, which `drop_scale` sees to.
+        drop_scale: multiplies what is kept; 0 if nothing is.
         scale: positive.
         out: [B, H, Lq, Dv], any strides, the inputs' dtype.
         logsumexp: [B, H, Lq] float32, contiguous.
@@ -296,24 +301,23 @@ def attention_forward(
     value_dim, k_len = value.shape[3], key.shape[2]
     block_d, block_dv = padded_head_dim(head_dim), padded_head_dim(value_dim)
     tile = _forward_tile(query, max(block_d, block_dv))
-    blocks = key_blocks(key_padding_mask)
+    blocks, caps = key_blocks(key_padding_mask)
     _attention_forward_kernel[(batch * heads * triton.cdiv(q_len, tile["BLOCK_M"]),)](
         q_ptr=query,
         k_ptr=key,
         v_ptr=value,
-        mask_ptr=key_padding_mask,
         blocks_ptr=blocks,
+        caps_ptr=caps,
         seed_ptr=seed,
         out_ptr=out,
         lse_ptr=logsumexp,
         **strides(q=query, k=key, v=value, out=out),
-        **mask_strides(key_padding_mask),
         num_heads=heads,
         q_len=q_len,
         k_len=k_len,
         num_blocks=0 if blocks is None else blocks.shape[1] - 1,
         scale=scale,
-        drop_threshold=drop_threshold,
+        drop_threshold=min(drop_threshold, 255),
         drop_scale=drop_scale,
         HAS_MASK=blocks is not None,
         DROPOUT=seed is not None,
@@ -336,24 +340,32 @@ def _forward_tile(query: torch.Tensor, block_d: int) -> dict[str, int]:
     return {"BLOCK_M": 128, "num_warps": 4, "num_stages": 3}
 
 
-def key_blocks(key_padding_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """[B, 1 + blocks] int32: how many blocks of keys are not padding throughout, then which, in order."""
+def key_blocks(key_padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """What the kernels read in place of the mask.
+
+    Returns:
+        [B, 1 + blocks] int32: how many blocks of keys are not padding throughout, then which, in order; and
+        [B, blocks * BLOCK_N] float32: +inf for keys, -inf for padding and beyond the last key.
+    """
     if key_padding_mask is None:
-        return None
+        return None, None
     batch, k_len = key_padding_mask.shape
     num_blocks = triton.cdiv(k_len, BLOCK_N)
     blocks = torch.empty((batch, 1 + num_blocks), dtype=torch.int32, device=key_padding_mask.device)
+    caps = torch.empty((batch, num_blocks * BLOCK_N), dtype=torch.float32, device=key_padding_mask.device)
     _key_blocks_kernel[(batch,)](
         mask_ptr=key_padding_mask,
         blocks_ptr=blocks,
-        **mask_strides(key_padding_mask),
+        caps_ptr=caps,
+        stride_mask_batch=key_padding_mask.stride(0),
+        stride_mask_key=key_padding_mask.stride(1),
         k_len=k_len,
         num_blocks=num_blocks,
         BLOCK_N=BLOCK_N,
         BLOCK_B=16,
         num_warps=4,
     )
-    return blocks
+    return blocks, caps
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -367,11 +379,6 @@ def strides(**tensors: torch.Tensor) -> dict[str, int]:
     return {
         f"stride_{name}_{axis}": tensor.stride(i) for name, tensor in tensors.items() for i, axis in enumerate(axes)
     }
-
-
-def mask_strides(mask: torch.Tensor | None) -> dict[str, int]:
-    batch, key = (0, 0) if mask is None else mask.stride()
-    return {"stride_mask_batch": batch, "stride_mask_key": key}
 
 
 def input_precision(dtype: torch.dtype) -> str:

@@ -4,6 +4,8 @@
     P     = exp(q kᵀ · scale - logsumexp)       dk = scale · dSᵀ q
     dS    = P ∘ (drop(grad_out vᵀ) - delta)     dv = drop(P)ᵀ grad_out
 
+With dropout both passes work on dS / drop_scale, from delta / drop_scale, and multiply once, at the end.
+
 The first pass walks over the keys for each tile of queries: it makes delta, keeps it for the second, and gives dq.
 The second walks over the queries for each block of keys, with everything transposed, so that P and dS go from one
 matrix product to the next in registers. P is computed anew in both, from the forward's logsumexp: +inf there, for a
@@ -22,12 +24,12 @@ from detr_fast.kernels.attention import (
     dropout_keep,
     input_precision,
     key_blocks,
-    mask_strides,
     needs_float32,
     padded_head_dim,
     strides,
     tile_mask,
     tile_offsets,
+    unknown_zero,
     valid_keys,
 )
 
@@ -38,21 +40,19 @@ def _grad_query_block(
     q,  # [BLOCK_M, BLOCK_D]
     do,  # [BLOCK_M, BLOCK_DV]
     lse_log2,  # [BLOCK_M]
-    delta,  # [BLOCK_M]
+    delta,  # [BLOCK_M], over drop_scale
     k_ptr,
     v_ptr,
     k_tile,
     v_tile,
-    mask_ptr,
+    caps_ptr,
     stride_k_length,
     stride_v_length,
-    stride_mask_key,
     start_n,
     k_len,
     scale_log2,
     seed,
     drop_threshold,
-    drop_scale,
     head,
     offs_m,
     HAS_MASK: tl.constexpr,
@@ -69,7 +69,7 @@ def _grad_query_block(
     """One block of keys; `BOUNDARY` as in the forward."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     if HAS_MASK or BOUNDARY:
-        valid = valid_keys(mask_ptr, offs_n, stride_mask_key, k_len, HAS_MASK)
+        valid = valid_keys(caps_ptr, offs_n, k_len, HAS_MASK)
     else:
         valid = tl.full([BLOCK_N], 1, dtype=tl.int1)
     k_ptrs = k_ptr + tl.cast(start_n, tl.int64) * stride_k_length + k_tile
@@ -78,29 +78,32 @@ def _grad_query_block(
     k = tl.load(k_ptrs, mask=tile_mask(valid, HEAD_DIM, BLOCK_D), other=0.0)
     v = tl.load(v_ptrs, mask=tile_mask(valid, VALUE_DIM, BLOCK_DV), other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    if HAS_MASK or BOUNDARY:
+    if HAS_MASK:
+        scores = tl.minimum(scores, tl.load(caps_ptr + offs_n)[None, :])
+    elif BOUNDARY:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     probs = tl.exp2(scores * scale_log2 - lse_log2[:, None])
     grad_probs = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if DROPOUT:
         keep = dropout_keep(seed, drop_threshold, head, offs_m, start_n, BLOCK_M, BLOCK_N)
-        grad_probs = tl.where(keep, grad_probs * drop_scale, 0.0)
+        grad_probs = tl.where(keep, grad_probs, 0.0)
     grad_scores = probs * (grad_probs - delta[:, None])
     return tl.dot(grad_scores.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "num_blocks", "stride_mask_batch", "drop_threshold"])
+@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "num_blocks", "drop_threshold"])
 def _attention_grad_query_kernel(
     q_ptr,  # [B, H, Lq, HEAD_DIM]
     k_ptr,  # [B, H, Lk, HEAD_DIM]
     v_ptr,  # [B, H, Lk, VALUE_DIM]
-    mask_ptr,  # [B, Lk] bool, or None
     blocks_ptr,  # [B, 1 + num_blocks] int32, or None
+    caps_ptr,  # [B, num_blocks * BLOCK_N] float32, or None
     seed_ptr,  # [1] int64, or None
     out_ptr,  # [B, H, Lq, VALUE_DIM]
     do_ptr,  # [B, H, Lq, VALUE_DIM], gradient of out
     lse_ptr,  # [B, H, Lq] float32, contiguous
-    delta_ptr,  # [B, H, Lq] float32, contiguous, written
+    delta_ptr,  # [B, H, Lq] float32, contiguous, written: delta over drop_scale
+    lse_log2_ptr,  # [B, H, Lq] float32, contiguous, written: lse in units of log(2)
     dq_ptr,  # [B, H, Lq, HEAD_DIM], written
     stride_q_batch,
     stride_q_head,
@@ -126,8 +129,6 @@ def _attention_grad_query_kernel(
     stride_dq_head,
     stride_dq_length,
     stride_dq_dim,
-    stride_mask_batch,
-    stride_mask_key,
     num_heads,
     q_len,
     k_len,
@@ -168,20 +169,23 @@ def _attention_grad_query_kernel(
     do = tl.load(do_ptr + tile_offsets(offs_m, stride_do_length, BLOCK_DV, stride_do_dim), mask=mask_out, other=0.0)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1)  # [BLOCK_M]
     rows = image_head.to(tl.int64) * q_len + offs_m
+    if DROPOUT:  # so that the loops need not multiply by drop_scale, which is 0 if everything is dropped
+        delta /= tl.where(drop_scale == 0, 1.0, drop_scale)
     tl.store(delta_ptr + rows, delta, mask=mask_m)
     lse_log2 = tl.load(lse_ptr + rows, mask=mask_m, other=float("inf")) * LOG2_E
+    tl.store(lse_log2_ptr + rows, lse_log2, mask=mask_m)
 
     seed = tl.load(seed_ptr) if DROPOUT else 0
     scale_log2 = scale * LOG2_E
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     if HAS_MASK:
-        mask_ptr += batch * stride_mask_batch
         blocks_ptr += batch * (1 + num_blocks)
+        caps_ptr += batch * num_blocks * BLOCK_N
         for i in range(0, tl.load(blocks_ptr)):
             start_n = tl.load(blocks_ptr + 1 + i) * BLOCK_N
             dq = _grad_query_block(
-                dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_tile, v_tile, mask_ptr, stride_k_length, stride_v_length,
-                stride_mask_key, start_n, k_len, scale_log2, seed, drop_threshold, drop_scale, image_head, offs_m, True,
+                dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_tile, v_tile, caps_ptr, stride_k_length, stride_v_length,
+                start_n, k_len, scale_log2, seed, drop_threshold, image_head, offs_m, True,
                 True, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     else:
@@ -190,30 +194,32 @@ def _attention_grad_query_kernel(
         full = tl.cdiv(k_len, BLOCK_N) if ONE_BODY else k_len // BLOCK_N
         for i in range(0, full):
             dq = _grad_query_block(
-                dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_tile, v_tile, mask_ptr, stride_k_length, stride_v_length,
-                stride_mask_key, i * BLOCK_N, k_len, scale_log2, seed, drop_threshold, drop_scale, image_head, offs_m,
+                dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_tile, v_tile, caps_ptr, stride_k_length, stride_v_length,
+                i * BLOCK_N, k_len, scale_log2, seed, drop_threshold, image_head, offs_m,
                 False, ONE_BODY, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
         if not ONE_BODY and full * BLOCK_N < k_len:
             dq = _grad_query_block(
-                dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_tile, v_tile, mask_ptr, stride_k_length, stride_v_length,
-                stride_mask_key, full * BLOCK_N, k_len, scale_log2, seed, drop_threshold, drop_scale, image_head,
+                dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_tile, v_tile, caps_ptr, stride_k_length, stride_v_length,
+                full * BLOCK_N, k_len, scale_log2, seed, drop_threshold, image_head,
                 offs_m, False, True, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     dq_ptrs = dq_ptr + tile_offsets(offs_m, stride_dq_length, BLOCK_D, stride_dq_dim)
+    if DROPOUT:
+        dq *= drop_scale
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
 
 
-@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "stride_mask_batch", "drop_threshold"])
+@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "num_blocks", "drop_threshold"])
 def _attention_grad_key_value_kernel(
     q_ptr,  # [B, H, Lq, HEAD_DIM]
     k_ptr,  # [B, H, Lk, HEAD_DIM]
     v_ptr,  # [B, H, Lk, VALUE_DIM]
-    mask_ptr,  # [B, Lk] bool, or None
+    caps_ptr,  # [B, num_blocks * BLOCK_N] float32, or None
     seed_ptr,  # [1] int64, or None
     do_ptr,  # [B, H, Lq, VALUE_DIM], gradient of out
-    lse_ptr,  # [B, H, Lq] float32, contiguous
-    delta_ptr,  # [B, H, Lq] float32, contiguous
+    lse_log2_ptr,  # [B, H, Lq] float32, contiguous, from the first pass
+    delta_ptr,  # [B, H, Lq] float32, contiguous, from the first pass
     dk_ptr,  # [B, H, Lk, HEAD_DIM], written
     dv_ptr,  # [B, H, Lk, VALUE_DIM], written
     stride_q_batch,
@@ -240,11 +246,10 @@ def _attention_grad_key_value_kernel(
     stride_dv_head,
     stride_dv_length,
     stride_dv_dim,
-    stride_mask_batch,
-    stride_mask_key,
     num_heads,
     q_len,
     k_len,
+    num_blocks,
     scale,
     drop_threshold,
     drop_scale,
@@ -278,8 +283,8 @@ def _attention_grad_key_value_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
     if HAS_MASK:
-        mask_ptr += batch * stride_mask_batch
-    valid = valid_keys(mask_ptr, offs_n, stride_mask_key, k_len, HAS_MASK)
+        caps_ptr += batch * num_blocks * BLOCK_N
+    valid = valid_keys(caps_ptr, offs_n, k_len, HAS_MASK)
     if tl.max(valid.to(tl.int32), axis=0) == 0:
         tl.store(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), mask=dk_mask)
         tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=dv_mask)
@@ -291,7 +296,7 @@ def _attention_grad_key_value_kernel(
     v = tl.load(v_ptrs, mask=tile_mask(valid, VALUE_DIM, BLOCK_DV), other=0.0)  # [BLOCK_N, BLOCK_DV]
     q_tile = tile_offsets(tl.arange(0, BLOCK_M), stride_q_length, BLOCK_D, stride_q_dim)
     do_tile = tile_offsets(tl.arange(0, BLOCK_M), stride_do_length, BLOCK_DV, stride_do_dim)
-    lse_ptr += image_head.to(tl.int64) * q_len
+    lse_log2_ptr += image_head.to(tl.int64) * q_len
     delta_ptr += image_head.to(tl.int64) * q_len
     seed = tl.load(seed_ptr) if DROPOUT else 0
     scale_log2 = scale * LOG2_E
@@ -302,22 +307,24 @@ def _attention_grad_key_value_kernel(
         q = tl.load(q_ptr + first * stride_q_length + q_tile, mask=tile_mask(mask_m, HEAD_DIM, BLOCK_D), other=0.0)
         do_ptrs = do_ptr + first * stride_do_length + do_tile
         do = tl.load(do_ptrs, mask=tile_mask(mask_m, VALUE_DIM, BLOCK_DV), other=0.0)
-        lse_log2 = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf")) * LOG2_E
+        lse_log2 = tl.load(lse_log2_ptr + offs_m, mask=mask_m, other=float("inf"))
         delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
         # A padded key's own row may hold anything here: it is mixed with no other, and zeroed at the end.
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         probs = tl.exp2(scores * scale_log2 - lse_log2[None, :])
         grad_probs = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        dropped = probs
         if DROPOUT:
             keep = tl.trans(dropout_keep(seed, drop_threshold, image_head, offs_m, start_n, BLOCK_M, BLOCK_N))
-            dropped = tl.where(keep, probs, 0.0)
-            grad_probs = tl.where(keep, grad_probs * drop_scale, 0.0)
+            dropped = tl.where(keep, probs, unknown_zero(drop_threshold))
+            grad_scores = dropped * grad_probs - probs * delta[None, :]
+        else:
+            dropped = probs
+            grad_scores = probs * (grad_probs - delta[None, :])
         dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
-        grad_scores = probs * (grad_probs - delta[None, :])
         dk = tl.dot(grad_scores.to(q.dtype), q, dk, input_precision=PRECISION)
     if DROPOUT:
         dv *= drop_scale
+        dk *= drop_scale
     dk = tl.where(valid[:, None], dk * scale, 0.0)
     dv = tl.where(valid[:, None], dv, 0.0)
     tl.store(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), mask=dk_mask)
@@ -363,24 +370,24 @@ def attention_backward(
             grad.copy_(result)
         return
     block_d, block_dv = padded_head_dim(head_dim), padded_head_dim(value_dim)
-    delta = torch.empty_like(logsumexp)
-    blocks = key_blocks(key_padding_mask)
+    delta, lse_log2 = torch.empty_like(logsumexp), torch.empty_like(logsumexp)
+    blocks, caps = key_blocks(key_padding_mask)
     shared = dict(
         q_ptr=query,
         k_ptr=key,
         v_ptr=value,
-        mask_ptr=key_padding_mask,
+        caps_ptr=caps,
         seed_ptr=seed,
         do_ptr=grad_out,
-        lse_ptr=logsumexp,
         delta_ptr=delta,
+        lse_log2_ptr=lse_log2,
         **strides(q=query, k=key, v=value, do=grad_out),
-        **mask_strides(key_padding_mask),
         num_heads=heads,
         q_len=q_len,
         k_len=k_len,
+        num_blocks=0 if blocks is None else blocks.shape[1] - 1,
         scale=scale,
-        drop_threshold=drop_threshold,
+        drop_threshold=min(drop_threshold, 255),
         drop_scale=drop_scale,
         HAS_MASK=blocks is not None,
         DROPOUT=seed is not None,
@@ -396,8 +403,8 @@ def attention_backward(
         _attention_grad_query_kernel[(batch * heads * triton.cdiv(q_len, tile["BLOCK_M"]),)](
             out_ptr=out,
             dq_ptr=grad_query,
+            lse_ptr=logsumexp,
             blocks_ptr=blocks,
-            num_blocks=0 if blocks is None else blocks.shape[1] - 1,
             **strides(out=out, dq=grad_query),
             **shared,
             **tile,
