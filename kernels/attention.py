@@ -334,7 +334,7 @@ def attention_forward(
 def _forward_tile(query: torch.Tensor, block_d: int) -> dict[str, int]:
     """Queries per tile, warps and stages."""
     if query.dtype == torch.float32:
-        return {"BLOCK_M": 32, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1}
     if query.shape[2] <= 128 or block_d > 64 or _target.compute_capability(query.device)[0] == 8:
         return {"BLOCK_M": 64, "num_warps": 4, "num_stages": 3 if block_d <= 64 else 2}
     return {"BLOCK_M": 128, "num_warps": 4, "num_stages": 3}

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from detr_fast.kernels import _target
 from detr_fast.kernels.attention import (
     BLOCK_N,
     LOG2_E,
@@ -415,19 +416,21 @@ def attention_backward(
             dv_ptr=grad_value,
             **strides(dk=grad_key, dv=grad_value),
             **shared,
-            **_grad_key_value_tile(query, max(block_d, block_dv)),
+            **_grad_key_value_tile(query, max(block_d, block_dv), seed is not None),
         )
 
 
 def _grad_query_tile(query: torch.Tensor, block_d: int) -> dict[str, int]:
     """Queries per tile, warps and stages."""
     if query.dtype == torch.float32:
-        return {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1}
+        return {"BLOCK_M": 16 if input_precision(query.dtype) == "tf32" else 32, "num_warps": 8, "num_stages": 1}
     return {"BLOCK_M": 64, "num_warps": 4 if block_d <= 64 else 8, "num_stages": 2}
 
 
-def _grad_key_value_tile(query: torch.Tensor, block_d: int) -> dict[str, int]:
+def _grad_key_value_tile(query: torch.Tensor, block_d: int, dropout: bool) -> dict[str, int]:
     """Queries per step, warps and stages."""
     if query.dtype == torch.float32:
-        return {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 64, "num_warps": 4 if block_d <= 32 else 8, "num_stages": 2}
+        few_registers = input_precision(query.dtype) == "ieee" and not dropout
+        return {"BLOCK_M": 16 if few_registers else 32, "num_warps": 8, "num_stages": 1}
+    few_warps = block_d <= 32 and _target.compute_capability(query.device)[0] != 8
+    return {"BLOCK_M": 64, "num_warps": 4 if few_warps else 8, "num_stages": 2}
