@@ -300,8 +300,8 @@ def attention_forward(
     batch, heads, q_len, head_dim = query.shape
     value_dim, k_len = value.shape[3], key.shape[2]
     block_d, block_dv = padded_head_dim(head_dim), padded_head_dim(value_dim)
-    tile = _forward_tile(query, max(block_d, block_dv))
     blocks, caps = key_blocks(key_padding_mask)
+    tile = _forward_tile(query, max(block_d, block_dv), blocks is not None)
     _attention_forward_kernel[(batch * heads * triton.cdiv(q_len, tile["BLOCK_M"]),)](
         q_ptr=query,
         k_ptr=key,
@@ -331,10 +331,10 @@ def attention_forward(
     )
 
 
-def _forward_tile(query: torch.Tensor, block_d: int) -> dict[str, int]:
+def _forward_tile(query: torch.Tensor, block_d: int, has_mask: bool) -> dict[str, int]:
     """Queries per tile, warps and stages."""
     if query.dtype == torch.float32:
-        return {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1}
+        return {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1 if has_mask else 2}
     if query.shape[2] <= 128 or block_d > 64 or _target.compute_capability(query.device)[0] == 8:
         return {"BLOCK_M": 64, "num_warps": 4, "num_stages": 3 if block_d <= 64 else 2}
     return {"BLOCK_M": 128, "num_warps": 4, "num_stages": 3}
