@@ -416,7 +416,7 @@ def attention_backward(
             dv_ptr=grad_value,
             **strides(dk=grad_key, dv=grad_value),
             **shared,
-            **_grad_key_value_tile(query, max(block_d, block_dv), seed is not None),
+            **_grad_key_value_tile(query, max(block_d, block_dv)),
         )
 
 
@@ -427,10 +427,10 @@ def _grad_query_tile(query: torch.Tensor, block_d: int) -> dict[str, int]:
     return {"BLOCK_M": 64, "num_warps": 4 if block_d <= 64 else 8, "num_stages": 2}
 
 
-def _grad_key_value_tile(query: torch.Tensor, block_d: int, dropout: bool) -> dict[str, int]:
+def _grad_key_value_tile(query: torch.Tensor, block_d: int) -> dict[str, int]:
     """Queries per step, warps and stages."""
     if query.dtype == torch.float32:
-        few_registers = input_precision(query.dtype) == "ieee" and not dropout
-        return {"BLOCK_M": 16 if few_registers else 32, "num_warps": 8, "num_stages": 1}
-    few_warps = block_d <= 32 and _target.compute_capability(query.device)[0] != 8
-    return {"BLOCK_M": 64, "num_warps": 4 if few_warps else 8, "num_stages": 2}
+        return {"BLOCK_M": 16 if input_precision(query.dtype) == "ieee" else 32, "num_warps": 8, "num_stages": 1}
+    if _target.compute_capability(query.device)[0] == 8:
+        return {"BLOCK_M": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 64, "num_warps": 4 if block_d <= 32 else 8, "num_stages": 2}
