@@ -64,7 +64,9 @@ def load_file(path: str | os.PathLike) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{str(path)!r} is not a file of weights written by torch.save: {error}") from error
+        # torch's own message goes on for a page, and advises to load without the check.
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ValueError(f"{str(path)!r} is not a file of weights written by torch.save: {reason}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

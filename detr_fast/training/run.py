@@ -118,8 +118,7 @@ def build(args: argparse.Namespace, own_weights: bool) -> tuple[nn.Module, nn.Mo
         try:
             return build_model(args)
         except RuntimeError as error:  # the download of the backbone's weights
-            hint = "; or --backbone_weights none, or PATH"
-            raise UsageError(f"{error}{hint}") from error
+            raise UsageError(f"{error} Here: --backbone_weights PATH or --backbone_weights none.") from error
     built = build_model(argparse.Namespace(**{**vars(args), "backbone_weights": "none"}))
     # Which parameters are trained is decided by where the weights once came from.
     detector_of(built[0]).backbone[0].freeze(train_backbone=args.lr_backbone > 0)
