@@ -11,12 +11,9 @@ import math
 
 import torch
 
+from detr_fast.ops._attention_chunked import chunked_backward, chunked_forward
 from detr_fast.ops._dispatch import refuse_transforms, use_kernel
-
-_PHILOX_ROUNDS = 7
-_PHILOX_A, _PHILOX_B = 0xD2511F53, 0xCD9E8D57
-_PHILOX_KEY_A, _PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
-_LOW_32 = 0xFFFFFFFF
+from detr_fast.ops._dropout_bits import dropout_bytes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST_KERNEL_HEAD_DIM = 128
@@ -34,11 +31,11 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Multi-head attention: softmax(q kᵀ · scale), padded keys at -inf, dropout on the probabilities, times v.
 
-    Differentiable once in query, key and value; memory linear in the lengths on CUDA. A row without any key (all
+    Differentiable once in query, key and value; memory linear in the lengths. A row without any key (all
     padding) gives zeros and zero gradients; what padded keys and values hold, NaN included, reaches nothing.
     Under autocast the three are cast to autocast's dtype, as `F.scaled_dot_product_attention` does. float64 and head
-    dimensions above 128 are computed in plain PyTorch on every device, with the [Lq, Lk] matrix in memory. float32
-    matrix products on CUDA use TF32 where `torch.backends.cuda.matmul` says so.
+    dimensions above 128 are computed in plain PyTorch, in chunks, on every device. float32 matrix products on CUDA use
+    TF32 where `torch.backends.cuda.matmul` says so.
 
     Args:
         query: [B, H, Lq, D], any strides; float16, bfloat16, float32 or float64.
@@ -144,27 +141,9 @@ def attention_dropout_mask(
     """
     device = seed.device if device is None else torch.device(device)
     seed = seed.to(device)
-    slices = torch.arange(batch * heads, device=device)[:, None, None]
-    rows = torch.arange(q_len, device=device)[:, None]
-    blocks = (k_len + 63) // 64
-    groups = torch.arange(4 * blocks, device=device)
-    words = _philox(seed, rows, groups, slices, torch.zeros_like(seed))
-    words = torch.stack([word.expand(batch * heads, q_len, 4 * blocks) for word in words], dim=-1)
-    kept = words.to(torch.int32).view(torch.uint8) >= _dropout_threshold(dropout_p)
-    kept = kept.view(batch, heads, q_len, blocks, 4, 8, 2).transpose(4, 5)
-    return kept.reshape(batch, heads, q_len, 64 * blocks)[..., :k_len].contiguous()
-
-
-def _philox(seed, c0, c1, c2, c3):
-    """Philox 4x32 in int64 arithmetic: four words in 0..2**32 - 1. A product wraps at 64 bits, which keeps its bits."""
-    k0, k1 = seed & _LOW_32, (seed >> 32) & _LOW_32
-    for _ in range(_PHILOX_ROUNDS):
-        product_0, product_2 = c0 * _PHILOX_A, c2 * _PHILOX_B
-        c0 = ((product_2 >> 32) & _LOW_32) ^ c1 ^ k0
-        c2 = ((product_0 >> 32) & _LOW_32) ^ c3 ^ k1
-        c1, c3 = product_2 & _LOW_32, product_0 & _LOW_32
-        k0, k1 = (k0 + _PHILOX_KEY_A) & _LOW_32, (k1 + _PHILOX_KEY_B) & _LOW_32
-    return c0, c1, c2, c3
+    slices, rows = torch.arange(batch * heads, device=device), torch.arange(q_len, device=device)
+    drawn = dropout_bytes(seed, slices, rows, k_len)
+    return (drawn.to(torch.int16) >= _dropout_threshold(dropout_p)).unflatten(0, (batch, heads))
 
 
 def _dropout_threshold(dropout_p: float) -> int:
@@ -221,12 +200,6 @@ def _on_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
     return use_kernel(query.device) and query.dtype != torch.float64 and head_dim <= _LARGEST_KERNEL_HEAD_DIM
 
 
-def _keep(query, key, dropout_p, seed):
-    if dropout_p == 0:
-        return None
-    return attention_dropout_mask(seed, query.shape[0], query.shape[1], query.shape[2], key.shape[2], dropout_p)
-
-
 def _probabilities(query, key, value, key_padding_mask, scale):
     """softmax(q kᵀ · scale) [B, H, Lq, Lk], the values that may be read, and the log-sum-exp, all promoted."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -260,17 +233,15 @@ def _empty_blhd(batch, heads, length, head_dim, like: torch.Tensor) -> torch.Ten
 )
 def _attention(query, key, value, key_padding_mask, dropout_p, seed, scale):
     out, logsumexp = _attention_fake(query, key, value, key_padding_mask, dropout_p, seed, scale)
+    dropout = (_dropout_threshold(dropout_p), _dropout_scale(dropout_p))
+    inputs = (query, key, value, key_padding_mask, seed, *dropout, scale)
     if _on_kernel(query, value):
         from detr_fast.kernels.attention import attention_forward
 
-        threshold, dropout_scale = _dropout_threshold(dropout_p), _dropout_scale(dropout_p)
-        attention_forward(
-            query, key, value, key_padding_mask, seed, threshold, dropout_scale, scale, out=out, logsumexp=logsumexp
-        )
+        attention_forward(*inputs, out=out, logsumexp=logsumexp)
         return out, logsumexp
-    keep = _keep(query, key, dropout_p, seed)
     with torch.autocast(query.device.type, enabled=False):
-        result = attention_reference(query, key, value, key_padding_mask, dropout_p, keep, scale=scale)
+        result = chunked_forward(*inputs)
     return out.copy_(result[0]), logsumexp.copy_(result[1])
 
 
@@ -291,52 +262,23 @@ def _attention_backward(grad_out, query, key, value, out, logsumexp, key_padding
     grads = _attention_backward_fake(
         grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale
     )
+    rest = (key_padding_mask, seed, _dropout_threshold(dropout_p), _dropout_scale(dropout_p), scale)
     if _on_kernel(query, value):
         from detr_fast.kernels.attention_backward import attention_backward
 
-        threshold, dropout_scale = _dropout_threshold(dropout_p), _dropout_scale(dropout_p)
         attention_backward(
-            grad_out,
-            query,
-            key,
-            value,
-            out,
-            logsumexp,
-            key_padding_mask,
-            seed,
-            threshold,
-            dropout_scale,
-            scale,
-            grad_query=grads[0],
-            grad_key=grads[1],
-            grad_value=grads[2],
-        )
+            grad_out, query, key, value, out, logsumexp, *rest,
+            grad_query=grads[0], grad_key=grads[1], grad_value=grads[2],
+        )  # fmt: skip
         return grads
-    keep = _keep(query, key, dropout_p, seed)
     with torch.autocast(query.device.type, enabled=False):
-        results = _reference_backward(grad_out, query, key, value, key_padding_mask, dropout_p, keep, scale)
+        results = chunked_backward(grad_out, query, key, value, logsumexp, *rest)
     return tuple(grad.copy_(result) for grad, result in zip(grads, results, strict=True))
 
 
 @_attention_backward.register_fake
 def _attention_backward_fake(grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale):
     return tuple(_empty_blhd(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x) for x in (query, key, value))
-
-
-def _reference_backward(grad_out, query, key, value, key_padding_mask, dropout_p, keep, scale):
-    """Gradients of query, key, value by the formulas the kernels use."""
-    probs, value, _ = _probabilities(query, key, value, key_padding_mask, scale)
-    query, key, grad_out = query.to(probs.dtype), key.to(probs.dtype), grad_out.to(probs.dtype)
-    if key_padding_mask is not None:
-        key = key.masked_fill(key_padding_mask[:, None, :, None], 0)
-    grad_probs = grad_out @ value.transpose(-2, -1)
-    dropped = probs
-    if keep is not None:
-        keep = keep.to(probs.dtype) * _dropout_scale(dropout_p)
-        dropped, grad_probs = probs * keep, grad_probs * keep
-    grad_value = dropped.transpose(-2, -1) @ grad_out
-    grad_scores = probs * (grad_probs - (probs * grad_probs).sum(dim=-1, keepdim=True)) * scale
-    return grad_scores @ key, grad_scores.transpose(-2, -1) @ query, grad_value
 
 
 def _setup_context(ctx, inputs, output):

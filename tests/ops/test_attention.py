@@ -113,9 +113,24 @@ def test_attention_dropout_is_the_helpers_mask():
             assert (p == 1) == bool((out == 0).all())
 
 
+@pytest.mark.parametrize("scores", [1, 70, 150, 350, 700])
+def test_attention_in_chunks(scores, monkeypatch):
+    """Whatever number of scores is computed at once: single rows, some rows, whole heads, several heads."""
+    from detr_fast.ops import _attention_chunked
+
+    monkeypatch.setattr(_attention_chunked, "_CPU_CHUNK", scores)
+    inputs, mask = make_inputs(), make_mask()
+    keep = attention_dropout_mask(SEED, 2, 3, 5, 70, 0.3)
+    out, lse = attention(*inputs, mask, 0.3, seed=SEED)
+    want, want_lse = attention_reference(*inputs, mask, 0.3, keep)
+    grad = torch.randn_like(out)
+    torch.testing.assert_close((out, lse), (want, want_lse))
+    torch.testing.assert_close(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(want, inputs, grad))
+
+
 def test_dropout_words_are_philox():
     """Four words of the seed's first counter, from a scalar implementation of the published rounds."""
-    from detr_fast.ops.attention import _philox
+    from detr_fast.ops._dropout_bits import philox
 
     mask, multipliers, bumps = 0xFFFFFFFF, (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 
@@ -131,9 +146,9 @@ def test_dropout_words_are_philox():
     assert scalar([mask] * 4, [mask] * 2, 10) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     counter = [3, 2**31 + 5, 2**32 - 1, 0]
     for seed in (0, 2**62 - 1, -5):
-        words = _philox(torch.tensor([seed]), *(torch.tensor([c]) for c in counter))
+        words = philox(torch.tensor([seed]), *(torch.tensor([c]) for c in counter))
         key = [seed & mask, (seed >> 32) & mask]
-        assert [int(word) for word in words] == scalar(counter, key, 7)
+        assert [int(word) & mask for word in words] == scalar(counter, key, 7)
 
 
 def test_dropout_rate():
