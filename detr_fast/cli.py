@@ -88,7 +88,8 @@ def _train_parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace, given: set[str]) -> int:
-    from detr_fast.training.run import evaluate_checkpoint, train
+    from detr_fast.training.inference import evaluate_checkpoint
+    from detr_fast.training.trainer import train
 
     if args.eval:
         check_args(args)
@@ -120,7 +121,7 @@ def _eval_parser() -> argparse.ArgumentParser:
 
 
 def _eval(args: argparse.Namespace, given: set[str]) -> int:
-    from detr_fast.training.run import evaluate_checkpoint
+    from detr_fast.training.inference import evaluate_checkpoint
 
     check_args(args)
     evaluate_checkpoint(args, given, args.weights)

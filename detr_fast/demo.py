@@ -9,7 +9,7 @@ from detr_fast.data.shapes import make_shapes_dataset
 from detr_fast.predict import predict
 from detr_fast.training.config import UsageError, choose_device, get_args_parser
 from detr_fast.training.distributed import is_main_process
-from detr_fast.training.run import train
+from detr_fast.training.trainer import train
 
 # A detector from scratch: batch norm instead of frozen statistics, one learning rate for all, read at stride 8.
 _COMMON = {

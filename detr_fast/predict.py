@@ -14,8 +14,8 @@ from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, make_coco_tra
 from detr_fast.nested_tensor import nested_tensor_from_tensor_list
 from detr_fast.training.config import UsageError, choose_device, usage_errors
 from detr_fast.training.engine import PRECISIONS
+from detr_fast.training.inference import load_for_inference
 from detr_fast.training.pictures import best_detections, best_masks, draw_detections
-from detr_fast.training.run import load_for_inference
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 

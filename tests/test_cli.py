@@ -97,7 +97,7 @@ def test_predict_writes_pictures_and_results_with_the_datas_ids(own_data, checkp
 def test_predicted_boxes_are_the_models(own_data, checkpoint, tmp_path):
     from detr_fast.data import CocoDetection, make_coco_transforms
     from detr_fast.training.config import get_args_parser
-    from detr_fast.training.run import load_for_inference
+    from detr_fast.training.inference import load_for_inference
 
     assert main(["predict", str(own_data / "images" / "1.jpg"), "--weights", str(checkpoint), "--threshold", "0",
                  "--output_dir", str(tmp_path), "--device", "cpu"]) == 0  # fmt: skip

@@ -31,6 +31,12 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
+def say(text: str) -> None:
+    """Prints in the first process only."""
+    if is_main_process():
+        print(text, flush=True)
+
+
 def barrier() -> None:
     """Wait until every process has come here."""
     if is_dist_avail_and_initialized():

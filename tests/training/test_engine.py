@@ -9,7 +9,7 @@ from detr_fast.training.config import get_args_parser
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.engine import train_one_epoch
 from detr_fast.training.nonfinite import FiniteWatch, NonFiniteLossError, explain_non_finite
-from detr_fast.training.run import build
+from detr_fast.training.setup import build
 
 CPU = torch.device("cpu")
 

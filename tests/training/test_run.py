@@ -142,7 +142,8 @@ def test_weights_start_a_run_with_other_classes(trained, tiny_flags, shapes, tmp
 WORKER = """
 import sys, torch, torch.distributed as dist
 from detr_fast.training.config import get_args_parser
-from detr_fast.training.run import Trainer, start
+from detr_fast.training.setup import start
+from detr_fast.training.trainer import Trainer
 output, *flags = sys.argv[1:]
 args = get_args_parser().parse_args(flags + ["--output_dir", output])
 trainer = Trainer(args, start(args))

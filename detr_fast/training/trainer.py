@@ -1,4 +1,4 @@
-"""A whole run: from arguments to a trained model, its logs and its checkpoints; and evaluating a checkpoint.
+"""A training run, from arguments to a trained model, its logs and its checkpoints.
 
 Source: facebookresearch/detr, main.py.
 """
@@ -6,31 +6,22 @@ Source: facebookresearch/detr, main.py.
 import argparse
 import datetime
 import math
-import random
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from detr_fast.data.categories import Categories
-from detr_fast.data.coco import CocoDetection, build_dataset, read_annotations
+from detr_fast.data.coco import CocoDetection, build_dataset
 from detr_fast.data.lines import LineDetection, make_line_transforms
-from detr_fast.data.loader import EpochLoader, PackedCollate, build_loader
 from detr_fast.data.panoptic import CocoPanoptic
 from detr_fast.data.transforms import Compose, RandomHorizontalFlip, make_coco_transforms
-from detr_fast.evaluation import LineEvaluator
-from detr_fast.models.build import build_model
 from detr_fast.models.letr import LETRstack, load_first_stage
-from detr_fast.models.segmentation import DETRsegm
 from detr_fast.training.checkpoint import (
-    DETECTOR,
-    has_masks,
     load_model,
     load_weights,
     plain_args,
@@ -39,31 +30,20 @@ from detr_fast.training.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from detr_fast.training.config import UsageError, check_train_args, choose_device, usage_errors
-from detr_fast.training.distributed import all_gather, barrier, get_rank, init_distributed_mode, is_main_process
+from detr_fast.training.config import UsageError, check_train_args, usage_errors
+from detr_fast.training.distributed import all_gather, barrier, get_rank, is_main_process, say
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.engine import evaluate, train_one_epoch
+from detr_fast.training.inference import save_evaluation
 from detr_fast.training.log import RunLog
 from detr_fast.training.optim import build_optimizer, build_scheduler, load_optimizer, steps_every
 from detr_fast.training.pictures import draw_curves, draw_samples
 from detr_fast.training.regions import compile_regions
+from detr_fast.training.setup import MODEL_ARGS, box_annotations, build, loader_for, start
 
-# The arguments that define the model and how it sees images: a checkpoint brings them along.
-MODEL_ARGS = (
-    "backbone", "backbone_norm", "backbone_level", "dilation", "position_embedding", "enc_layers", "dec_layers",
-    "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "masks", "image_size", "max_size",
-    "layer1_num", "LETRpost", "layer2_num", "second_enc_layers", "second_dec_layers", "second_dim_feedforward",
-    "second_hidden_dim", "second_nheads", "second_dropout", "second_pre_norm",
-)  # fmt: skip
 # COCO's panoptic ids end at 200; the original's models, and so its checkpoints, have this many classes.
 _COCO_PANOPTIC_CLASSES = 250
 _LAST_COCO_THING = 90
-
-
-def say(text: str) -> None:
-    """Prints in the first process only."""
-    if is_main_process():
-        print(text, flush=True)
 
 
 def train(args: argparse.Namespace) -> dict:
@@ -81,60 +61,6 @@ def train(args: argparse.Namespace) -> dict:
     with usage_errors():
         trainer = Trainer(args, start(args))
     return trainer.run()
-
-
-def start(args: argparse.Namespace) -> torch.device:
-    """Joins torchrun's processes, if any, chooses the device and seeds the generators, each process differently."""
-    asked = args.world_size
-    args.device = choose_device(args.device, args.precision)
-    init_distributed_mode(args)
-    if asked not in (1, args.world_size):
-        raise UsageError(
-            f"--world_size {asked}: processes are started by torchrun --nproc-per-node {asked} -m detr_fast …"
-        )
-    if args.device == "cuda" and args.gpu is not None:
-        args.device = f"cuda:{args.gpu}"
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    seed = args.seed + get_rank()
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-    say(f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, {args.precision}")
-    return device
-
-
-def build(args: argparse.Namespace, own_weights: bool) -> tuple[nn.Module, nn.Module, dict[str, nn.Module]]:
-    """Model, criterion and post-processors from `args`, the model on the CPU.
-
-    Args:
-        args: as for `build_model`; `backbone_norm` is set if it is None.
-        own_weights: the caller loads a checkpoint of the whole model: pretrained backbone weights are not fetched.
-    """
-    if args.backbone_norm is None:
-        args.backbone_norm = "batch" if args.backbone_weights == "none" else "frozen"
-    if not own_weights or args.backbone_weights == "none":
-        try:
-            return build_model(args)
-        except RuntimeError as error:  # the download of the backbone's weights
-            raise UsageError(f"{error} Here: --backbone_weights PATH or --backbone_weights none.") from error
-    built = build_model(argparse.Namespace(**{**vars(args), "backbone_weights": "none"}))
-    # Which parameters are trained is decided by where the weights once came from.
-    detector_of(built[0]).backbone[0].freeze(train_backbone=args.lr_backbone > 0)
-    return built
-
-
-def detector_of(model: nn.Module) -> nn.Module:
-    """The detector in a model with masks, or the model itself: what has the backbone."""
-    return model.detr if isinstance(model, DETRsegm) else model
-
-
-def box_annotations(dataset: CocoDetection | CocoPanoptic, args: argparse.Namespace) -> COCO:
-    """The validation set's annotations of boxes and masks; for panoptic data those of ``coco_path``'s instances."""
-    if isinstance(dataset, CocoPanoptic):
-        dataset = build_dataset("val", argparse.Namespace(**{**vars(args), "dataset_file": "coco"}))
-    return dataset.coco
 
 
 class Trainer:
@@ -172,8 +98,8 @@ class Trainer:
             args.thing_classes = self.dataset_train.thing_classes
             if _LAST_COCO_THING < self.categories.ids[-1] < _COCO_PANOPTIC_CLASSES:
                 args.num_classes = _COCO_PANOPTIC_CLASSES
-        self.loader_train = _loader(self.dataset_train, args, train=True)
-        self.loader_val = _loader(self.dataset_val, args, train=False)
+        self.loader_train = loader_for(self.dataset_train, args, train=True)
+        self.loader_val = loader_for(self.dataset_val, args, train=False)
         checkpoint = self._resume_from()
         weights = _read_weights(args.weights) if args.weights and checkpoint is None else None
         frozen = _read_weights(args.frozen_weights) if args.frozen_weights and checkpoint is None else None
@@ -410,23 +336,6 @@ def _image_folder(dataset: CocoDetection | CocoPanoptic):
     return dataset.img_folder if isinstance(dataset, CocoPanoptic) else dataset.root
 
 
-def _loader(dataset: CocoDetection | CocoPanoptic, args: argparse.Namespace, train: bool) -> EpochLoader:
-    # A GPU's convolutions want channels-last images: padding can write them so at no cost.
-    options = {"channels_last": torch.device(args.device).type == "cuda"}
-    if isinstance(dataset, LineDetection):
-        options |= {"mean": dataset.mean, "std": dataset.std}
-    return build_loader(
-        dataset,
-        args.batch_size,
-        train=train,
-        num_workers=args.num_workers,
-        distributed=args.distributed,
-        seed=args.seed,
-        group_by_size=None if train and args.group_by_size else False,
-        collate_fn=PackedCollate(**options),
-    )
-
-
 def _check_same_run(args: argparse.Namespace, checkpoint: Mapping, categories: Categories) -> None:
     """Refuses to continue a checkpoint with another model or other classes; says what else differs."""
     theirs = checkpoint.get("args", {})
@@ -452,128 +361,3 @@ def _check_same_run(args: argparse.Namespace, checkpoint: Mapping, categories: C
         kept = name in ("lr", "lr_backbone", "weight_decay")
         note = "the checkpoint's is kept" if kept else "the new one counts"
         say(f"--resume: --{name} was {differing[name][0]} and is {differing[name][1]}: {note}")
-
-
-def save_evaluation(evaluator, path: Path) -> None:
-    """Writes pycocotools' precision and recall arrays as tensors, readable with ``weights_only=True``.
-
-    Keys: "precision" [IoU thresholds, recalls, classes, areas, detections], "scores" likewise, "recall" without the
-    second axis, "counts", and "stats", the twelve numbers; -1 where there is no object.
-    Of lines there are only `LineEvaluator.stats`.
-    """
-    if isinstance(evaluator, LineEvaluator):
-        save_checkpoint({"stats": dict(evaluator.stats)}, path)
-        return
-    curves = evaluator.coco_eval["bbox"].eval
-    state = {name: torch.from_numpy(curves[name]) for name in ("precision", "recall", "scores")}
-    state["counts"] = list(curves["counts"])
-    state["stats"] = evaluator.coco_eval["bbox"].stats.tolist()
-    save_checkpoint(state, path)
-
-
-def load_for_inference(
-    args: argparse.Namespace, given: set[str], path: str
-) -> tuple[nn.Module, nn.Module, dict[str, nn.Module], Categories | None]:
-    """A checkpoint's model in evaluation mode on `args.device`, described by the checkpoint itself.
-
-    Args:
-        args: parsed flags; those that define the model are overwritten by the checkpoint's, unless they were given.
-        given: names of the flags that the user gave.
-        path: a checkpoint of ours, of the original, or bare weights of the original. Averaged weights (EMA) are taken
-            where there are some.
-
-    Returns:
-        Model, criterion, post-processors, and the categories; None where the checkpoint does not say.
-
-    Raises:
-        ValueError, FileNotFoundError: it cannot be read, or does not fit.
-    """
-    checkpoint = read_checkpoint(path)
-    theirs = checkpoint.get("args", {})
-    for name in (*MODEL_ARGS, "aux_loss", "set_cost_class", "set_cost_bbox", "set_cost_giou", "bbox_loss_coef",
-                 "giou_loss_coef", "mask_loss_coef", "dice_loss_coef", "eos_coef", "thing_classes",
-                 "set_cost_line", "line_loss_coef", "label_loss_func", "label_loss_params"):  # fmt: skip
-        if name in theirs and name not in given:
-            setattr(args, name, theirs[name])
-    if "lines" in (args.dataset_file, theirs.get("dataset_file")):
-        args.dataset_file = "lines"
-    state = checkpoint["model"]
-    if "ema" in checkpoint:
-        say(f"{path}: using its averaged weights (EMA)")
-        state = checkpoint["ema"]["values"]
-    if args.masks and "masks" in given and not has_masks(state):
-        raise ValueError(f"--masks: {path} has no mask head")
-    args.masks, args.frozen_weights = has_masks(state), None
-    classes = f"{DETECTOR if args.masks else ''}class_embed.bias"
-    if classes not in state:
-        raise ValueError(f"{path} has no {classes}; expected the weights of a DETR")
-    args.num_classes = len(state[classes]) - 1
-    if args.backbone_norm is None:
-        args.backbone_norm = "frozen"
-    args.backbone_weights, args.lr_backbone, args.dropout = "none", 0.0, 0.0
-    model, criterion, postprocessors = build(args, own_weights=True)
-    load_model(model, state, path)
-    model.to(args.device).eval()
-    if args.compile:
-        compile_regions(model, say)
-    categories = Categories.from_dict(checkpoint["categories"]) if "categories" in checkpoint else None
-    return model, criterion, postprocessors, categories
-
-
-def evaluate_checkpoint(args: argparse.Namespace, given: set[str], path: str) -> dict:
-    """Evaluates a checkpoint on the validation data and prints COCO's numbers and those of each class.
-
-    Masks are evaluated where the model has some, and with ``args.dataset_file`` "coco_panoptic" panoptic pictures.
-
-    Args:
-        args: parsed flags of ``detr-fast eval`` or ``detr-fast train --eval``.
-        given: names of the flags that the user gave.
-        path: the checkpoint.
-
-    Returns:
-        The losses and what `evaluate` adds to them.
-    """
-    with usage_errors():
-        device = start(args)
-        model, criterion, postprocessors, categories = load_for_inference(args, given, path)
-        if categories is None and args.val_ann and args.dataset_file != "lines":
-            # Without word of the contrary labels are category ids, as in the original.
-            categories = Categories.from_coco(read_annotations(args.val_ann)["categories"])
-        dataset = build_dataset("val", args, categories=categories, uint8=True)
-        if dataset.categories.num_classes > args.num_classes:
-            raise UsageError(
-                f"{path} has {args.num_classes} classes, the annotations need {dataset.categories.num_classes}: "
-                f"category ids up to {dataset.categories.ids[-1]}"
-            )
-        if "panoptic" in postprocessors:
-            postprocessors["panoptic"].is_thing_map = {
-                label: label in dataset.thing_classes for label in range(args.num_classes)
-            }
-        annotations = box_annotations(dataset, args)
-        loader = _loader(dataset, args, train=False)
-    stats, evaluator = evaluate(
-        model,
-        criterion,
-        postprocessors,
-        loader,
-        annotations,
-        device,
-        args.output_dir,
-        categories=dataset.categories,
-        precision=args.precision,
-        print_freq=args.print_freq,
-    )
-    if is_main_process():
-        for iou_type, title in (("bbox", "category"), ("segm", "category (masks)")):
-            if iou_type not in getattr(evaluator, "iou_types", ()):
-                continue
-            rows = evaluator.per_class(iou_type)
-            width = max(len(title), *(len(name) for name in rows))
-            print(f"{title:{width}}     AP   AP50")
-            for name, row in rows.items():
-                if not math.isnan(row["AP"]):
-                    print(f"{name:{width}}  {row['AP']:.3f}  {row['AP50']:.3f}")
-        if args.output_dir:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            save_evaluation(evaluator, Path(args.output_dir) / "eval.pth")
-    return stats
