@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from detr_fast.kernels import _target
+from detr_fast.kernels import _configurations
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # Keys per entry of the list of blocks, and keys per tile of the kernels that follow it. Dropout's bytes are dealt out
@@ -301,7 +301,11 @@ def attention_forward(
     value_dim, k_len = value.shape[3], key.shape[2]
     block_d, block_dv = padded_head_dim(head_dim), padded_head_dim(value_dim)
     blocks, caps = key_blocks(key_padding_mask)
-    tile = _forward_tile(query, max(block_d, block_dv), blocks is not None)
+    precision = input_precision(query.dtype)
+    conditions = _configurations.attention_conditions(
+        query, key, value, precision, max(block_d, block_dv), blocks is not None, seed is not None
+    )
+    tile = _configurations.configuration("attention_forward", **conditions)
     _attention_forward_kernel[(batch * heads * triton.cdiv(q_len, tile["BLOCK_M"]),)](
         q_ptr=query,
         k_ptr=key,
@@ -321,7 +325,7 @@ def attention_forward(
         drop_scale=drop_scale,
         HAS_MASK=blocks is not None,
         DROPOUT=seed is not None,
-        PRECISION=input_precision(query.dtype),
+        PRECISION=precision,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
         BLOCK_N=BLOCK_N,
@@ -329,15 +333,6 @@ def attention_forward(
         BLOCK_DV=block_dv,
         **tile,
     )
-
-
-def _forward_tile(query: torch.Tensor, block_d: int, has_mask: bool) -> dict[str, int]:
-    """Queries per tile, warps and stages."""
-    if query.dtype == torch.float32:
-        return {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1 if has_mask else 2}
-    if query.shape[2] <= 128 or block_d > 64 or _target.compute_capability(query.device)[0] == 8:
-        return {"BLOCK_M": 64, "num_warps": 4, "num_stages": 3 if block_d <= 64 else 2}
-    return {"BLOCK_M": 128, "num_warps": 4, "num_stages": 3}
 
 
 def key_blocks(key_padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:

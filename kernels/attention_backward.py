@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from detr_fast.kernels import _target
+from detr_fast.kernels import _configurations
 from detr_fast.kernels.attention import (
     BLOCK_N,
     LOG2_E,
@@ -373,6 +373,10 @@ def attention_backward(
     block_d, block_dv = padded_head_dim(head_dim), padded_head_dim(value_dim)
     delta, lse_log2 = torch.empty_like(logsumexp), torch.empty_like(logsumexp)
     blocks, caps = key_blocks(key_padding_mask)
+    precision = input_precision(query.dtype)
+    conditions = _configurations.attention_conditions(
+        query, key, value, precision, max(block_d, block_dv), blocks is not None, seed is not None
+    )
     shared = dict(
         q_ptr=query,
         k_ptr=key,
@@ -392,14 +396,14 @@ def attention_backward(
         drop_scale=drop_scale,
         HAS_MASK=blocks is not None,
         DROPOUT=seed is not None,
-        PRECISION=input_precision(query.dtype),
+        PRECISION=precision,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
         BLOCK_N=BLOCK_N,
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
     )
-    tile = _grad_query_tile(query, max(block_d, block_dv))
+    tile = _configurations.configuration("attention_grad_query", **conditions)
     if q_len:
         _attention_grad_query_kernel[(batch * heads * triton.cdiv(q_len, tile["BLOCK_M"]),)](
             out_ptr=out,
@@ -416,21 +420,5 @@ def attention_backward(
             dv_ptr=grad_value,
             **strides(dk=grad_key, dv=grad_value),
             **shared,
-            **_grad_key_value_tile(query, max(block_d, block_dv)),
+            **_configurations.configuration("attention_grad_key_value", **conditions),
         )
-
-
-def _grad_query_tile(query: torch.Tensor, block_d: int) -> dict[str, int]:
-    """Queries per tile, warps and stages."""
-    if query.dtype == torch.float32:
-        return {"BLOCK_M": 16 if input_precision(query.dtype) == "tf32" else 32, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 64, "num_warps": 4 if block_d <= 64 else 8, "num_stages": 2}
-
-
-def _grad_key_value_tile(query: torch.Tensor, block_d: int) -> dict[str, int]:
-    """Queries per step, warps and stages."""
-    if query.dtype == torch.float32:
-        return {"BLOCK_M": 16 if input_precision(query.dtype) == "ieee" else 32, "num_warps": 8, "num_stages": 1}
-    if _target.compute_capability(query.device)[0] == 8:
-        return {"BLOCK_M": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 64, "num_warps": 4 if block_d <= 32 else 8, "num_stages": 2}

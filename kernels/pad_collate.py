@@ -19,11 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-_TABLE_COLUMNS = tl.constexpr(7)  # address, strides of C, H, W in elements, sizes of C, H, W
+from detr_fast.kernels import _configurations
 
-# 32 elements a thread: with 64, triton 3.6 spills and 3.8 needs over 200 registers.
-_BLOCK_H, _BLOCK_W = 16, 256
-_NUM_WARPS = 4
+_TABLE_COLUMNS = tl.constexpr(7)  # address, strides of C, H, W in elements, sizes of C, H, W
 
 _TRITON_TYPES = {
     torch.uint8: tl.uint8,
@@ -266,7 +264,14 @@ def pad_collate_forward(
         unit_stride = all(image.shape[0] == channels == image.stride(2) and image.stride(0) == 1 for image in images)
     else:
         unit_stride = all(image.stride(2) == 1 for image in images)
-    col_blocks, row_blocks = triton.cdiv(row_width, _BLOCK_W), triton.cdiv(height, _BLOCK_H)
+    tile = _configurations.configuration(
+        "pad_collate_forward",
+        family=_configurations.family(device),
+        source_bytes=source_dtype.itemsize,
+        batch_bytes=dtype.itemsize,
+        channels_last=pixel_rows,
+    )
+    col_blocks, row_blocks = triton.cdiv(row_width, tile["BLOCK_W"]), triton.cdiv(height, tile["BLOCK_H"])
     with torch.cuda.device_of(batch):
         table, norm_values = _table_on_device(images, norm, compute_type)
         _pad_collate_forward_kernel[(len(images) * channel_groups * row_blocks * col_blocks,)](
@@ -287,9 +292,7 @@ def pad_collate_forward(
             CHANNELS_LAST=pixel_rows,
             CHANNELS=fixed_channels,
             UNIT_STRIDE=unit_stride,
-            BLOCK_H=_BLOCK_H,
-            BLOCK_W=_BLOCK_W,
-            num_warps=_NUM_WARPS,
+            **tile,
         )
     return batch, mask
 
@@ -314,7 +317,14 @@ def pad_collate_backward(
         return crops
     norm = [] if std is None else [1 / s for s in std]
     target_type, compute_type, grad_view = _types(dtype, grad, std is not None)
-    col_blocks, row_blocks = triton.cdiv(width, _BLOCK_W), triton.cdiv(height, _BLOCK_H)
+    tile = _configurations.configuration(
+        "pad_collate_backward",
+        family=_configurations.family(grad.device),
+        source_bytes=dtype.itemsize,
+        batch_bytes=grad.dtype.itemsize,
+        channels_last=grad.is_contiguous(memory_format=torch.channels_last),
+    )
+    col_blocks, row_blocks = triton.cdiv(width, tile["BLOCK_W"]), triton.cdiv(height, tile["BLOCK_H"])
     with torch.cuda.device_of(grad):
         table, norm_values = _table_on_device(crops, norm, compute_type)
         _pad_collate_backward_kernel[(len(crops) * channels * row_blocks * col_blocks,)](
@@ -331,9 +341,7 @@ def pad_collate_backward(
             TARGET_TYPE=target_type,
             COMPUTE_TYPE=compute_type,
             NORMALISE=std is not None,
-            BLOCK_H=_BLOCK_H,
-            BLOCK_W=_BLOCK_W,
-            num_warps=_NUM_WARPS,
+            **tile,
         )
     return crops
 

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from detr_fast.kernels import _configurations
+
 # Arguments up to here are reduced to a quarter turn by subtracting k * pi / 2 in three parts whose products are exact.
 _LARGEST_REDUCED = 8192.0
 # Programs to aim for: several per multiprocessor of the largest GPUs.
@@ -188,9 +190,11 @@ def sine_position_forward(
     if pos.numel() == 0:
         return pos, resized
     num_pairs = features // 2
-    block_t, block_f = (32, 32) if tokens else (128, 8)
-    tiles = batch * triton.cdiv(height * width, block_t)
-    blocks = triton.cdiv(num_pairs, block_f)
+    tile = _configurations.configuration(
+        "sine_position_forward", family=_configurations.family(mask.device), bytes=dtype.itemsize, tokens=tokens
+    )
+    tiles = batch * triton.cdiv(height * width, tile["BLOCK_T"])
+    blocks = triton.cdiv(num_pairs, tile["BLOCK_F"])
     blocks_per_program = triton.cdiv(blocks, min(triton.cdiv(_PROGRAMS, 2 * tiles), blocks))
     largest = abs(scale) if normalize else max(height, width)
     with torch.cuda.device_of(mask):
@@ -215,8 +219,6 @@ def sine_position_forward(
             TOKENS=tokens,
             LARGE=not largest <= _LARGEST_REDUCED,
             BLOCK_N=32,
-            BLOCK_T=block_t,
-            BLOCK_F=block_f,
-            num_warps=4,
+            **tile,
         )
     return pos, resized

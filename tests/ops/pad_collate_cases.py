@@ -131,10 +131,10 @@ def generated_case(seed):
 
 def small_tiles(monkeypatch):
     """Tiles of which small images need several, in the interpreter, whose time goes by the number of programs."""
-    from detr_fast.kernels import pad_collate
+    from detr_fast.kernels import _configurations
 
-    monkeypatch.setattr(pad_collate, "_BLOCK_H", 32)
-    monkeypatch.setattr(pad_collate, "_BLOCK_W", 64)
+    tile = {"BLOCK_H": 32, "BLOCK_W": 64, "num_warps": 4}
+    monkeypatch.setattr(_configurations, "configuration", lambda kernel, **conditions: tile)
 
 
 def guarded_empty(monkeypatch):

@@ -1,0 +1,126 @@
+"""How the kernels are launched: tile sizes, warps and pipeline stages, per GPU family and shape class.
+
+`configuration` looks a launch up; the launchers call it through the module (``_configurations.configuration(...)``), so
+that `python -m benchmarks tune` can put candidates in its place. The first entry whose conditions all hold counts:
+`MEASURED` first, what that command has timed on a GPU and written here, then `RULES`, from the particular to the
+general. A condition that an entry does not name holds for every launch, so the last rule of a kernel is its fallback.
+
+Families: sm_80 (A100), sm_86 (8.6 to 8.9: RTX 30 and 40, A10, L4, L40; like sm_120, with 99 KiB of shared memory per
+block), sm_90 (H100, H200), sm_100 (B200, B300), sm_120 (RTX 50). A GPU newer than these counts as sm_120 and one older
+than these, or none, as sm_80: both launch what needs little shared memory and no instruction that only one family has.
+
+Conditions of the attention kernels:
+
+    family      see above
+    precision   "16-bit" (fp16, bf16), "tf32" or "ieee" (float32, with and without TF32)
+    block_d     head dimension of the wider of key and value, rounded up to a power of two: 16, 32, 64, 128
+    ragged      whether a head dimension is narrower than its tile, so that loads look after the last columns
+    mask        whether there is a key padding mask
+    dropout     whether there is dropout
+    lengths     "few x few", "few x many" or "many": queries x keys, few being at most 128
+
+BLOCK_M is queries per tile (forward, gradient of queries) or per step (gradient of keys and values).
+
+Conditions of pad_collate: family, source_bytes and batch_bytes (sizes of an element), channels_last. Conditions of
+sine_position: family, bytes (of the embedding's element), tokens.
+"""
+
+import functools
+
+import torch
+
+from detr_fast.kernels import _target
+
+FEW = 128
+
+Conditions = dict[str, object]
+Entry = tuple[str, Conditions, dict[str, int]]
+
+# Written by `python -m benchmarks tune --write`: (kernel, every condition, configuration).
+# measured:begin
+MEASURED: tuple[Entry, ...] = ()
+# measured:end
+
+_FORWARD, _GRAD_QUERY, _GRAD_KEY_VALUE = "attention_forward", "attention_grad_query", "attention_grad_key_value"
+
+
+def _tile(block_m: int, warps: int, stages: int) -> dict[str, int]:
+    return {"BLOCK_M": block_m, "num_warps": warps, "num_stages": stages}
+
+
+# A condition's value may be a tuple: any of them. Chosen by what the compiler makes of the kernels (no spills, wgmma
+# on sm_90, registers); nothing here has been timed.
+RULES: tuple[Entry, ...] = (
+    (_FORWARD, {"precision": ("ieee", "tf32"), "mask": True}, _tile(32, 8, 1)),
+    (_FORWARD, {"precision": ("ieee", "tf32")}, _tile(32, 8, 2)),
+    (_FORWARD, {"block_d": 128}, _tile(64, 4, 2)),
+    (_FORWARD, {"family": ("sm_90", "sm_100"), "lengths": "many"}, _tile(128, 4, 3)),
+    (_FORWARD, {}, _tile(64, 4, 3)),
+    #
+    (_GRAD_QUERY, {"precision": "tf32"}, _tile(16, 8, 1)),
+    (_GRAD_QUERY, {"precision": "ieee"}, _tile(32, 8, 1)),
+    (_GRAD_QUERY, {"block_d": 128}, _tile(64, 8, 2)),
+    (_GRAD_QUERY, {}, _tile(64, 4, 2)),
+    #
+    (_GRAD_KEY_VALUE, {"precision": "tf32"}, _tile(32, 8, 1)),
+    (_GRAD_KEY_VALUE, {"precision": "ieee"}, _tile(16, 8, 1)),
+    (_GRAD_KEY_VALUE, {"family": ("sm_90", "sm_100"), "block_d": (16, 32)}, _tile(64, 4, 2)),
+    (_GRAD_KEY_VALUE, {"family": ("sm_90", "sm_100")}, _tile(64, 8, 2)),
+    (_GRAD_KEY_VALUE, {}, _tile(32, 4, 2)),
+    # 32 elements a thread: with 64, triton 3.6 spills and 3.8 needs over 200 registers.
+    ("pad_collate_forward", {}, {"BLOCK_H": 16, "BLOCK_W": 256, "num_warps": 4}),
+    ("pad_collate_backward", {}, {"BLOCK_H": 16, "BLOCK_W": 256, "num_warps": 4}),
+    #
+    ("sine_position_forward", {"tokens": True}, {"BLOCK_T": 32, "BLOCK_F": 32, "num_warps": 4}),
+    ("sine_position_forward", {}, {"BLOCK_T": 128, "BLOCK_F": 8, "num_warps": 4}),
+)
+
+
+def family(device: torch.device) -> str:
+    """The family that `device` counts to, such as "sm_90"; see above for GPUs that are not known."""
+    major, minor = _target.compute_capability(device)
+    if major < 9:
+        return "sm_86" if (major, minor) >= (8, 6) else "sm_80"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_120")
+
+
+@functools.cache
+def configuration(kernel: str, **conditions) -> dict[str, int]:
+    """Block sizes, warps and stages, as keyword arguments of the launch; not to be changed.
+
+    Args:
+        kernel: its name without the leading underscore and `_kernel`, such as "attention_forward".
+        conditions: every condition of that kernel, as listed above; `device` in place of `family` is looked up.
+    """
+    for entry_kernel, entry, chosen in (*MEASURED, *RULES):
+        if entry_kernel == kernel and all(_holds(value, conditions[name]) for name, value in entry.items()):
+            return chosen
+    raise KeyError(f"no configuration of kernel {kernel!r}")
+
+
+def _holds(wanted: object, given: object) -> bool:
+    return given in wanted if isinstance(wanted, tuple) else given == wanted
+
+
+def attention_conditions(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, precision: str, block_d: int, mask: bool, dropout: bool
+) -> Conditions:
+    """The conditions of a launch of one of the attention kernels.
+
+    Args:
+        query, key, value: [B, H, L, D].
+        precision: of float32 matrix products, "ieee" or "tf32".
+        block_d: width of the wider tile.
+    """
+    lengths = "many"
+    if query.shape[2] <= FEW:
+        lengths = "few x few" if key.shape[2] <= FEW else "few x many"
+    return {
+        "family": family(query.device),
+        "precision": precision if query.dtype == torch.float32 else "16-bit",
+        "block_d": block_d,
+        "ragged": not query.shape[3] == value.shape[3] == block_d,
+        "mask": mask,
+        "dropout": dropout,
+        "lengths": lengths,
+    }
