@@ -19,10 +19,16 @@ def philox(seed, c0, c1, c2, c3):
     for _ in range(_ROUNDS):
         # A product wraps at 64 bits, which keeps its bits. What stands above a word's low 32 goes at its next use.
         product_0, product_2 = c0 * _A, c2 * _B
-        c0, c2 = ((product_2 >> 32) ^ c1 ^ k0) & _LOW_32, ((product_0 >> 32) ^ c3 ^ k1) & _LOW_32
+        c0 = _xor(_xor(product_2 >> 32, c1), k0).bitwise_and_(_LOW_32)
+        c2 = _xor(_xor(product_0 >> 32, c3), k1).bitwise_and_(_LOW_32)
         c1, c3 = product_2, product_0
         k0, k1 = (k0 + _KEY_A) & _LOW_32, (k1 + _KEY_B) & _LOW_32
     return c0, c1, c2, c3
+
+
+def _xor(mine: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """mine ^ other, in the memory of `mine` where that is large enough: allocating costs more than computing."""
+    return mine.bitwise_xor_(other) if other.shape in (mine.shape, (1,)) else mine ^ other
 
 
 def dropout_bytes(seed: torch.Tensor, slices: torch.Tensor, rows: torch.Tensor, k_len: int) -> torch.Tensor:
@@ -37,10 +43,9 @@ def dropout_bytes(seed: torch.Tensor, slices: torch.Tensor, rows: torch.Tensor, 
     blocks = (k_len + 63) // 64
     groups = torch.arange(4 * blocks, device=seed.device)
     words = philox(seed, rows[:, None], groups, slices[:, None, None], torch.zeros_like(seed))
-    shape = (len(slices), len(rows), blocks)
-    # A word's halves are the pairs of columns 16 w + 2 g and 16 w + 8 + 2 g (word w of group g) within 64.
-    pairs = torch.empty((*shape, 4, 2, 4), dtype=torch.int16, device=seed.device)  # [..., word, half, group]
-    for w, word in enumerate(words):
-        halves = word.to(torch.int32).expand(*shape[:2], 4 * blocks).contiguous().view(torch.int16)
-        pairs[..., w, :, :] = halves.view(*shape, 4, 2).transpose(-1, -2)
-    return pairs.view(torch.uint8).view(*shape[:2], 64 * blocks)[..., :k_len]
+    # Within 64 columns, 16 bits of word w of group g are the columns 16 w + 2 g (low half) or 16 w + 8 + 2 g (high) and
+    # the next: the four groups' halves next to each other are 64 bits of the result.
+    size = (len(slices), len(rows), len(groups))
+    halves = [part.to(torch.int16).expand(size).contiguous() for word in words for part in (word, word >> 16)]
+    drawn = torch.stack([half.view(torch.int64) for half in halves], dim=-1).view(torch.uint8)
+    return drawn.flatten(2)[..., :k_len]
