@@ -32,6 +32,26 @@ def test_another_model_is_another_training(monkeypatch):
     assert max(abs(ours - reference) / reference for ours, reference in losses) > 1e-4
 
 
+def test_in_float64_rounding_does_not_grow():
+    losses = same_training.compare(20, image_size=(32, 40), dtype=torch.float64)
+    assert max(abs(ours - reference) / reference for ours, reference in losses) < 1e-12
+
+
+def test_the_control_trains_the_reference_twice():
+    """A last bit away, and different for that reason alone."""
+    losses = same_training.compare(3, image_size=(32, 40), control=True)
+    assert 0 < max(abs(first - second) / second for first, second in losses) < 1e-5
+
+
+def test_dropout_is_judged_by_what_is_reached(capsys):
+    ours, reference = same_training.reached(3, 0.5, 0, image_size=(32, 40))
+    assert ours != reference and abs(ours - reference) / reference < 0.1
+    assert same_training.main(["--steps", "2", "--image-size", "32", "40", "--dropout", "0.1", "--seeds", "1"]) == 1
+    assert "the reference's seeds by 0.0000" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        same_training.main(["--dropout", "0.1", "--resync"])
+
+
 def _only_boxes(matcher):
     super(same_training.LayerByLayer, matcher).__init__(0, 5, 0)
 
