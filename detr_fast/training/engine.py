@@ -42,9 +42,9 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Trains for one pass over the loader.
 
-    No step waits for the device, except for the matcher's copy of its costs: losses are read every `print_freq` steps,
-    the check for NaN comes two steps late, and a step whose gradients are not finite is skipped by the (fused)
-    optimiser on the device, so that no weight is spoilt in the meantime.
+    No step waits for the device: losses are read every `print_freq` steps, the check for NaN comes two steps late, and
+    a step whose gradients are not finite is skipped by the (fused) optimiser on the device, so that no weight is spoilt
+    in the meantime. (A criterion or matcher of another class than ours may wait.)
 
     Args:
         model: on `device`; may be wrapped in DistributedDataParallel.

@@ -1,0 +1,98 @@
+"""A step never waits for the GPU, nor mixes devices.
+
+Without a GPU the forward pass and the criterion run on fake CUDA tensors, which have no values: whatever reads one, or
+mixes one with a CPU tensor, raises.
+"""
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from detr_fast.data import PackedCollate
+from detr_fast.models import build_model
+from detr_fast.training.config import get_args_parser
+from detr_fast.training.engine import train_one_epoch
+
+TINY = [
+    "--backbone", "resnet18", "--backbone_weights", "none", "--backbone_norm", "frozen", "--hidden_dim", "128",
+    "--enc_layers", "1", "--dec_layers", "2", "--dim_feedforward", "32", "--num_queries", "9",
+]  # fmt: skip
+KINDS = {"detection": [], "masks": ["--masks"], "lines": ["--dataset_file", "lines"]}
+
+
+def make_batch(kind, sizes=((40, 64), (64, 33))):
+    """A packed batch as the loader sends it, and targets of 3 and 0 objects."""
+    samples = []
+    for i, (height, width) in enumerate(sizes):
+        count = 3 * (i == 0)
+        target = {"labels": torch.randint(0, 3, (count,))}
+        target["lines" if kind == "lines" else "boxes"] = torch.rand(count, 4) * 0.4 + 0.3
+        if kind == "masks":
+            target["masks"] = torch.rand(count, height, width) < 0.5
+        samples.append((torch.randint(0, 256, (3, height, width), dtype=torch.uint8), target))
+    return PackedCollate()(samples)
+
+
+@contextlib.contextmanager
+def fake_cuda():
+    """Everything made within, and what goes in, are tensors without values, on CUDA where it says so."""
+    with contextlib.ExitStack() as stack:
+        for patch in (
+            # The criterion looks at the values of targets that are on the CPU, which are fake here, too.
+            mock.patch.object(torch.compiler, "is_compiling", lambda: True),
+            mock.patch.object(torch.Tensor, "pin_memory", lambda self: self),
+            # A model of fake tensors cannot be moved; it is made where it belongs.
+            mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self),
+        ):
+            stack.enter_context(patch)
+        yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_and_losses_read_nothing_from_the_gpu(kind):
+    args = get_args_parser().parse_args([*TINY, *KINDS[kind], "--device", "cuda"])
+    samples, targets = make_batch(kind)
+    with fake_cuda(), torch.random.fork_rng(devices=[]):
+        with torch.device("cuda"):
+            model, criterion, _ = build_model(args)
+        outputs = model.train()(samples.to("cuda", non_blocking=True))
+        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+        losses = criterion(outputs, targets)
+        assert {"loss_ce", "loss_ce_0"} <= losses.keys()
+        assert all(value.device.type == "cuda" for value in losses.values())
+        with pytest.raises(Exception, match="item|_local_scalar_dense"):  # so that reading a value does raise
+            losses["loss_ce"].item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_wait_for_nothing(kind):
+    """Whole steps, logging apart, while torch turns every wait into an error."""
+    args = get_args_parser().parse_args([*TINY, *KINDS[kind], "--device", "cuda"])
+    device = torch.device("cuda")
+    model, criterion, _ = build_model(args)
+    model, criterion = model.to(device), criterion.to(device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+    class Loader:
+        def __len__(self):
+            return 6
+
+        def __iter__(self):
+            for i in range(6):
+                samples, targets = make_batch(kind)
+                # The first step may compile kernels and plan convolutions.
+                torch.cuda.set_sync_debug_mode("error" if i >= 2 else "default")
+                yield samples.pin_memory(), targets.pin_memory()
+            torch.cuda.set_sync_debug_mode("default")
+
+    try:
+        stats = train_one_epoch(model, criterion, Loader(), optimizer, device, 0, 0.1, precision="bf16", print_freq=100)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert stats["loss"] > 0
