@@ -181,8 +181,13 @@ class Step:
         return contextlib.nullcontext() if self.variant.kernels else reference_ops()
 
     def loss(self, batch) -> Tensor:
-        packed, floats, targets = batch
-        samples = (packed if self.variant.packed else floats).to(self.device, non_blocking=True)
+        packed, samples, targets = batch
+        if self.variant.packed:
+            options = {"channels_last": self.variant.channels_last}
+            if self.variant.bf16:
+                options["dtype"] = torch.bfloat16
+            samples = PackedBatch(packed.buffer, packed.header, packed.options | options)
+        samples = samples.to(self.device, non_blocking=True)
         if self.variant.channels_last:
             samples.tensors = samples.tensors.contiguous(memory_format=torch.channels_last)
         if not self.variant.one_pass:

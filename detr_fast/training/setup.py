@@ -19,6 +19,7 @@ from detr_fast.models.build import build_model
 from detr_fast.models.segmentation import DETRsegm
 from detr_fast.training.config import UsageError, choose_device
 from detr_fast.training.distributed import get_rank, init_distributed_mode, say
+from detr_fast.training.engine import PRECISIONS
 
 # The arguments that define the model and how it sees images: a checkpoint brings them along.
 MODEL_ARGS = (
@@ -85,8 +86,10 @@ def box_annotations(dataset: CocoDetection | CocoPanoptic, args: argparse.Namesp
 
 def loader_for(dataset: CocoDetection | CocoPanoptic, args: argparse.Namespace, train: bool) -> EpochLoader:
     """The loader of a training or validation set of uint8 images, as the flags say."""
-    # A GPU's convolutions want channels-last images: padding can write them so at no cost.
+    # A GPU's convolutions want channels-last images, and autocast would cast them: padding writes both at no cost.
     options = {"channels_last": torch.device(args.device).type == "cuda"}
+    if args.precision != "fp32":
+        options["dtype"] = PRECISIONS[args.precision]
     if isinstance(dataset, LineDetection):
         options |= {"mean": dataset.mean, "std": dataset.std}
     return build_loader(
