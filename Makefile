@@ -34,16 +34,20 @@ demo: $(READY)
 	$(PY) -m detr_fast demo
 
 # The GPU tests, then every benchmark suite, on whatever GPU is there: at most ten minutes, two with QUICK=1. Goes on
-# after a failure; the exit status comes at the end. Results: benchmarks/results/<gpu>/.
+# after a failure; the exit status comes at the end. Results: benchmarks/results/<gpu>/. TUNE=1 adds five minutes in which
+# other tile sizes are timed; nothing is changed by it.
 gpu: QUICKLY := $(filter-out 0,$(QUICK))
+gpu: TUNING := $(filter-out 0,$(TUNE))
 gpu: $(READY)
 	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
 	{ echo "make gpu: PyTorch finds no CUDA GPU here; nothing was run (make test needs none)"; exit 1; }
 	@timeout $(if $(QUICKLY),40,220) $(PY) -m pytest -m gpu; tests=$$?; \
 	if [ $$tests = 124 ]; then echo "make gpu: the GPU tests were stopped at their time limit"; fi; \
 	$(PY) -m benchmarks all $(if $(QUICKLY),--quick --budget 50,--budget 310); suites=$$?; \
-	echo "make gpu: GPU tests exit $$tests, benchmarks exit $$suites"; \
-	exit $$(( tests != 0 || suites != 0 ))
+	tuned=0; \
+	$(if $(TUNING),timeout 330 $(PY) -m benchmarks tune $(if $(QUICKLY),--quick) --budget 270; tuned=$$?;) \
+	echo "make gpu: GPU tests exit $$tests, benchmarks exit $$suites$(if $(TUNING),; tuning exit $$tuned)"; \
+	exit $$(( tests != 0 || suites != 0 || tuned != 0 ))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -310,6 +310,7 @@ def case(
     device: torch.device,
     *,
     heads: int = HEADS,
+    head_dim: int = HEAD_DIM,
     compile: bool = False,
 ) -> Case:
     """`kind`: "encoder" (tokens x tokens), "cross" (100 queries x tokens) or "decoder" (100 x 100, no padding)."""
@@ -325,7 +326,7 @@ def case(
         generator = torch.Generator(device).manual_seed(seed)
 
         def draw(length):
-            rows = torch.randn(batch, length, heads, HEAD_DIM, generator=generator, device=device)
+            rows = torch.randn(batch, length, heads, head_dim, generator=generator, device=device)
             return rows.to(dtype).transpose(1, 2)
 
         return {
@@ -349,18 +350,20 @@ def case(
         reference=reference,
         plain=plain,
         leaves=("query", "key", "value"),
-        work=work(mode, batch * q_len, valid_keys, q_len * valid_keys, heads, dtype.itemsize),
+        work=work(mode, batch * q_len, valid_keys, q_len * valid_keys, heads, dtype.itemsize, head_dim),
         dropout=dropout,
         shape={
-            "kind": kind, "batch": batch, "heads": heads, "head_dim": HEAD_DIM, "q_len": q_len, "k_len": k_len,
+            "kind": kind, "batch": batch, "heads": heads, "head_dim": head_dim, "q_len": q_len, "k_len": k_len,
             "dropout": dropout, "valid": shares,
         },
     )  # fmt: skip
 
 
-def work(mode: str, queries: int, keys: int, pairs: int, heads: int, itemsize: int) -> list[Work]:
+def work(
+    mode: str, queries: int, keys: int, pairs: int, heads: int, itemsize: int, head_dim: int = HEAD_DIM
+) -> list[Work]:
     """Forward: 2 products and an exp per pair; backward: 5 products and an exp, q, k, v, out and dout read again."""
-    row = heads * HEAD_DIM * itemsize
-    forward = Work(row * (2 * queries + 2 * keys), 4 * HEAD_DIM * heads * pairs, heads * pairs)
-    backward = Work(row * (4 * queries + 4 * keys), 10 * HEAD_DIM * heads * pairs, heads * pairs)
+    row = heads * head_dim * itemsize
+    forward = Work(row * (2 * queries + 2 * keys), 4 * head_dim * heads * pairs, heads * pairs)
+    backward = Work(row * (4 * queries + 4 * keys), 10 * head_dim * heads * pairs, heads * pairs)
     return {"forward": [forward], "backward": [backward], "both": [forward, backward]}[mode]

@@ -4,6 +4,7 @@ A case is one question (op, shape, precision, mode) with its inputs and its floa
 answer it.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,7 @@ class Provider:
         compare: (outputs, inputs) → the part of the outputs that it promises.
         eager_only: why it cannot be captured in a CUDA graph, where that is known; "" if it can.
         ours: a fault of ours is an error of the run; a fault of a peer is a row.
+        setting: makes the context in which its calls are checked, warmed up, captured and run.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Provider:
     compare: Callable[[Outputs, Inputs], Outputs] = lambda outputs, inputs: outputs
     eager_only: str = ""
     ours: bool = False
+    setting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 @dataclass

@@ -9,9 +9,9 @@ from . import PRECISIONS, SUITES
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's arguments to `parser`; `run` takes what it parses."""
     parser.add_argument(
-        "suite", choices=[*SUITES, "train", "all", "report", "static"],
+        "suite", choices=[*SUITES, "train", "all", "report", "static", "tune"],
         help="what to measure; train: the whole training step, ours beside the original's; report: write the README's "
-        "table from the results; static: what the compiler says",
+        "table from the results; static: what the compiler says; tune: which tile sizes are fastest on this GPU",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few cases, short measurements")
     parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="folder of the results; default: benchmarks/results/<device>")
     parser.add_argument("--no-plots", "--no_plots", action="store_true")
     parser.add_argument("--no-save", "--no_save", action="store_true", help="print only")
+    parser.add_argument("--write", action="store_true", help="tune: put what is faster into kernels/_configurations.py")
     parser.add_argument("--readme", type=Path, default=Path("README.md"), help="for report")
 
 

@@ -70,13 +70,18 @@ def _inference(case: Case):
     return torch.no_grad() if case.mode == "forward" else contextlib.nullcontext()
 
 
-def _block(case: Case, calls: list[Callable[[], Any]]) -> Callable[[], None]:
+def _block(case: Case, provider: Provider, calls: list[Callable[[], Any]]) -> Callable[[], None]:
     def block():
-        with _inference(case):
+        with provider.setting(), _inference(case):
             for call in calls:
                 call()
 
     return block
+
+
+def first_call(case: Case, provider: Provider) -> None:
+    """Makes one call of the case, with its gradient where the case has one."""
+    _block(case, provider, _calls(case, provider, range(1)))()
 
 
 def _capture(block: Callable[[], None]) -> Callable[[], None]:
@@ -132,7 +137,7 @@ def run_case(case: Case, providers: list[Provider], ceilings: Ceilings | None, s
     """Checks every provider, refuses the wrong ones, measures the others interleaved.
 
     Args:
-        ceilings: of this run; None with `settings.check_only`.
+        ceilings: of this run; None: no row for the limit, and no share of it.
     """
     device = settings.device
     stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
@@ -151,7 +156,8 @@ def _run_case(case: Case, providers: list[Provider], ceilings: Ceilings | None, 
     checker = Checker(case, settings.seed)
     for provider in providers:
         try:
-            wrong, error, plain_error = checker.check(provider)
+            with provider.setting():
+                wrong, error, plain_error = checker.check(provider)
         except Exception as fault:  # whatever a peer raises becomes its row
             rows.append(_row(case, provider, "-", **_blame(provider, fault)))
             continue
@@ -169,12 +175,14 @@ def _run_case(case: Case, providers: list[Provider], ceilings: Ceilings | None, 
         return rows
     with set_precision(case.precision):
         timed = _measure(case, [p for p, _ in right], copies, settings)
-    limit = ceilings.limit_seconds(case.work, case.precision)
     errors = {provider.name: e for provider, e in right}
-    for row in timed:
+    rows += [dataclasses.replace(row, **errors[row.provider]) for row in timed]
+    if ceilings is None:
+        return rows
+    limit = ceilings.limit_seconds(case.work, case.precision)
+    for row in rows:
         if row.median_ms is not None:
             _add_rates(row, case, limit)
-        rows.append(dataclasses.replace(row, **errors[row.provider]))
     limit_row = _row(
         case, Provider("limit", "the measured ceilings", lambda state: ()), "-", "limit", median_ms=limit * 1e3
     )
@@ -195,10 +203,11 @@ def _measure(case: Case, providers: list[Provider], copies: int, settings: Setti
     seeds = range(settings.seed, settings.seed + copies)
     for provider in providers:
         try:
-            calls = _calls(case, provider, seeds)
-            block = _block(case, calls)
+            with provider.setting():
+                calls = _calls(case, provider, seeds)
+            block = _block(case, provider, calls)
             block()
-            with _inference(case):
+            with provider.setting(), _inference(case):
                 peak[provider.name] = _peak_memory(calls[0], settings.device)
             calls_of[provider.name] = (provider, calls, block)
         except Exception as fault:

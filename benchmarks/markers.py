@@ -1,15 +1,18 @@
-"""Generated parts of a Markdown file, between two comment lines."""
+"""Generated parts of a Markdown or Python file, between two comment lines."""
 
 from pathlib import Path
 
 
 def replace_between(path: Path, name: str, text: str) -> bool:
-    """Puts `text` between `<!-- name:begin -->` and `<!-- name:end -->` in `path`; everything else stays as it is.
+    """Puts `text` between the comment lines `name:begin` and `name:end` of `path`; everything else stays as it is.
+
+    A comment is `<!-- name:begin -->`, in a `.py` file `# name:begin`.
 
     Returns:
         False, with a printed line, if the file or its markers are missing.
     """
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    left, right = ("# ", "") if path.suffix == ".py" else ("<!-- ", " -->")
+    begin, end = f"{left}{name}:begin{right}", f"{left}{name}:end{right}"
     old = path.read_text(encoding="utf-8") if path.is_file() else ""
     head, found_begin, rest = old.partition(begin)
     _, found_end, tail = rest.partition(end)

@@ -32,10 +32,13 @@ class Spec:
     precision: str = "bf16"
     mode: str = "forward"
     dropout: float = 0.0
+    head_dim: int = attention.HEAD_DIM
 
     def __str__(self) -> str:
         parts = [self.suite, self.kind, self.model, f"B{self.batch}", self.padding, self.precision, self.mode]
-        return " ".join(part for part in parts if part) + (f" p={self.dropout:g}" if self.dropout else "")
+        parts.append(f"p={self.dropout:g}" if self.dropout else "")
+        parts.append(f"d={self.head_dim}" if self.head_dim != attention.HEAD_DIM else "")
+        return " ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def _build(spec, scale, device, *, compile, quick) -> tuple[Case, list[Provider]
     arguments = (spec.kind, shape, spec.precision, spec.mode, spec.dropout, device)
     if spec.suite == "mha":
         return mha.case(*arguments), mha.providers()
-    case = attention.case(*arguments, heads=scale.heads, compile=compile)
+    case = attention.case(*arguments, heads=scale.heads, head_dim=spec.head_dim, compile=compile)
     # Autotuning takes half a minute per shape: for the two batches that the README quotes, not for the sweeps.
     tuned = (
         not quick and spec.model == "R50" and spec.batch == 16 and spec.precision == "bf16" and spec.mode == "forward"

@@ -52,6 +52,10 @@ def run(args: argparse.Namespace) -> int:
         return _again(args, args.suite, {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"})
     if args.suite == "all":
         return _run_all(args)
+    if args.suite == "tune":
+        from .tune import run_tune
+
+        return run_tune(args, _device(args))
     if args.suite == "train":
         from .train import run_train
 

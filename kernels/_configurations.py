@@ -34,9 +34,9 @@ from detr_fast.kernels import _target
 FEW = 128
 
 Conditions = dict[str, object]
-Entry = tuple[str, Conditions, dict[str, int]]
+Entry = tuple  # kernel, conditions, configuration; measured ones also: what was measured where
 
-# Written by `python -m benchmarks tune --write`: (kernel, every condition, configuration).
+# Written by `python -m benchmarks tune --write`; these entries name every condition.
 # measured:begin
 MEASURED: tuple[Entry, ...] = ()
 # measured:end
@@ -92,10 +92,22 @@ def configuration(kernel: str, **conditions) -> dict[str, int]:
         kernel: its name without the leading underscore and `_kernel`, such as "attention_forward".
         conditions: every condition of that kernel, as listed above; `device` in place of `family` is looked up.
     """
-    for entry_kernel, entry, chosen in (*MEASURED, *RULES):
+    return _first(MEASURED, kernel, conditions) or by_rule(kernel, conditions)
+
+
+def by_rule(kernel: str, conditions: Conditions) -> dict[str, int]:
+    """`configuration` without what has been measured."""
+    found = _first(RULES, kernel, conditions)
+    if found is None:
+        raise KeyError(f"no configuration of kernel {kernel!r}")
+    return found
+
+
+def _first(entries: tuple[Entry, ...], kernel: str, conditions: Conditions) -> dict[str, int] | None:
+    for entry_kernel, entry, chosen, *_ in entries:
         if entry_kernel == kernel and all(_holds(value, conditions[name]) for name, value in entry.items()):
             return chosen
-    raise KeyError(f"no configuration of kernel {kernel!r}")
+    return None
 
 
 def _holds(wanted: object, given: object) -> bool:

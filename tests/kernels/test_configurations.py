@@ -58,14 +58,15 @@ def test_every_rule_is_some_launchs(kernel):
 
 
 def test_measured_entries_name_every_condition_and_come_first(monkeypatch):
-    for kernel, conditions, _ in MEASURED:
+    for kernel, conditions, *_ in MEASURED:
         assert conditions.keys() == CONDITIONS[kernel].keys()
         assert all(value in CONDITIONS[kernel][name] for name, value in conditions.items())
     launch = _launches("attention_forward")[0]
     measured = {"BLOCK_M": 16, "num_warps": 1, "num_stages": 1}
     before = configuration("attention_forward", **launch)
-    monkeypatch.setattr(_configurations, "MEASURED", (("attention_forward", launch, measured),))
+    monkeypatch.setattr(_configurations, "MEASURED", (("attention_forward", launch, measured, "3 → 2 µs"),))
     configuration.cache_clear()
+    assert _configurations.by_rule("attention_forward", launch) == before
     try:
         assert configuration("attention_forward", **launch) == measured != before
         other = launch | {"dropout": not launch["dropout"]}
