@@ -158,8 +158,13 @@ def compile_launch(launch: Launch) -> Row:
 
 def _compile(source, target, options):
     """Compile, with ptxas' report, which is kept beside Triton's cache as the cache does not hold it."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed, triton.knobs.nvidia.scope():
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        triton.knobs.nvidia.scope(),
+        triton.knobs.compilation.scope(),
+    ):
         triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.listener = None  # the line about a cold start
         kernel = triton.compile(source, target=target, options=options)
         kept = Path(triton.knobs.cache.dir) / "detr_fast_gate" / f"{kernel.hash}.log"
         if "Used" not in printed.getvalue() and not kept.exists():
