@@ -1,4 +1,4 @@
-"""The README's table of measurements, written from the results files between two markers."""
+"""The tables of measurements in README.md and NOTES.md, written from the results files between two markers."""
 
 from pathlib import Path
 
@@ -76,6 +76,57 @@ def _line(key: tuple, rows: list[dict]) -> str | None:
     return "| " + " | ".join(cells) + " |"
 
 
+def training_lines(record: dict) -> list[str]:
+    """Markdown: a table for every case of a record of the suite train, the fastest variant first."""
+    cases: dict[tuple, list[dict]] = {}
+    for row in record["steps"]:
+        cases.setdefault((row["model"], row["batch"], row["size"], row["padding"]), []).append(row)
+    lines = []
+    for (model, batch, size, padding), rows in cases.items():
+        timed = sorted((row for row in rows if row["median_ms"] is not None), key=lambda row: row["median_ms"])
+        counts = list(next((row["counts"] for row in timed if row["counts"]), {}))
+        shipped = next((row for row in timed if row["provider"] == "as shipped"), None)
+        words = {"none": "no padding", "coco": "padding of real COCO sizes"}
+        lines.append(f"Training step, {model}, batch {batch}, {size}, {words.get(padding, padding)}:\n")
+        head = [
+            "variant",
+            "ms",
+            "20 % to 80 %",
+            "img/s",
+            "times as shipped",
+            *(name.replace("_", " ") for name in counts),
+        ]
+        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for row in timed:
+            gain = f"{shipped['median_ms'] / row['median_ms']:.2f}" if shipped else "–"
+            name = f"**{row['provider']}**" if row["provider"] == "detr_fast" else row["provider"]
+            cells = [name, f"{row['median_ms']:.1f}", f"{row['p20_ms']:.1f} – {row['p80_ms']:.1f}"]
+            cells += [f"{row['images_per_s']:.1f}", gain]
+            cells += [str((row["counts"] or {}).get(name, "–")) for name in counts]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+        lines += [f"{row['provider']}: {row['status']}, {row['reason']}\n" for row in rows if row["median_ms"] is None]
+    return lines
+
+
+def _commits(records: list[dict]) -> str:
+    commits = sorted({(record["provenance"]["git_sha"] or "unknown")[:9] for record in records})
+    changed = " with uncommitted changes" if any(record["provenance"]["git_dirty"] for record in records) else ""
+    dates = sorted({record["provenance"]["date"][:10] for record in records})
+    return f"commit {', '.join(commits)}{changed}, {', '.join(dates)}"
+
+
+def cpu_training(results: Path) -> str:
+    """Markdown: the training step on every CPU with results."""
+    parts = []
+    for record in load(results):
+        where = record["provenance"]
+        if where["device_type"] == "cpu" and record["suite"] == "train":
+            parts.append(f"**{where['device']}**, torch {where['torch']}, {_commits([record])}; CPU time, float32.\n")
+            parts += training_lines(record)
+    return "\n".join(parts).rstrip() or "No CPU has been measured; `python -m benchmarks train --device cpu` does it."
+
+
 def table(results: Path) -> str:
     """Markdown: one table per device with results of a GPU, or one sentence where there are none."""
     devices: dict[str, list[dict]] = {}
@@ -88,17 +139,17 @@ def table(results: Path) -> str:
         lines = [_line(key, [row for row in rows if quoted_key(row) == key]) for key in QUOTED]
         lines = [line for line in lines if line]
         where = records[0]["provenance"]
-        commits = sorted({(r["provenance"]["git_sha"] or "unknown")[:9] for r in records})
-        changed = " with uncommitted changes" if any(r["provenance"]["git_dirty"] for r in records) else ""
-        dates = sorted({record["provenance"]["date"][:10] for record in records})
         parts.append(
             f"**{device}**, driver {where['driver']}, torch {where['torch']}, triton {where['triton']}, "
-            f"commit {', '.join(commits)}{changed}, {', '.join(dates)}; µs, median, batch 16, the better of eager "
+            f"{_commits(records)}; µs, median, batch 16, the better of eager "
             "launch and CUDA graph.\n"
         )
         parts.append("| op | limit | ours | of limit | best stock peer that answers the question | as shipped |")
         parts.append("|---|---|---|---|---|---|")
         parts += lines + [""]
+        for record in records:
+            if record["suite"] == "train":
+                parts += training_lines(record)
     if not parts:
         return (
             "No GPU has been measured yet; `make gpu` measures the one at hand, and `python -m benchmarks report` "

@@ -329,6 +329,7 @@ class Row:
     model: str
     batch: int
     padding: str
+    size: str  # padded, height x width
     provider: str
     status: str
     reason: str = ""
@@ -370,7 +371,8 @@ def measure_case(
     steps: dict[str, Step] = {}
     expected = None
     for variant in chosen:
-        row = rows[variant.name] = Row(name, shape.batch, padding, variant.name, "checked")
+        size = "x".join(map(str, shape.padded))
+        row = rows[variant.name] = Row(name, shape.batch, padding, size, variant.name, "checked")
         if time.monotonic() > deadline and len(rows) > 3:
             row.status, row.reason = "unavailable", "time budget"
             continue
@@ -420,16 +422,20 @@ def cases(args: argparse.Namespace, device: torch.device) -> list[tuple[str, int
         models = args.model or (["R50"] if device.type == "cuda" else ["tiny"])
         return [(m, b, p) for m in models for b in args.batch or [16] for p in args.padding or ["none"]]
     if device.type == "cpu":
-        return [("tiny", 2, "none"), ("tiny", 2, "coco")][: 1 if args.quick else 2]
+        return [("tiny", 2, "none"), ("tiny", 2, "coco"), ("R50", 2, "none")][: 1 if args.quick else 3]
     chosen = [("R50", 16, "none"), ("R50", 16, "coco")]
     if not args.quick:
         chosen += [("DC5", 16, "none"), ("R101", 16, "none")] + [("R50", b, "none") for b in (2, 4, 8, 32, 64)]
     return chosen
 
 
-def case_shape(model: str, batch: int, padding: str) -> BatchShape:
-    """ "none": 800 x 1216 throughout; "coco": a typical batch of real sizes. A tenth of that for the tiny model."""
-    scale, kind = (0.1, "R50") if model == "tiny" else (1.0, "DC5" if model == "DC5" else "R50")
+def case_shape(model: str, batch: int, padding: str, device: torch.device) -> BatchShape:
+    """ "none": 800 x 1216 throughout; "coco": a typical batch of real sizes.
+
+    A tenth of that (of each side) for the tiny model, and a quarter for the others on a CPU.
+    """
+    scale = 0.1 if model == "tiny" else 0.25 if device.type == "cpu" else 1.0
+    kind = "DC5" if model == "DC5" else "R50"
     if padding == "none":
         return nominal_batch(kind, batch, scale)
     if padding == "coco":
@@ -439,7 +445,7 @@ def case_shape(model: str, batch: int, padding: str) -> BatchShape:
 
 def print_rows(rows: list[Row]) -> None:
     first = rows[0]
-    print(f"\ntrain: {first.model}, batch {first.batch}, padding {first.padding}")
+    print(f"\ntrain: {first.model}, batch {first.batch}, {first.size}, padding {first.padding}")
     for row in sorted(rows, key=lambda r: (r.median_ms is None, r.median_ms or 0.0)):
         if row.median_ms is None:
             print(f"  {row.provider:40} {row.status}: {row.reason or 'same loss, not timed'}")
@@ -461,7 +467,7 @@ def run_train(args: argparse.Namespace, device: torch.device) -> int:
     compile = cuda if args.compile == "auto" else args.compile == "yes"
     if not cuda:
         print(
-            f"CPU ({device_name(device)}): a tiny model in float32, in CPU time. Not measured without a GPU: the "
+            f"CPU ({device_name(device)}): small images in float32, in CPU time. Not measured without a GPU: the "
             "kernels, cuDNN's fused convolutions, bf16, channels_last, launches, waits for the GPU and peak memory; "
             "operators and values read by the host are counted instead. Loading from disk: python -m benchmarks.data."
         )
@@ -479,7 +485,7 @@ def run_train(args: argparse.Namespace, device: torch.device) -> int:
             continue
         rows = measure_case(
             name,
-            case_shape(name, batch, padding),
+            case_shape(name, batch, padding, device),
             padding,
             device,
             ceilings,

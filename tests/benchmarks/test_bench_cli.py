@@ -15,7 +15,7 @@ from detr_fast.benchmarks import PRECISIONS, SUITES, ceilings, plan
 from detr_fast.benchmarks.cli import main
 from detr_fast.benchmarks.plots import plot_suite
 from detr_fast.benchmarks.provenance import slug
-from detr_fast.benchmarks.report import table, update_readme
+from detr_fast.benchmarks.report import cpu_training, table, update_readme
 from detr_fast.benchmarks.results import load_record, save
 
 ROOT = Path(__file__).parents[2]
@@ -208,6 +208,37 @@ def test_report_quotes_the_results(results):
         "SDPA efficient: 200.0 (4.0x) | 1000.0 (20.0x) |"
     )
     assert len([line for line in text.splitlines() if line.startswith("| attention")]) == 1
+
+
+def training_record(device_type: str) -> dict:
+    row = dict(
+        model="R50", batch=16, padding="none", size="800x1216", status="ok", reason="", p20_ms=1.0, p80_ms=200.0,
+    )  # fmt: skip
+    steps = [
+        row | dict(provider="as shipped", median_ms=100.0, images_per_s=160.0, counts={"launches": 3000, "syncs": 90}),
+        row | dict(provider="detr_fast", median_ms=20.0, images_per_s=800.0, counts={"launches": 900, "syncs": 0}),
+        row | dict(provider="tuned stock", status="unavailable", reason="no compiler", median_ms=None, counts=None),
+    ]
+    where = {"device_type": device_type, "device": f"Some {device_type}", "driver": "1", "torch": "3", "triton": "4"}
+    where |= {"git_sha": "0123456789ab", "git_dirty": False, "date": "2030-01-02T00:00:00+00:00"}
+    return {"suite": "train", "provenance": where, "rows": [], "steps": steps}
+
+
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+def test_report_of_the_training_step(device_type, tmp_path):
+    save(training_record(device_type), tmp_path / "some")
+    text, other = table(tmp_path), cpu_training(tmp_path)
+    if device_type == "cpu":
+        text, other = other, text
+    lines = text.splitlines()
+    first = lines.index("| variant | ms | 20 % to 80 % | img/s | times as shipped | launches | syncs |")
+    assert lines[first - 2] == "Training step, R50, batch 16, 800x1216, no padding:"
+    assert lines[first + 2 : first + 4] == [
+        "| **detr_fast** | 20.0 | 1.0 – 200.0 | 800.0 | 5.00 | 900 | 0 |",
+        "| as shipped | 100.0 | 1.0 – 200.0 | 160.0 | 1.00 | 3000 | 90 |",
+    ]
+    assert "tuned stock: unavailable, no compiler" in lines and "commit 012345678, 2030-01-02" in text
+    assert "detr_fast" not in other.replace("detr_fast train", "")
 
 
 def test_report_is_idempotent_and_leaves_the_rest(results, tmp_path):
