@@ -15,14 +15,15 @@ def philox(seed, c0, c1, c2, c3):
         seed: [1] int64, the key.
         c0, c1, c2, c3: the counter's words, int64 in 0..2**32 - 1, shapes that broadcast.
     """
-    k0, k1 = seed & _LOW_32, (seed >> 32) & _LOW_32
-    for _ in range(_ROUNDS):
+    rounds = torch.arange(_ROUNDS, device=seed.device)
+    keys_0 = (((seed & _LOW_32) + _KEY_A * rounds) & _LOW_32).split(1)
+    keys_1 = (((seed >> 32) + _KEY_B * rounds) & _LOW_32).split(1)
+    for k0, k1 in zip(keys_0, keys_1, strict=True):
         # A product wraps at 64 bits, which keeps its bits. What stands above a word's low 32 goes at its next use.
         product_0, product_2 = c0 * _A, c2 * _B
         c0 = _xor(_xor(product_2 >> 32, c1), k0).bitwise_and_(_LOW_32)
         c2 = _xor(_xor(product_0 >> 32, c3), k1).bitwise_and_(_LOW_32)
         c1, c3 = product_2, product_0
-        k0, k1 = (k0 + _KEY_A) & _LOW_32, (k1 + _KEY_B) & _LOW_32
     return c0, c1, c2, c3
 
 
