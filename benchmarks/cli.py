@@ -23,27 +23,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only check the kernels, through Triton's interpreter on tiny shapes (no GPU needed, nothing is timed)",
     )  # fmt: skip
     parser.add_argument("--check-only", "--check_only", action="store_true", help="check every provider, time none")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS)
-    parser.add_argument("--mode", nargs="+", choices=["forward", "backward", "both"])
-    parser.add_argument("--batch", nargs="+", type=int)
-    parser.add_argument("--model", nargs="+", choices=["R50", "R101", "DC5"], help="R101: for train")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help="only these")
+    parser.add_argument("--mode", nargs="+", choices=["forward", "backward", "both"], help="only these")
+    parser.add_argument("--batch", nargs="+", type=int, help="images per batch, only these sizes")
+    parser.add_argument("--model", nargs="+", choices=["R50", "R101", "DC5"], help="only these; R101: for train")
     parser.add_argument(
         "--padding", nargs="+", help="none, coco, coco-dense, or validNN: about NN %% of the tokens valid"
     )
     parser.add_argument("--kind", nargs="+", help="encoder, cross, decoder; collate: float, uint8, packed")
-    parser.add_argument("--dropout", nargs="+", type=float)
+    parser.add_argument("--dropout", nargs="+", type=float, help="probabilities, only these")
     parser.add_argument("--provider", nargs="+", help="only providers whose name contains one of these")
-    parser.add_argument("--launch", nargs="+", choices=["eager", "graph"], default=["eager", "graph"])
+    parser.add_argument(
+        "--launch", nargs="+", choices=["eager", "graph"], default=["eager", "graph"],
+        help="call by call, or as a CUDA graph; default: both where there is a GPU",
+    )  # fmt: skip
     parser.add_argument(
         "--compile", choices=["auto", "yes", "no"], default="auto",
         help="measure providers that need torch.compile; auto: on a GPU",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the inputs")
     parser.add_argument("--output", type=Path, help="folder of the results; default: benchmarks/results/<device>")
-    parser.add_argument("--no-plots", "--no_plots", action="store_true")
+    parser.add_argument("--no-plots", "--no_plots", action="store_true", help="no pictures beside the results")
     parser.add_argument("--no-save", "--no_save", action="store_true", help="print only")
     parser.add_argument("--write", action="store_true", help="tune: put what is faster into kernels/_configurations.py")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="for report")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="the file that report writes to")
 
 
 def main(argv: list[str] | None = None) -> int:

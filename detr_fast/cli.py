@@ -9,11 +9,14 @@ import torch.distributed as dist
 
 from detr_fast import __version__
 from detr_fast.training.config import (
+    IDLE_IN_INFERENCE,
+    HelpFormatter,
     UsageError,
     add_data_flags,
     add_device_flags,
     add_loss_flags,
     add_model_flags,
+    add_process_flags,
     add_size_flags,
     check_args,
     get_args_parser,
@@ -74,7 +77,7 @@ def _parser(command: str, description: str, **kwargs) -> _Parser:
     return _Parser(
         prog=f"detr-fast {command}",
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         **kwargs,
     )
 
@@ -83,6 +86,8 @@ def _train_parser() -> argparse.ArgumentParser:
     return _parser(
         "train",
         "Trains DETR on data in COCO's format. For several GPUs:\n  torchrun --nproc-per-node N -m detr_fast train …",
+        usage="detr-fast train --coco_path DIR [--output_dir DIR] [FLAG …], or with own data\n"
+        "       detr-fast train --train_ann JSON --train_images DIR --val_ann JSON --val_images DIR …",
         parents=[get_args_parser()],
     )
 
@@ -94,8 +99,11 @@ def _train(args: argparse.Namespace, given: set[str]) -> int:
     if args.eval:
         check_args(args)
         path = args.resume or args.weights
-        if not path or path == "auto":
-            raise UsageError("--eval needs a checkpoint: --resume PATH or --weights PATH")
+        if not path or path == "auto" or (args.resume and args.weights):
+            raise UsageError(
+                "--eval needs one checkpoint, --resume PATH or --weights PATH; got "
+                f"--resume {args.resume!r} and --weights {args.weights!r}"
+            )
         evaluate_checkpoint(args, given, path)
     else:
         train(args)
@@ -104,19 +112,24 @@ def _train(args: argparse.Namespace, given: set[str]) -> int:
 
 def _eval_parser() -> argparse.ArgumentParser:
     parser = _parser(
-        "eval", "Evaluates a checkpoint with pycocotools. The model's flags are only needed for bare weights."
+        "eval",
+        "Evaluates a checkpoint with pycocotools (of lines: their structural average precision).\n"
+        "The flags of model and loss are the checkpoint's own; give them for bare weights only.",
+        usage="detr-fast eval --weights PATH (--coco_path DIR | --val_ann JSON --val_images DIR) [FLAG …]",
     )
     _add_weights(parser)
     add_data_flags(parser, train=False)
-    parser.add_argument("--batch_size", default=2, type=int, help="images per process (default %(default)s)")
-    parser.add_argument("--output_dir", default="", help="where to save eval.pth; empty: nothing is saved")
+    parser.add_argument("--batch_size", default=2, type=int, help="images per process")
+    parser.add_argument(
+        "--output_dir", default="", metavar="DIR", help="where to save eval.pth; without it nothing is saved"
+    )
     parser.add_argument("--print_freq", default=10, type=int, help="batches between progress lines")
-    parser.add_argument("--seed", default=42, type=int)
-    parser.add_argument("--world_size", default=1, type=int, help="set by torchrun")
-    parser.add_argument("--dist_url", default="env://", help="address of the first process, for torchrun's processes")
+    parser.add_argument("--seed", default=42, type=int, help="seed")
+    add_process_flags(parser)
     add_device_flags(parser)
     add_model_flags(parser)
     add_loss_flags(parser)
+    _name_idle_flags(parser)
     return parser
 
 
@@ -129,16 +142,28 @@ def _eval(args: argparse.Namespace, given: set[str]) -> int:
 
 
 def _predict_parser() -> argparse.ArgumentParser:
-    parser = _parser("predict", "Detects objects in images. The model's flags are only needed for bare weights.")
-    parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_FOLDER")
+    parser = _parser(
+        "predict",
+        "Detects objects in images: a picture for each, and a json with all.\n"
+        "The model's flags are the checkpoint's own; give them for bare weights only.",
+        usage="detr-fast predict IMAGE_OR_FOLDER … --weights PATH [--output_dir DIR] [FLAG …]",
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, and folders, which are searched for them"
+    )
     _add_weights(parser)
-    parser.add_argument("--output_dir", default="outputs/predict", help="default %(default)s")
-    parser.add_argument("--threshold", default=0.5, type=float, help="lowest score; 0 keeps all (default %(default)s)")
-    parser.add_argument("--ann", default=None, metavar="JSON", help="COCO json to take the image ids from")
-    parser.add_argument("--batch_size", default=1, type=int, help="default %(default)s")
+    parser.add_argument(
+        "--output_dir", default="outputs/predict", metavar="DIR", help="gets the pictures and predictions.json"
+    )
+    parser.add_argument("--threshold", default=0.5, type=float, help="lowest score; 0 keeps all")
+    parser.add_argument(
+        "--ann", default=None, metavar="JSON", help="COCO json to take the image ids from; without it they are 1, 2, …"
+    )
+    parser.add_argument("--batch_size", default=1, type=int, help="images at a time")
     add_size_flags(parser)
     add_device_flags(parser)
     add_model_flags(parser)
+    _name_idle_flags(parser)
     return parser
 
 
@@ -154,10 +179,10 @@ def _predict(args: argparse.Namespace, given: set[str]) -> int:
 
 def _check_data_parser() -> argparse.ArgumentParser:
     parser = _parser("check-data", "Reads annotations and all images, and lists what is wrong with them.")
-    parser.add_argument("--coco_path", help="folder in COCO's layout: both sets are checked")
-    for name in ("train", "val"):
-        parser.add_argument(f"--{name}_ann", help=f"own data: COCO json of the {name} images")
-        parser.add_argument(f"--{name}_images", help=f"own data: folder of the {name} images")
+    parser.add_argument("--coco_path", metavar="DIR", help="folder in COCO's layout: both sets are checked")
+    for name, text in (("train", "training"), ("val", "validation")):
+        parser.add_argument(f"--{name}_ann", metavar="JSON", help=f"own data: annotations of the {text} images")
+        parser.add_argument(f"--{name}_images", metavar="DIR", help=f"own data: folder of the {text} images")
     return parser
 
 
@@ -191,11 +216,16 @@ def _demo_parser() -> argparse.ArgumentParser:
         "Generates a small data set of JPEG files, trains DETR on it, evaluates, and leaves pictures and curves.\n"
         "Without a GPU it is smaller: a few minutes on two cores.",
     )
-    parser.add_argument("--output_dir", default="outputs/demo", help="default %(default)s")
     parser.add_argument(
-        "--device", default="auto", help="auto (a GPU if there is one), cuda, cpu (default %(default)s)"
+        "--output_dir", default="outputs/demo", metavar="DIR", help="gets the data, the run's files and the predictions"
     )
-    parser.add_argument("--max_steps", default=0, type=int, help="fewer optimiser steps, for a quick look")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cuda, cuda:N or cpu")
+    parser.add_argument(
+        "--max_steps",
+        default=0,
+        type=int,
+        help="stop after so many optimiser steps, for a quick look (default 0: the whole way)",
+    )
     return parser
 
 
@@ -218,6 +248,13 @@ def _bench(args: argparse.Namespace, given: set[str]) -> int:
     from detr_fast.benchmarks.cli import run
 
     return run(args)
+
+
+def _name_idle_flags(parser: argparse.ArgumentParser) -> None:
+    """Says in the help which of the flags that come with the model do nothing for a finished one."""
+    for action in parser._actions:
+        if action.dest in IDLE_IN_INFERENCE:
+            action.help = f"no effect: {IDLE_IN_INFERENCE[action.dest]}"
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:

@@ -1,13 +1,12 @@
 """The demonstration: generated data, and a call of the ordinary training with a small model."""
 
 import argparse
-from pathlib import Path
 
 import torch
 
 from detr_fast.data.shapes import make_shapes_dataset
 from detr_fast.predict import predict
-from detr_fast.training.config import UsageError, choose_device, get_args_parser
+from detr_fast.training.config import UsageError, choose_device, get_args_parser, make_output_dir
 from detr_fast.training.distributed import is_main_process
 from detr_fast.training.trainer import train
 
@@ -44,7 +43,7 @@ def demo(output_dir: str, device: str = "auto", max_steps: int = 0) -> float:
         raise UsageError(f"--max_steps must be not negative, got {max_steps}")
     device = choose_device(device)
     on_gpu = torch.device(device).type == "cuda"
-    root = Path(output_dir)
+    root = make_output_dir(output_dir)
     data = make_shapes_dataset(root / "data", **(_GPU_DATA if on_gpu else _CPU_DATA))
     parser = get_args_parser()
     args = parser.parse_args([])

@@ -12,7 +12,7 @@ from pycocotools import mask as mask_utils
 from detr_fast.data.coco import ImageReadError, load_image, read_annotations
 from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, make_coco_transforms
 from detr_fast.nested_tensor import nested_tensor_from_tensor_list
-from detr_fast.training.config import UsageError, choose_device, usage_errors
+from detr_fast.training.config import UsageError, choose_device, make_output_dir, usage_errors
 from detr_fast.training.engine import PRECISIONS
 from detr_fast.training.inference import load_for_inference
 from detr_fast.training.pictures import best_detections, best_masks, draw_detections
@@ -61,6 +61,7 @@ def _predict(args: argparse.Namespace, given: set[str]) -> int:
     for picture in pictures.values():
         if picture.resolve() in inputs:
             raise UsageError(f"--output_dir {args.output_dir}: the picture would overwrite the input {picture}")
+    make_output_dir(args.output_dir)
     model, _, postprocessors, categories = load_for_inference(args, given, args.weights)
     if "line" in postprocessors:
         raise UsageError(
@@ -72,7 +73,6 @@ def _predict(args: argparse.Namespace, given: set[str]) -> int:
     transform = make_coco_transforms("val", scales=args.image_size, max_size=args.max_size, uint8=True)
     dtype, device = PRECISIONS[args.precision], torch.device(args.device)
 
-    output_dir.mkdir(parents=True, exist_ok=True)
     predictions, described, failed = [], [], 0
     for start in range(0, len(files), args.batch_size):
         batch = []

@@ -4,8 +4,10 @@ Source: facebookresearch/detr, main.py.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -19,6 +21,19 @@ _LINES_ONLY = {
     "second_dec_layers": 6, "second_dim_feedforward": 2048, "second_hidden_dim": 256, "second_dropout": 0.1,
     "second_nheads": 8, "second_pre_norm": False, "set_cost_line": 5, "line_loss_coef": 5,
     "label_loss_func": "cross_entropy", "label_loss_params": "{}",
+}  # fmt: skip
+_NO_TRAINING = "nothing is trained"
+# Flags that a checkpoint which is only evaluated, or predicted with, leaves without effect.
+IDLE_IN_INFERENCE = {
+    **dict.fromkeys(
+        ("lr", "lr_backbone", "weight_decay", "epochs", "max_steps", "lr_drop", "lr_schedule", "warmup_steps",
+         "clip_max_norm", "accumulate_steps", "ema_decay", "augmentation", "train_ann", "train_images", "start_epoch",
+         "eval_every", "sample_images", "tensorboard", "layer1_frozen", "remove_difficult"),
+        _NO_TRAINING,
+    ),
+    **dict.fromkeys(("dropout", "second_dropout"), "dropout is for training"),
+    **dict.fromkeys(("backbone_weights", "frozen_weights"), "the checkpoint has all weights"),
+    "seed": "nothing is drawn at random",
 }  # fmt: skip
 _NOT_LINES = {"set_cost_bbox": 5, "set_cost_giou": 2, "bbox_loss_coef": 5, "giou_loss_coef": 2, "masks": False}
 
@@ -50,28 +65,48 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows every default that says something, unless the help speaks of it itself; numbers are N and X."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.nargs == 0 or action.default in (None, "", argparse.SUPPRESS)
+        silent = silent or "default" in action.help or action.help.startswith("no effect")
+        return action.help if silent else f"{action.help} (default %(default)s)"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X"}.get(action.type) or super()._get_default_metavar_for_optional(action)
+
+
 def add_optimiser_flags(parser: argparse.ArgumentParser) -> None:
     """Learning rates, schedule, length, clipping, accumulation, averaging."""
     group = parser.add_argument_group("optimiser")
-    group.add_argument("--lr", default=1e-4, type=float, help="learning rate (default %(default)s)")
+    group.add_argument("--lr", default=1e-4, type=float, help="learning rate")
+    group.add_argument("--lr_backbone", default=1e-5, type=float, help="learning rate of the backbone; 0 freezes it")
+    group.add_argument("--batch_size", default=2, type=int, help="images per process")
+    group.add_argument("--weight_decay", default=1e-4, type=float, help="of AdamW")
+    group.add_argument("--epochs", default=300, type=int, help="passes over the training images")
     group.add_argument(
-        "--lr_backbone", default=1e-5, type=float, help="of the backbone; 0 freezes it (default %(default)s)"
+        "--max_steps", default=0, type=int, help="stop after so many optimiser steps (default 0: no limit)"
     )
-    group.add_argument("--batch_size", default=2, type=int, help="images per process (default %(default)s)")
-    group.add_argument("--weight_decay", default=1e-4, type=float)
-    group.add_argument("--epochs", default=300, type=int)
-    group.add_argument("--max_steps", default=0, type=int, help="stop after so many optimiser steps (0: no limit)")
-    group.add_argument("--lr_drop", default=200, type=int, help="epochs after which the rate drops to a tenth")
+    group.add_argument(
+        "--lr_drop",
+        default=200,
+        type=int,
+        help="with the step schedule: epochs after which the rate drops to a tenth; every so many epochs a numbered "
+        "checkpoint is kept, too",
+    )
     group.add_argument(
         "--lr_schedule",
         default="step",
         choices=("step", "cosine"),
-        help="step: the original's drops; cosine: to zero at the end (default %(default)s)",
+        help="step: the original's drops; cosine: to zero at the end",
     )
     group.add_argument("--warmup_steps", default=0, type=int, help="optimiser steps of linear warm-up")
-    group.add_argument("--clip_max_norm", default=0.1, type=float, help="gradient clipping max norm; 0: no clipping")
+    group.add_argument("--clip_max_norm", default=0.1, type=float, help="largest norm of the gradients; 0: no clipping")
     group.add_argument("--accumulate_steps", default=1, type=int, help="batches per optimiser step")
-    group.add_argument("--ema_decay", default=0.0, type=float, help="keep and evaluate averaged weights, e.g. 0.9997")
+    group.add_argument(
+        "--ema_decay", default=0.0, type=float, help="keep and evaluate averaged weights, e.g. 0.9997; 0: none"
+    )
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -86,41 +121,49 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "a trained first stage, from which the second one starts",
     )
     group.add_argument("--masks", action="store_true", help="a mask for every detection")
-    group.add_argument("--backbone", default="resnet50", type=str, help="resnet18, 34, 50, 101 (default %(default)s)")
+    group.add_argument("--backbone", default="resnet50", type=str, help="resnet18, resnet34, resnet50 or resnet101")
     group.add_argument(
         "--backbone_weights",
         default="imagenet",
         metavar="imagenet|none|PATH",
-        help="torchvision's ImageNet weights, random ones, or a file (default %(default)s)",
+        help="torchvision's ImageNet weights, random ones, or a file",
     )
     group.add_argument(
         "--backbone_norm",
         default=None,
         choices=("frozen", "batch", "group"),
-        help="default: frozen batch norm with weights, trained batch norm without",
+        help="normalisation (default: frozen batch norm with weights, trained batch norm without)",
     )
     group.add_argument(
-        "--backbone_level", default=None, type=int, choices=range(4), help="read this stage: stride 4, 8, 16 or 32"
+        "--backbone_level",
+        default=None,
+        type=int,
+        choices=range(4),
+        help="the stage that the transformer reads, at stride 4, 8, 16 or 32 (default 3, the last)",
     )
     group.add_argument("--dilation", action="store_true", help="stride 16 instead of 32 in the last stage (DC5)")
-    group.add_argument("--position_embedding", default="sine", type=str, choices=("sine", "learned"))
-    group.add_argument("--enc_layers", default=6, type=int)
-    group.add_argument("--dec_layers", default=6, type=int)
-    group.add_argument("--dim_feedforward", default=2048, type=int)
-    group.add_argument("--hidden_dim", default=256, type=int)
-    group.add_argument("--dropout", default=0.1, type=float)
-    group.add_argument("--nheads", default=8, type=int)
+    group.add_argument(
+        "--position_embedding", default="sine", type=str, choices=("sine", "learned"), help="of the feature map"
+    )
+    group.add_argument("--enc_layers", default=6, type=int, help="layers of the encoder")
+    group.add_argument("--dec_layers", default=6, type=int, help="layers of the decoder")
+    group.add_argument("--dim_feedforward", default=2048, type=int, help="hidden features of a layer's two-layer part")
+    group.add_argument("--hidden_dim", default=256, type=int, help="features of the transformer")
+    group.add_argument("--dropout", default=0.1, type=float, help="in the transformer, while training")
+    group.add_argument("--nheads", default=8, type=int, help="attention heads")
     group.add_argument("--num_queries", default=100, type=int, help="the most objects that can be found in an image")
-    group.add_argument("--pre_norm", action="store_true")
+    group.add_argument("--pre_norm", action="store_true", help="layer norm before each part of a layer, not after it")
     group = parser.add_argument_group("model of lines (LETR, --dataset_file lines)")
     group.add_argument("--layer1_num", default=3, type=int, choices=range(4), help="backbone level of the first stage")
     group.add_argument("--LETRpost", action="store_true", help="add the second, fine stage")
     group.add_argument("--layer2_num", default=2, type=int, choices=range(4), help="backbone level of the second stage")
     group.add_argument("--layer1_frozen", action="store_true", help="train the second stage alone")
-    for name in ("enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "nheads"):
-        group.add_argument(f"--second_{name}", default=_LINES_ONLY[f"second_{name}"], type=int)
-    group.add_argument("--second_dropout", default=0.1, type=float)
-    group.add_argument("--second_pre_norm", action="store_true")
+    for name in ("enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "nheads", "dropout"):
+        default = _LINES_ONLY[f"second_{name}"]
+        group.add_argument(
+            f"--second_{name}", default=default, type=type(default), help=f"--{name} of the second stage"
+        )
+    group.add_argument("--second_pre_norm", action="store_true", help="--pre_norm of the second stage")
 
 
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
@@ -130,38 +173,49 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--set_cost_class", default=1, type=float, help="matching cost of the class")
     group.add_argument("--set_cost_bbox", default=5, type=float, help="matching cost of the boxes' L1 distance")
     group.add_argument("--set_cost_giou", default=2, type=float, help="matching cost of the boxes' generalised IoU")
-    group.add_argument("--mask_loss_coef", default=1, type=float, help="focal loss of the masks")
-    group.add_argument("--dice_loss_coef", default=1, type=float, help="dice loss of the masks")
-    group.add_argument("--bbox_loss_coef", default=5, type=float)
-    group.add_argument("--giou_loss_coef", default=2, type=float)
+    group.add_argument("--mask_loss_coef", default=1, type=float, help="weight of the masks' focal loss")
+    group.add_argument("--dice_loss_coef", default=1, type=float, help="weight of the masks' dice loss")
+    group.add_argument("--bbox_loss_coef", default=5, type=float, help="weight of the boxes' L1 loss")
+    group.add_argument("--giou_loss_coef", default=2, type=float, help="weight of the boxes' generalised IoU loss")
     group.add_argument("--set_cost_line", default=5, type=float, help="matching cost of the lines' L1 distance")
-    group.add_argument("--line_loss_coef", default=5, type=float)
-    group.add_argument("--label_loss_func", default="cross_entropy", choices=LABEL_LOSSES, help="of lines")
-    group.add_argument("--label_loss_params", default="{}", help="of the focal loss, such as '{\"gamma\": 2.0}'")
+    group.add_argument("--line_loss_coef", default=5, type=float, help="weight of the lines' L1 loss")
+    group.add_argument(
+        "--label_loss_func", default="cross_entropy", choices=LABEL_LOSSES, help="classification loss of lines"
+    )
+    group.add_argument("--label_loss_params", default="{}", help="of lines' focal loss, such as '{\"gamma\": 2.0}'")
     group.add_argument("--eos_coef", default=0.1, type=float, help="relative weight of the no-object class")
 
 
 def add_data_flags(parser: argparse.ArgumentParser, train: bool) -> None:
     """Where images and annotations are, and at what size they are read."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset_file", default="coco", choices=DATASETS, help="default %(default)s")
+    group.add_argument(
+        "--dataset_file",
+        default="coco",
+        choices=DATASETS,
+        help="coco: boxes, with --masks also masks; coco_panoptic: things and stuff; lines: line segments (LETR)",
+    )
     group.add_argument(
         "--coco_path",
         type=str,
+        metavar="DIR",
         help="folder with annotations/instances_{train,val}2017.json (lines: lines_…), train2017/, val2017/",
     )
     group.add_argument(
         "--coco_panoptic_path",
         type=str,
+        metavar="DIR",
         help="for coco_panoptic: folder with annotations/panoptic_{train,val}2017.json, panoptic_{train,val}2017/",
     )
     if train:
-        group.add_argument("--remove_difficult", action="store_true", help="COCO has no such mark; refused")
+        group.add_argument(
+            "--remove_difficult", action="store_true", help="the original's flag; refused, COCO has no such mark"
+        )
         group.add_argument(
             "--augmentation",
             default="detr",
             choices=("detr", "flip"),
-            help="detr: flip, random size, random crop, as the original; flip: only that (default %(default)s)",
+            help="detr: flip, random size, random crop, as the original; flip: only that",
         )
         group.add_argument(
             "--no_group_by_size",
@@ -169,18 +223,23 @@ def add_data_flags(parser: argparse.ArgumentParser, train: bool) -> None:
             action="store_false",
             help="batches in the original's random order, instead of images of like size together (more padding)",
         )
-        group.add_argument("--train_ann", type=str, help="own data: COCO json of the training images")
-        group.add_argument("--train_images", type=str, help="own data: folder of the training images")
-    group.add_argument("--val_ann", type=str, help="own data: COCO json of the validation images")
-    group.add_argument("--val_images", type=str, help="own data: folder of the validation images")
+        group.add_argument("--train_ann", type=str, metavar="JSON", help="own data: annotations of the training images")
+        group.add_argument("--train_images", type=str, metavar="DIR", help="own data: folder of the training images")
+    group.add_argument("--val_ann", type=str, metavar="JSON", help="own data: annotations of the validation images")
+    group.add_argument("--val_images", type=str, metavar="DIR", help="own data: folder of the validation images")
     add_size_flags(group)
-    group.add_argument("--num_workers", default=2, type=int, help="loader processes (default %(default)s)")
+    group.add_argument("--num_workers", default=2, type=int, help="loader processes")
 
 
 def add_size_flags(parser: argparse.ArgumentParser) -> None:
     """The images' size."""
     parser.add_argument(
-        "--image_size", "--short_side", default=None, type=int, help="largest short side in pixels (default 800)"
+        "--image_size",
+        "--short_side",
+        default=None,
+        type=int,
+        help="short side of the images in pixels, while training the largest one (default: a checkpoint's own, or 800; "
+        "while evaluating lines 1100)",
     )
     parser.add_argument(
         "--max_size",
@@ -193,23 +252,37 @@ def add_size_flags(parser: argparse.ArgumentParser) -> None:
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
     """Where and how to compute."""
     group = parser.add_argument_group("device")
-    group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cuda, cpu (default %(default)s)")
+    group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cuda, cuda:N or cpu")
     group.add_argument(
-        "--precision", default="fp32", choices=tuple(PRECISIONS), help="autocast in bf16 or fp16 (default %(default)s)"
+        "--precision", default="fp32", choices=tuple(PRECISIONS), help="fp32, or autocast in bf16 or fp16"
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the transformer's layers and the box head")
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """The original's flags about processes, which torchrun starts."""
+    parser.add_argument("--world_size", default=1, type=int, help="number of processes, checked against torchrun's")
+    parser.add_argument(
+        "--dist_url", default="env://", help="where torchrun's processes meet; refused without torchrun"
+    )
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Where results go, where the run starts from, and how often it tells."""
     group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default="", help="where to save; empty: nothing is saved")
-    group.add_argument("--seed", default=42, type=int)
+    group.add_argument("--output_dir", default="", metavar="DIR", help="where to save; without it nothing is saved")
+    group.add_argument("--seed", default=42, type=int, help="of weights, order, augmentation and dropout")
     group.add_argument(
-        "--resume", default="", metavar="PATH|auto", help="continue; auto: from output_dir if a checkpoint is there"
+        "--resume",
+        default="",
+        metavar="PATH|auto",
+        help="continue a run from its checkpoint; auto: from output_dir if a checkpoint is there",
     )
     group.add_argument(
-        "--weights", default="", metavar="PATH", help="start from these weights; heads that do not fit are replaced"
+        "--weights",
+        default="",
+        metavar="PATH",
+        help="start a new run from a checkpoint's weights; heads that do not fit are replaced",
     )
     group.add_argument("--start_epoch", default=0, type=int, metavar="N", help="number of the first epoch")
     group.add_argument("--eval", action="store_true", help="only evaluate --resume's or --weights' checkpoint")
@@ -217,8 +290,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--print_freq", default=10, type=int, help="batches between progress lines")
     group.add_argument("--sample_images", default=4, type=int, help="pictures per evaluation in output_dir/samples")
     group.add_argument("--tensorboard", action="store_true", help="write event files to output_dir/tensorboard")
-    group.add_argument("--world_size", default=1, type=int, help="set by torchrun")
-    group.add_argument("--dist_url", default="env://", help="address of the first process, for torchrun's processes")
+    add_process_flags(group)
 
 
 def normalise_options(argv: Sequence[str]) -> list[str]:
@@ -253,7 +325,7 @@ def check_args(args: argparse.Namespace) -> None:
                     "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef", "giou_loss_coef", "eos_coef",
                     "set_cost_line", "line_loss_coef")  # fmt: skip
     for name in not_negative:
-        _require(args, name, lambda value: value >= 0, "not negative")
+        _require(args, name, lambda value: 0 <= value < math.inf, "finite and not negative")
     _require(args, "seed", lambda value: 0 <= value < 2**32, "in 0..2**32 - 1")
     for name in ("dropout", "second_dropout", "ema_decay"):
         _require(args, name, lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -266,6 +338,7 @@ def check_args(args: argparse.Namespace) -> None:
 def check_train_args(args: argparse.Namespace) -> None:
     """As `check_args`, and what concerns training alone."""
     check_args(args)
+    check_image_size(args)
     if args.remove_difficult:
         raise UsageError("--remove_difficult cannot be honoured: COCO annotations have no 'difficult' mark")
     for name, default in (("tensorboard", False), ("sample_images", 4)):
@@ -277,6 +350,37 @@ def check_train_args(args: argparse.Namespace) -> None:
         raise UsageError("--eval needs a checkpoint: --resume PATH or --weights PATH")
     if args.start_epoch >= args.epochs:
         raise UsageError(f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}")
+
+
+def check_image_size(args: argparse.Namespace) -> None:
+    """Refuses images without a single whole cell of the feature map. The model's flags are known by now.
+
+    Raises:
+        UsageError: `args.image_size` is below the stride of the backbone's last level in use.
+    """
+    level = args.backbone_level
+    if args.dataset_file == "lines":
+        level = args.layer1_num
+    stride = 16 if level in (None, 3) and args.dilation else 4 * 2 ** (3 if level is None else level)
+    if args.image_size is not None and args.image_size < stride:
+        raise UsageError(
+            f"--image_size must be at least {stride}, one cell of the feature map at the backbone's stride, got "
+            f"{args.image_size}; for smaller images read an earlier stage (--backbone_level)"
+        )
+
+
+def make_output_dir(path: str) -> Path:
+    """The folder `path`, made if need be.
+
+    Raises:
+        UsageError: it cannot be made, for instance because there is a file of that name.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "there is a file of that name" if Path(path).is_file() else error.strerror
+        raise UsageError(f"--output_dir {path}: {reason}; expected a folder, or the name of a new one") from error
+    return Path(path)
 
 
 def choose_device(name: str, precision: str = "fp32") -> str:

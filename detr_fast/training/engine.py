@@ -79,9 +79,9 @@ def train_one_epoch(
     criterion.train()
     metrics, watch = Metrics(), FiniteWatch(device)
     # On a GPU the next batch is copied while this one is computed.
-    progress = Progress(Prefetcher(data_loader, device), f"Epoch: [{epoch}]", metrics, print_freq, device)
+    prefetcher, limit = Prefetcher(data_loader, device), None if max_steps is None else max_steps * accumulate_steps
+    progress = Progress(prefetcher, f"Epoch: [{epoch}]", metrics, print_freq, device, limit)
     batches = len(data_loader)
-    steps = 0
 
     def stop(batch) -> None:
         raise NonFiniteLossError(_explain(model, criterion, batch, epoch, device, dtype))
@@ -113,7 +113,6 @@ def train_one_epoch(
         finite = torch.isfinite(loss.detach())
         if is_last_of_group:
             finite = finite & _optimizer_step(model, optimizer, max_norm, scaler)
-            steps += 1
             if step_scheduler is not None:
                 step_scheduler.step()
             if ema is not None:
@@ -124,8 +123,6 @@ def train_one_epoch(
         metrics.update(_named_losses(loss_dict, loss, criterion.weight_dict, samples, optimizer))
         if is_last_of_group:
             optimizer.zero_grad()
-        if max_steps is not None and steps >= max_steps:
-            break
 
     bad = watch.drain()
     if bad is not None:

@@ -5,6 +5,7 @@ Source: facebookresearch/detr, main.py (``--eval``).
 
 import argparse
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,11 +15,21 @@ from detr_fast.data.categories import Categories
 from detr_fast.data.coco import build_dataset, read_annotations
 from detr_fast.evaluation import LineEvaluator
 from detr_fast.training.checkpoint import DETECTOR, has_masks, load_model, read_checkpoint, save_checkpoint
-from detr_fast.training.config import UsageError, usage_errors
+from detr_fast.training.config import (
+    IDLE_IN_INFERENCE,
+    UsageError,
+    check_image_size,
+    make_output_dir,
+    usage_errors,
+)
 from detr_fast.training.distributed import is_main_process, say
 from detr_fast.training.engine import evaluate
 from detr_fast.training.regions import compile_regions
 from detr_fast.training.setup import MODEL_ARGS, box_annotations, build, loader_for, start
+
+# Of the flags that a checkpoint brings along, those that may be given all the same: the weights fit anyway. Whether
+# there are masks is seen from the weights.
+_FREE = ("image_size", "max_size", "masks")
 
 
 def load_for_inference(
@@ -27,7 +38,8 @@ def load_for_inference(
     """A checkpoint's model in evaluation mode on `args.device`, described by the checkpoint itself.
 
     Args:
-        args: parsed flags; those that define the model are overwritten by the checkpoint's, unless they were given.
+        args: parsed flags; those that define the model are overwritten by the checkpoint's, as are the images' size and
+            the losses' weights, unless they were given. What has no effect is said.
         given: names of the flags that the user gave.
         path: a checkpoint of ours, of the original, or bare weights of the original. Averaged weights (EMA) are taken
             where there are some.
@@ -36,10 +48,12 @@ def load_for_inference(
         Model, criterion, post-processors, and the categories; None where the checkpoint does not say.
 
     Raises:
+        UsageError: a given flag describes another model, or images too small for this one.
         ValueError, FileNotFoundError: it cannot be read, or does not fit.
     """
     checkpoint = read_checkpoint(path)
     theirs = checkpoint.get("args", {})
+    _check_given(args, given, path, theirs)
     for name in (*MODEL_ARGS, "aux_loss", "set_cost_class", "set_cost_bbox", "set_cost_giou", "bbox_loss_coef",
                  "giou_loss_coef", "mask_loss_coef", "dice_loss_coef", "eos_coef", "thing_classes",
                  "set_cost_line", "line_loss_coef", "label_loss_func", "label_loss_params"):  # fmt: skip
@@ -47,6 +61,8 @@ def load_for_inference(
             setattr(args, name, theirs[name])
     if "lines" in (args.dataset_file, theirs.get("dataset_file")):
         args.dataset_file = "lines"
+    if "image_size" in given:
+        check_image_size(args)
     state = checkpoint["model"]
     if "ema" in checkpoint:
         say(f"{path}: using its averaged weights (EMA)")
@@ -70,6 +86,24 @@ def load_for_inference(
     return model, criterion, postprocessors, categories
 
 
+def _check_given(args: argparse.Namespace, given: set[str], path: str, theirs: Mapping) -> None:
+    """Says which of the given flags do nothing, and refuses those that describe another model than the checkpoint's."""
+    for name in sorted(given & set(IDLE_IN_INFERENCE)):
+        say(f"--{name} has no effect here: {IDLE_IN_INFERENCE[name]}")
+    other = [
+        f"--{name} {getattr(args, name)}, it was trained with {theirs[name]}"
+        for name in MODEL_ARGS
+        if name in given and name in theirs and name not in _FREE and theirs[name] != getattr(args, name)
+    ]
+    kinds = args.dataset_file, theirs.get("dataset_file", args.dataset_file)
+    if "dataset_file" in given and kinds[0] != kinds[1] and "lines" in kinds:
+        other.append(f"--dataset_file {kinds[0]}, it was trained with {kinds[1]}")
+    if other:
+        raise UsageError(
+            f"{path} is another model: {'; '.join(other)}. The checkpoint describes itself: leave that out"
+        )
+
+
 def evaluate_checkpoint(args: argparse.Namespace, given: set[str], path: str) -> dict:
     """Evaluates a checkpoint on the validation data and prints COCO's numbers and those of each class.
 
@@ -85,6 +119,7 @@ def evaluate_checkpoint(args: argparse.Namespace, given: set[str], path: str) ->
     """
     with usage_errors():
         device = start(args)
+        output_dir = make_output_dir(args.output_dir) if args.output_dir else None
         model, criterion, postprocessors, categories = load_for_inference(args, given, path)
         if categories is None and args.val_ann and args.dataset_file != "lines":
             # Without word of the contrary labels are category ids, as in the original.
@@ -123,9 +158,8 @@ def evaluate_checkpoint(args: argparse.Namespace, given: set[str], path: str) ->
             for name, row in rows.items():
                 if not math.isnan(row["AP"]):
                     print(f"{name:{width}}  {row['AP']:.3f}  {row['AP50']:.3f}")
-        if args.output_dir:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            save_evaluation(evaluator, Path(args.output_dir) / "eval.pth")
+        if output_dir is not None:
+            save_evaluation(evaluator, output_dir / "eval.pth")
     return stats
 
 

@@ -5,6 +5,7 @@ Source of the names in log.txt: facebookresearch/detr, main.py and util/misc.py.
 
 import csv
 import datetime
+import itertools
 import json
 import os
 import sys
@@ -95,16 +96,26 @@ class Progress:
         metrics: whose latest means are shown; its "loss", "class_error" and "padding" where it has them.
         print_freq: show (and therefore read) the metrics every so many steps.
         device: whose memory is shown.
+        limit: stop after so many batches; None: after all.
     """
 
-    def __init__(self, batches: Iterable, header: str, metrics: Metrics, print_freq: int, device: torch.device):
+    def __init__(
+        self,
+        batches: Iterable,
+        header: str,
+        metrics: Metrics,
+        print_freq: int,
+        device: torch.device,
+        limit: int | None = None,
+    ):
+        self._limit = limit
         self._batches, self._header, self._metrics = batches, header, metrics
         self._print_freq, self._device = print_freq, device
         self.seconds_per_step = 0.0
         self.data_seconds_per_step = 0.0
 
     def __iter__(self) -> Iterator:
-        total = len(self._batches)
+        total = len(self._batches) if self._limit is None else min(self._limit, len(self._batches))
         terminal = sys.stderr.isatty()
         bar = tqdm(total=total, desc=self._header, disable=not (terminal and is_main_process()), dynamic_ncols=True)
         start = shown_at = time.perf_counter()
@@ -112,7 +123,7 @@ class Progress:
         shown = 0
         before = time.perf_counter()
         with bar:
-            for step, batch in enumerate(self._batches):
+            for step, batch in enumerate(itertools.islice(self._batches, total)):
                 waited += time.perf_counter() - before
                 yield batch
                 done = step + 1

@@ -39,6 +39,11 @@ def start(args: argparse.Namespace) -> torch.device:
         raise UsageError(
             f"--world_size {asked}: processes are started by torchrun --nproc-per-node {asked} -m detr_fast …"
         )
+    if not args.distributed and args.dist_url != "env://":
+        raise UsageError(
+            f"--dist_url {args.dist_url} is where processes meet that torchrun has started, and there are none: leave "
+            "it out, or use torchrun --nproc-per-node N -m detr_fast …"
+        )
     if args.device == "cuda" and args.gpu is not None:
         args.device = f"cuda:{args.gpu}"
     device = torch.device(args.device)
@@ -66,6 +71,8 @@ def build(args: argparse.Namespace, own_weights: bool) -> tuple[nn.Module, nn.Mo
             return build_model(args)
         except RuntimeError as error:  # the download of the backbone's weights
             raise UsageError(f"{error} Here: --backbone_weights PATH or --backbone_weights none.") from error
+    if args.backbone_weights != "imagenet":
+        say(f"--backbone_weights {args.backbone_weights} is not read: the checkpoint has the backbone's weights")
     built = build_model(argparse.Namespace(**{**vars(args), "backbone_weights": "none"}))
     # Which parameters are trained is decided by where the weights once came from.
     detector_of(built[0]).backbone[0].freeze(train_backbone=args.lr_backbone > 0)

@@ -8,7 +8,6 @@ import datetime
 import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,7 +29,7 @@ from detr_fast.training.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from detr_fast.training.config import UsageError, check_train_args, usage_errors
+from detr_fast.training.config import UsageError, check_train_args, make_output_dir, usage_errors
 from detr_fast.training.distributed import all_gather, barrier, get_rank, is_main_process, say
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.engine import evaluate, train_one_epoch
@@ -79,9 +78,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
-        self.output_dir = Path(args.output_dir) if args.output_dir else None
-        if self.output_dir is not None:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.output_dir = make_output_dir(args.output_dir) if args.output_dir else None
         self.dataset_train = build_dataset("train", args, uint8=True)
         if args.augmentation == "flip":
             if isinstance(self.dataset_train, LineDetection):
@@ -136,7 +133,7 @@ class Trainer:
             self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
 
     def run(self) -> dict:
-        """Trains up to `args.epochs` or `args.max_steps`. Returns the last epoch's log row."""
+        """Trains up to `args.epochs` or `args.max_steps`. Returns the last epoch's log row, empty if none was left."""
         args, row = self.args, {}
         say(
             f"{self.n_parameters} trained parameters, {len(self.dataset_train)} training and {len(self.dataset_val)} "
@@ -145,6 +142,12 @@ class Trainer:
         began = time.perf_counter()
         if self._unevaluated is not None:
             row = self._finish(self.epoch - 1, self._unevaluated)
+        elif self.epoch >= args.epochs or self._at_last_step():
+            limit = f"--max_steps {args.max_steps}" if self._at_last_step() else f"--epochs {args.epochs}"
+            say(
+                f"nothing is left to train: {args.resume} has {self.epoch} epochs, {self.steps} steps, and the run "
+                f"ends at {limit}. To train longer, give a larger one; to evaluate, use detr-fast eval"
+            )
         while self.epoch < args.epochs and not self._at_last_step():
             self.loader_train.set_epoch(self.epoch)
             stats = train_one_epoch(
@@ -289,6 +292,9 @@ class Trainer:
             return None
         checkpoint = read_checkpoint(path)
         self.args.resume = str(path)
+        for name in ("weights", "frozen_weights"):
+            if getattr(self.args, name):
+                say(f"--{name} is not read again: the run continues from {path}")
         _check_same_run(self.args, checkpoint, self.categories)
         return checkpoint
 
@@ -305,6 +311,8 @@ class Trainer:
             raise UsageError(f"--resume: the optimiser in {source} does not fit: {error}") from error
         self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
         self.epoch = checkpoint["epoch"] + 1
+        if self.args.start_epoch not in (0, self.epoch):
+            say(f"--start_epoch {self.args.start_epoch} has no effect: {source} continues with epoch {self.epoch}")
         self.steps = checkpoint.get("steps", self.epoch * self.steps_per_epoch)
         self.best = checkpoint.get("best")
         self._unevaluated = checkpoint.get("unevaluated")

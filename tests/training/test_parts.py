@@ -54,7 +54,7 @@ def test_given_flags_are_told_from_defaults():
         (["--mask_loss_coef", "2"], "--mask_loss_coef"),
         (["--remove_difficult"], "--remove_difficult"),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
-        (["--lr", "-1"], "--lr must be not negative"),
+        (["--lr", "-1"], "--lr must be finite and not negative"),
         (["--dropout", "1"], "--dropout"),
         (["--hidden_dim", "100"], "divisible by --nheads"),
         (["--tensorboard"], "--output_dir, which is empty"),
