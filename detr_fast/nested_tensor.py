@@ -104,8 +104,14 @@ def collate_fn(batch: Sequence[tuple]) -> tuple:
     """Collates samples (image, target, ...) into (NestedTensor, targets, ...); targets stay a tuple of B items.
 
     Raises:
+        TypeError: not a list of tuples.
         ValueError: an empty batch, and as `nested_tensor_from_tensor_list`.
     """
+    if not isinstance(batch, Sequence) or not all(isinstance(sample, Sequence) for sample in batch):
+        kinds = type(batch).__name__
+        if isinstance(batch, Sequence):
+            kinds += f" of {', '.join(sorted({type(sample).__name__ for sample in batch}))}"
+        raise TypeError(f"got a {kinds}; expected a list of samples (image, target, ...)")
     if len(batch) == 0:
         raise ValueError("got an empty batch; expected samples (image, target, ...)")
     images, *rest = zip(*batch, strict=True)

@@ -48,8 +48,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     ):
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
             raise ValueError(f"embed_dim is {embed_dim}, num_heads {num_heads}; expected a positive multiple")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout is {dropout}; expected a probability in 0..1")
+        if isinstance(dropout, str | None) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout is {dropout!r}; expected a probability in 0..1")
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
@@ -83,7 +83,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             where the inputs have none; None without `need_weights`.
 
         Raises:
-            TypeError: a mask is neither bool nor floating point.
+            TypeError: an input or a mask is not a tensor; a mask is neither bool nor floating point.
             ValueError: shapes do not fit together; `is_causal` without `attn_mask`.
         """
         if is_causal and attn_mask is None:
@@ -117,6 +117,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the inputs have a batch dimension."""
+        _check_tensors(query=query, key=key, value=value)
         shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
         if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
             raise ValueError(f"{shapes}; expected three 3-D tensors, or three 2-D ones without a batch")
@@ -174,10 +175,17 @@ class MultiheadAttention(nn.MultiheadAttention):
         return k, v, key_padding_mask, attn_mask
 
 
+def _check_tensors(**tensors) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+
+
 def _check_padding(mask: Tensor | None, batch: int, k_len: int, batched: bool) -> Tensor | None:
     """The key padding mask as [B, Lk]."""
     if mask is None:
         return None
+    _check_tensors(key_padding_mask=mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"key_padding_mask has dtype {mask.dtype}; expected bool (True = padding) or floating point")
     expected = (batch, k_len) if batched else (k_len,)
@@ -190,6 +198,7 @@ def _check_attn_mask(mask: Tensor | None, batch: int, heads: int, q_len: int, k_
     """The attention mask as [1, 1, Lq, Lk] or [B, H, Lq, Lk]."""
     if mask is None:
         return None
+    _check_tensors(attn_mask=mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"attn_mask has dtype {mask.dtype}; expected bool (True = may not attend) or floating point")
     if mask.shape == (q_len, k_len):

@@ -9,7 +9,17 @@ from torch import nn
 from detr_fast.ops.sine_position import check_num_pos_feats, sine_position
 
 
+def _check_nested(tensor_list) -> None:
+    # Not isinstance: other code's NestedTensor is one, too.
+    if not hasattr(tensor_list, "mask") or not hasattr(tensor_list, "tensors"):
+        raise TypeError(
+            f"got a {type(tensor_list).__name__}; expected a NestedTensor, which has tensors [B, C, h, w] and mask "
+            "[B, h, w]; of a mask alone from_mask makes the embedding"
+        )
+
+
 def _mask_of(tensor_list) -> torch.Tensor:
+    _check_nested(tensor_list)
     if tensor_list.mask is None:
         raise ValueError("the position embedding needs the padding mask; got a NestedTensor whose mask is None")
     return tensor_list.mask
@@ -46,6 +56,7 @@ class PositionEmbeddingSine(nn.Module):
         """Embedding [B, 2F, h, w] float32 of a NestedTensor whose mask has the feature map's size.
 
         Raises:
+            TypeError: not a NestedTensor.
             ValueError: the NestedTensor has no mask.
         """
         return self.from_mask(_mask_of(tensor_list))[0]
@@ -98,8 +109,10 @@ class PositionEmbeddingLearned(nn.Module):
         """Embedding [B, 2F, h, w] of a NestedTensor's tensors [B, C, h, w]; x features come before y features.
 
         Raises:
+            TypeError: not a NestedTensor.
             ValueError: the feature map has more than 50 rows or columns.
         """
+        _check_nested(tensor_list)
         batch, _, height, width = tensor_list.tensors.shape
         return self._embed(batch, height, width)  # [B, 2F, h, w]
 
@@ -114,6 +127,9 @@ class PositionEmbeddingLearned(nn.Module):
         """As `PositionEmbeddingSine.from_mask`."""
         if layout not in ("nchw", "tokens"):
             raise ValueError(f"layout must be 'nchw' or 'tokens'; got {layout!r}")
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 3:
+            got = f"shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+            raise ValueError(f"mask must be a tensor [batch, height, width]; got {got}")
         if size is not None:
             mask = F.interpolate(mask[:, None].float(), size=tuple(size))[:, 0].to(torch.bool)
         pos = self._embed(*mask.shape).to(dtype)

@@ -64,6 +64,9 @@ def attention(
 
     Source: Vaswani et al. 2017, section 3.2; Dao 2023 (FlashAttention-2); Salmon et al. 2011 (Philox).
     """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor [B, H, L, D]")
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -115,7 +118,11 @@ def applied_dropout(dropout_p: float) -> float:
     """The drop rate that `attention` applies for `dropout_p`: the nearest multiple of 1/256.
 
     0 and 1 are exact; between them the rate is at least 1/256 and at most 255/256.
+
+    Raises:
+        ValueError: not a probability in 0..1.
     """
+    _check_dropout(dropout_p)
     return _dropout_threshold(dropout_p) / 256
 
 
@@ -138,7 +145,11 @@ def attention_dropout_mask(
 
     Returns:
         [B, H, Lq, Lk] bool, True = kept. An element is kept if its byte is at least 256 · `applied_dropout(p)`.
+
+    Raises:
+        ValueError: `dropout_p` is not a probability.
     """
+    _check_dropout(dropout_p)
     device = seed.device if device is None else torch.device(device)
     seed = seed.to(device)
     slices, rows = torch.arange(batch * heads, device=device), torch.arange(q_len, device=device)
@@ -159,6 +170,11 @@ def _dropout_scale(dropout_p: float) -> float:
     return 256 / kept if kept else 0.0
 
 
+def _check_dropout(dropout_p: float) -> None:
+    if isinstance(dropout_p, str | None) or not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p is {dropout_p!r}; expected a probability in 0..1")
+
+
 def _check(query, key, value, key_padding_mask, dropout_p, seed):
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
@@ -177,6 +193,8 @@ def _check(query, key, value, key_padding_mask, dropout_p, seed):
     if query.shape[3] == 0 or value.shape[3] == 0:
         raise ValueError(f"{shapes}; expected head dimensions of at least 1")
     if key_padding_mask is not None:
+        if not isinstance(key_padding_mask, torch.Tensor):
+            raise TypeError(f"key_padding_mask is a {type(key_padding_mask).__name__}; expected a bool tensor [B, Lk]")
         if key_padding_mask.dtype != torch.bool:
             raise TypeError(f"key_padding_mask has dtype {key_padding_mask.dtype}; expected bool, True = padding")
         if key_padding_mask.dim() != 2 or key_padding_mask.shape != (key.shape[0], key.shape[2]):
@@ -186,8 +204,7 @@ def _check(query, key, value, key_padding_mask, dropout_p, seed):
             )
         if key_padding_mask.device != query.device:
             raise ValueError(f"key_padding_mask is on {key_padding_mask.device}, query on {query.device}")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p is {dropout_p}; expected a probability in 0..1")
+    _check_dropout(dropout_p)
     if seed is not None:
         if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64:
             raise TypeError(f"seed is {getattr(seed, 'dtype', type(seed).__name__)}; expected an int64 tensor [1]")

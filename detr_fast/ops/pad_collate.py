@@ -72,12 +72,15 @@ def pad_collate(
         ValueError: no image, an image that is not 3-D, images on several devices, only one of `mean` and `std`, a
             `mean` or `std` whose length is not the number of channels, a value that is not finite, a `std` below 1e-30,
             a `size_divisor` below 1.
-        TypeError: an item that is not a (strided) tensor, a complex or other unsupported dtype, `mean` and `std` with
-            integer images other than uint8, an output dtype that is neither floating nor the images' own, `mean` or
-            `std` on a GPU, a `size_divisor` that is not an integer.
+        TypeError: no sequence of images, an item that is not a (strided) tensor, a complex or other unsupported dtype,
+            `mean` and `std` with integer images other than uint8, an output dtype that is neither floating nor the
+            images' own, `mean` or `std` on a GPU or without a value per channel, a `size_divisor` that is not an
+            integer.
         NotImplementedError: inside `torch.vmap` or `torch.func`'s transforms, or with forward-mode tangents.
     """
-    images = list(images.unbind(0) if isinstance(images, Tensor) and images.ndim > 0 else images)
+    if not hasattr(images, "__iter__") or (isinstance(images, Tensor) and images.ndim == 0):
+        raise TypeError(f"images is {_describe(images)}; expected a sequence of tensors [C, H, W] or one [B, C, H, W]")
+    images = list(images.unbind(0) if isinstance(images, Tensor) else images)
     _check_images(images)
     refuse_transforms("pad_collate", *images)
     image_dtype = images[0].dtype
@@ -355,6 +358,8 @@ def _check_mean_std(mean, std, image_dtype: torch.dtype, channels: int):
             if values.device.type != "cpu":
                 raise TypeError(f"{name} is on {values.device}; expected floats or a CPU tensor: reading it would wait")
             values = values.flatten().tolist()
+        elif isinstance(values, str) or not hasattr(values, "__iter__"):
+            raise TypeError(f"{name} is {values!r}; expected one number for each of the {channels} channels")
         values = [float(value) for value in values]
         if len(values) != channels:
             raise ValueError(f"{name} has {len(values)} values; expected one for each of the {channels} channels")

@@ -87,8 +87,8 @@ def _check(mask, size, num_pos_feats, temperature, normalize, scale, dtype, layo
     if mask.dim() != 3:
         raise ValueError(f"mask must be [batch, height, width]; got shape {tuple(mask.shape)}")
     check_num_pos_feats(num_pos_feats)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive; got {temperature}")
+    if isinstance(temperature, str | None) or not temperature > 0:
+        raise ValueError(f"temperature must be positive; got {temperature!r}")
     if scale is not None and not normalize:
         raise ValueError(f"scale has no effect without normalize=True; got scale={scale}, normalize={normalize}")
     if dtype not in _DTYPES:
@@ -100,7 +100,8 @@ def _check(mask, size, num_pos_feats, temperature, normalize, scale, dtype, layo
     if not isinstance(size, tuple | list) or len(size) != 2:
         raise ValueError(f"size must be (height, width) or None; got {size!r}")
     height, width = size
-    if isinstance(height, float) or isinstance(width, float) or height <= 0 or width <= 0:
+    # Not isinstance(…, int): while tracing they may be symbols.
+    if isinstance(height, float | str | None) or isinstance(width, float | str | None) or height <= 0 or width <= 0:
         raise ValueError(f"size must be two positive integers; got {tuple(size)}")
     if mask.shape[1] == 0 or mask.shape[2] == 0:
         raise ValueError(f"an empty mask cannot be resized; got shape {tuple(mask.shape)} and size {tuple(size)}")
@@ -109,8 +110,8 @@ def _check(mask, size, num_pos_feats, temperature, normalize, scale, dtype, layo
 
 def check_num_pos_feats(num_pos_feats: int) -> None:
     """Raise ValueError unless `num_pos_feats` is even and positive: the original pairs sine with cosine features."""
-    if num_pos_feats <= 0 or num_pos_feats % 2:
-        raise ValueError(f"num_pos_feats must be even and positive (sine and cosine in pairs); got {num_pos_feats}")
+    if isinstance(num_pos_feats, str | None) or num_pos_feats <= 0 or num_pos_feats % 2:
+        raise ValueError(f"num_pos_feats must be even and positive (sine and cosine in pairs); got {num_pos_feats!r}")
 
 
 def _frequencies(num_pos_feats: int, temperature: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
