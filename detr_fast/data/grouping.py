@@ -1,4 +1,4 @@
-"""Batches of images that the augmentation makes alike in size, so that little of a batch is padding.
+"""Batches of images that the transforms make alike in size, so that little of a batch is padding.
 
 The augmentation decides an image's final size, so grouping by the files' own shapes helps little. Here the augmentation
 of every image of a large window is drawn first, from its annotated width and height (nothing is read); the window is
@@ -108,6 +108,35 @@ class SizeGroupedBatchSampler(Sampler):
                 yield batches[batch].tolist()
         if full < self.num_samples:
             yield own[full:].tolist()
+
+
+class SizeSortedSampler(Sampler):
+    """All images in the order of the sizes that they will have, the highest first, of equal height the widest: for
+    evaluation, where neighbours share a batch. If memory does not suffice, that shows at once.
+
+    Of several processes each gets every ``num_replicas``-th image, so that their batches are alike in size, too; as in
+    ``DistributedSampler``, up to ``num_replicas - 1`` images come twice, so that all get as many.
+
+    Args:
+        num_images, planned_sizes, num_replicas, rank: see `SizeGroupedBatchSampler`; the sizes are those of epoch 0.
+    """
+
+    def __init__(self, num_images: int, planned_sizes: PlannedSizes, *, num_replicas: int = 1, rank: int = 0):
+        self.num_images = num_images
+        self.planned_sizes = planned_sizes
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self._order: list[int] | None = None
+
+    def __len__(self) -> int:
+        return -(-self.num_images // self.num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        if self._order is None:
+            sizes = np.array(self.planned_sizes(0, range(self.num_images)))
+            order = np.lexsort((-sizes[:, 1], -sizes[:, 0]))  # stable
+            self._order = np.resize(order, len(self) * self.num_replicas)[self.rank :: self.num_replicas].tolist()
+        return iter(self._order)
 
 
 def group_by_size(sizes: np.ndarray, batch_size: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from detr_fast.data.grouping import SizeGroupedBatchSampler, SizePlanner, can_plan
+from detr_fast.data.grouping import SizeGroupedBatchSampler, SizePlanner, SizeSortedSampler, can_plan
 from detr_fast.data.seeding import EpochBatchSampler, EpochSampler, SeededDataset
 from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from detr_fast.nested_tensor import NestedTensor, collate_fn
@@ -247,8 +247,9 @@ def build_loader(
 
     Training: images of alike size share a batch (`SizeGroupedBatchSampler`), or in the original's order: a
     ``RandomSampler``, or a ``DistributedSampler`` with shuffling. The last incomplete batch is dropped, as in the
-    original. Validation: a ``SequentialSampler``, or a ``DistributedSampler`` without shuffling (which repeats images
-    so that all processes get as many), nothing dropped.
+    original. Validation: sorted by size (`SizeSortedSampler`), or in the original's order: a ``SequentialSampler``, or
+    a ``DistributedSampler`` without shuffling. Nothing is dropped; images may be repeated so that all processes get as
+    many.
 
     Args:
         dataset: items (image, target).
@@ -261,33 +262,34 @@ def build_loader(
         drop_last: None: as ``train``.
         collate_fn: default ``detr_fast.collate_fn``: (NestedTensor, targets), padded in the worker.
             ``PackedCollate()``, with a dataset of uint8 images: padded and normalised on the training device.
-        group_by_size: group training batches by the images' size after augmentation. False: the original's order. None:
-            where the dataset can plan sizes, as `CocoDetection` with our transforms can.
+        group_by_size: batches of images of alike size after augmentation. False: the original's order. None: where
+            the dataset can plan sizes, as `CocoDetection` with our transforms can.
 
     Raises:
         ValueError: an empty dataset, a batch size below 1, a negative seed, a dataset too small for a single batch
-            where incomplete ones are dropped, or ``group_by_size`` with validation or a dataset that cannot plan.
+            where incomplete ones are dropped, or ``group_by_size`` with a dataset that cannot plan.
     """
     drop_last = train if drop_last is None else drop_last
     if len(dataset) == 0:
         raise ValueError("the dataset has no images")
     if batch_size < 1 or seed < 0:
         raise ValueError(f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}")
-    if group_by_size and not train:
-        raise ValueError("group_by_size shuffles: it is for training only")
     if group_by_size and not can_plan(dataset):
         raise ValueError(
             f"group_by_size needs a dataset with planned_size(index), such as CocoDetection with transforms that have "
             f"draw(size); got a {type(dataset).__name__}"
         )
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
-    if train and (can_plan(dataset) if group_by_size is None else group_by_size):
+    grouped = can_plan(dataset) if group_by_size is None else group_by_size
+    if train and grouped:
         batch_sampler = SizeGroupedBatchSampler(
             len(dataset), SizePlanner(dataset, seed), batch_size,
             drop_last=drop_last, seed=seed, num_replicas=world_size, rank=rank,
         )  # fmt: skip
     else:
-        if distributed:
+        if grouped:
+            sampler = SizeSortedSampler(len(dataset), SizePlanner(dataset, seed), num_replicas=world_size, rank=rank)
+        elif distributed:
             sampler = DistributedSampler(dataset, shuffle=train, seed=seed)
         else:
             sampler = RandomSampler(dataset) if train else SequentialSampler(dataset)

@@ -217,14 +217,14 @@ def add_data_flags(parser: argparse.ArgumentParser, train: bool) -> None:
             choices=("detr", "flip"),
             help="detr: flip, random size, random crop, as the original; flip: only that",
         )
-        group.add_argument(
-            "--no_group_by_size",
-            dest="group_by_size",
-            action="store_false",
-            help="batches in the original's random order, instead of images of like size together (more padding)",
-        )
         group.add_argument("--train_ann", type=str, metavar="JSON", help="own data: annotations of the training images")
         group.add_argument("--train_images", type=str, metavar="DIR", help="own data: folder of the training images")
+    group.add_argument(
+        "--no_group_by_size",
+        dest="group_by_size",
+        action="store_false",
+        help="batches in the original's order, instead of images of like size together (more padding)",
+    )
     group.add_argument("--val_ann", type=str, metavar="JSON", help="own data: annotations of the validation images")
     group.add_argument("--val_images", type=str, metavar="DIR", help="own data: folder of the validation images")
     add_size_flags(group)

@@ -106,6 +106,6 @@ def loader_for(dataset: CocoDetection | CocoPanoptic, args: argparse.Namespace, 
         num_workers=args.num_workers,
         distributed=args.distributed,
         seed=args.seed,
-        group_by_size=None if train and args.group_by_size else False,
+        group_by_size=None if args.group_by_size else False,
         collate_fn=PackedCollate(**options),
     )

@@ -217,8 +217,10 @@ class Trainer:
 
         def keep(results):
             for image_id, result in results.items():
-                if len(samples) < self.args.sample_images:
-                    samples[image_id] = result
+                # Those of the smallest ids, in whatever order they come: every evaluation shows the same.
+                samples[image_id] = result
+                if len(samples) > self.args.sample_images:
+                    del samples[max(samples)]
 
         if self.ema is not None:
             with self.ema.applied_to(self.model):
@@ -233,7 +235,12 @@ class Trainer:
             if samples:
                 folder = self.output_dir / "samples"
                 folder.mkdir(exist_ok=True)
-                draw_samples(folder / f"epoch{epoch:04}.png", self.coco_val, _image_folder(self.dataset_val), samples)
+                draw_samples(
+                    folder / f"epoch{epoch:04}.png",
+                    self.coco_val,
+                    _image_folder(self.dataset_val),
+                    dict(sorted(samples.items())),
+                )
         return stats
 
     def _evaluate_model(self, on_results):

@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 
 from benchmarks.shapes import BatchShape, coco_sizes
 from detr_fast.data import CocoDetection, SizeGroupedBatchSampler, build_loader, make_coco_transforms
-from detr_fast.data.grouping import SizePlanner, group_by_size, valid_shares
+from detr_fast.data.grouping import SizePlanner, SizeSortedSampler, group_by_size, valid_shares
 from detr_fast.data.seeding import seed_generators
 from detr_fast.data.transforms import Compose, resized_size
 
@@ -193,14 +193,57 @@ def test_size_without_annotation_comes_from_the_header(shapes):
     assert [data.image_size(index) for index in range(12)] == stated
 
 
+@pytest.mark.parametrize("count, replicas", [(61, 1), (61, 2), (64, 3), (2, 4)])
+def test_evaluation_sees_every_image_in_order_of_size(count, replicas):
+    data = Sizes(count)
+    data.transforms = make_coco_transforms("val")
+    planner = SizePlanner(data, 42)
+    planned = np.array(planner(0, range(count)))
+    ranks = [list(SizeSortedSampler(count, planner, num_replicas=replicas, rank=rank)) for rank in range(replicas)]
+    assert {len(own) for own in ranks} == {len(SizeSortedSampler(count, planner, num_replicas=replicas))}
+    seen = Counter(itertools.chain(*ranks))
+    assert set(seen) == set(range(count)) and seen.total() - count < replicas
+    together = [own[step] for step in range(len(ranks[0])) for own in ranks][:count]
+    sizes = [tuple(size) for size in planned[together].tolist()]
+    assert sizes == sorted(sizes, reverse=True)
+    assert ranks[0] == list(SizeSortedSampler(count, planner, num_replicas=replicas))  # always the same
+
+
+def test_evaluation_batches_have_little_padding():
+    data = Sizes(2048)
+    data.transforms = make_coco_transforms("val")
+    planner = SizePlanner(data, 42)
+    planned = np.array(planner(0, range(len(data))))
+    batches = np.array(list(SizeSortedSampler(len(data), planner))).reshape(-1, 8)
+    assert valid_shares(planned[batches])["pixels"] > 0.98
+    assert valid_shares(planned.reshape(-1, 8, 2))["pixels"] < 0.75
+
+
+def test_the_validation_loader_sorts_unless_told_otherwise(shapes):
+    root = shapes / "val2017", shapes / "annotations" / "instances_val2017.json"
+    data = CocoDetection(*root, make_coco_transforms("val", scales=48, uint8=True))
+    options = {"train": False, "collate_fn": as_lists}
+    plain = list(build_loader(data, 2, group_by_size=False, **options))
+    batches = list(build_loader(data, 2, num_workers=1, **options))
+    assert [len(images) for images, _ in batches] == [2, 2, 1]
+    sizes = [tuple(image.shape[1:]) for images, _ in batches for image in images]
+    assert sizes == sorted(sizes, reverse=True)
+    expected = {int(target["image_id"]): image for batch in plain for image, target in zip(*batch, strict=True)}
+    assert list(expected) == data.ids
+    for images, targets in batches:
+        for image, target in zip(images, targets, strict=True):
+            assert torch.equal(image, expected.pop(int(target["image_id"])))
+    assert not expected
+
+
 def test_rejects_what_cannot_be_grouped(shapes):
     data = dataset(shapes)
-    with pytest.raises(ValueError, match="training only"):
-        build_loader(data, 3, train=False, group_by_size=True)
     data._transforms = Compose([data._transforms, Compose([lambda image, target: (image, target)])])
     with pytest.raises(ValueError, match="draw"):
         build_loader(data, 3, train=True, group_by_size=True)
-    assert len(build_loader(data, 3, train=True)) == 4
+    with pytest.raises(ValueError, match="draw"):
+        build_loader(data, 3, train=False, group_by_size=True)
+    assert len(build_loader(data, 3, train=True)) == len(build_loader(data, 3, train=False)) == 4
     with pytest.raises(ValueError, match="multiple of 4"):
         group_by_size(np.ones((6, 2), int), 4)
     with pytest.raises(ValueError, match="rank"):

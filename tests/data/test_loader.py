@@ -45,8 +45,8 @@ def test_loading_leaves_the_global_generators_alone(shapes):
     assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
 
 
-def test_validation_keeps_order_and_the_last_batch(shapes):
-    batches = epoch(build_loader(dataset(shapes, "val"), 5, train=False), 0)
+def test_validation_in_the_originals_order_keeps_the_last_batch(shapes):
+    batches = epoch(build_loader(dataset(shapes, "val"), 5, train=False, group_by_size=False), 0)
     assert [i for _, targets in batches for i, _ in targets] == list(range(1, 13))
 
 

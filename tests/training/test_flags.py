@@ -155,5 +155,5 @@ def test_flags_without_effect_are_all_those_of_training_that_evaluation_does_not
     names, _ = parse_with_given(get_args_parser(), [])
     evaluated, _ = parse_with_given(cli._COMMANDS["eval"][0](), ["--weights", "x"])
     only_training = set(vars(names)) - set(vars(evaluated)) - {"eval", "resume"}
-    assert only_training - set(IDLE_IN_INFERENCE) == {"group_by_size"}
+    assert only_training - set(IDLE_IN_INFERENCE) == set()
     assert set(IDLE_IN_INFERENCE) <= set(vars(names))
