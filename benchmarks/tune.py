@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import pprint
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ CANDIDATES: dict[tuple[str, str], list[Tile]] = {
         (16, 4, 1), (16, 8, 1), (16, 8, 2), (32, 4, 1), (32, 8, 1), (64, 8, 1)
     ),
     ("attention_grad_key_value", "many"): _attention_tiles(
-        (16, 4, 2), (32, 4, 2), (32, 4, 3), (64, 4, 1), (64, 4, 2), (64, 8, 2), (128, 8, 1)
+        (16, 4, 2), (32, 4, 2), (32, 4, 3), (32, 8, 2), (64, 4, 1), (64, 4, 2), (64, 8, 2), (128, 8, 1)
     ),
     ("attention_grad_key_value", "few"): _attention_tiles(
         (16, 4, 2), (32, 4, 2), (32, 8, 2), (64, 4, 1), (64, 4, 2), (64, 8, 2), (128, 8, 1)
@@ -273,8 +274,10 @@ def _key(kernel: str, conditions: dict) -> tuple:
 
 def source(entries: tuple) -> str:
     """`entries` as they stand in `kernels/_configurations.py`."""
-    text = pprint.pformat(entries, width=110, sort_dicts=False) if entries else "()"
-    return f"MEASURED: tuple[Entry, ...] = {text}  # fmt: skip"
+    if not entries:
+        return "MEASURED: tuple[Entry, ...] = ()"
+    lines = "".join(f"{pprint.pformat(entry, width=110, sort_dicts=False)},\n" for entry in entries)
+    return f"MEASURED: tuple[Entry, ...] = (\n{textwrap.indent(lines, '    ')})  # fmt: skip"
 
 
 def run_tune(args: argparse.Namespace, device: torch.device) -> int:

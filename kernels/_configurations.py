@@ -48,24 +48,49 @@ def _tile(block_m: int, warps: int, stages: int) -> dict[str, int]:
     return {"BLOCK_M": block_m, "num_warps": warps, "num_stages": stages}
 
 
-# A condition's value may be a tuple: any of them. Chosen by what the compiler makes of the kernels (no spills, wgmma
-# on sm_90, registers); nothing here has been timed.
+# Families whose 16-bit matrix products are whole warp groups' (wgmma, tcgen05) and take at least 64 rows.
+_WARP_GROUPS = ("sm_90", "sm_100")
+
+# A condition's value may be a tuple: any of them. Chosen by what the compiler makes of the kernels: no spills if there
+# is a way, warp groups' products, few registers. Nothing here has been timed. Loads that look after the last columns
+# ("ragged") cost registers, so that those classes have smaller tiles or more warps.
 RULES: tuple[Entry, ...] = (
+    (_FORWARD, {"precision": "ieee", "block_d": 64, "mask": True}, _tile(16, 8, 1)),
+    (_FORWARD, {"precision": "ieee", "block_d": (16, 64)}, _tile(16, 8, 2)),
+    (_FORWARD, {"precision": "ieee", "block_d": 128, "mask": False}, _tile(16, 8, 2)),
+    (_FORWARD, {"precision": "tf32", "block_d": (64, 128), "ragged": True}, _tile(32, 8, 1)),
     (_FORWARD, {"precision": ("ieee", "tf32"), "mask": True}, _tile(32, 8, 1)),
     (_FORWARD, {"precision": ("ieee", "tf32")}, _tile(32, 8, 2)),
-    (_FORWARD, {"block_d": 128}, _tile(64, 4, 2)),
-    (_FORWARD, {"family": ("sm_90", "sm_100"), "lengths": "many"}, _tile(128, 4, 3)),
+    (_FORWARD, {"family": _WARP_GROUPS, "block_d": 128, "ragged": False}, _tile(64, 4, 2)),
+    (_FORWARD, {"block_d": 128}, _tile(128, 8, 2)),
+    (_FORWARD, {"family": _WARP_GROUPS, "block_d": 64, "ragged": True}, _tile(128, 8, 3)),
+    (_FORWARD, {"block_d": 64, "ragged": True}, _tile(64, 8, 2)),
+    (_FORWARD, {"family": _WARP_GROUPS, "block_d": (16, 32), "ragged": False, "lengths": "many"}, _tile(128, 4, 3)),
     (_FORWARD, {}, _tile(64, 4, 3)),
     #
+    (_GRAD_QUERY, {"precision": "tf32", "block_d": 32, "ragged": True}, _tile(16, 4, 1)),
     (_GRAD_QUERY, {"precision": "tf32"}, _tile(16, 8, 1)),
+    (_GRAD_QUERY, {"precision": "ieee", "block_d": (64, 128)}, _tile(16, 8, 1)),
     (_GRAD_QUERY, {"precision": "ieee"}, _tile(32, 8, 1)),
-    (_GRAD_QUERY, {"block_d": 128}, _tile(64, 8, 2)),
+    (_GRAD_QUERY, {"family": _WARP_GROUPS, "block_d": 128}, _tile(64, 8, 2)),
+    (_GRAD_QUERY, {"family": _WARP_GROUPS, "block_d": 64, "ragged": True}, _tile(64, 8, 2)),
+    (_GRAD_QUERY, {"family": _WARP_GROUPS}, _tile(64, 4, 2)),
+    (_GRAD_QUERY, {"block_d": 128}, _tile(32, 8, 2)),
+    (_GRAD_QUERY, {"block_d": 64, "ragged": True}, _tile(32, 8, 2)),
+    (_GRAD_QUERY, {"block_d": 64}, _tile(32, 4, 2)),
+    (_GRAD_QUERY, {"block_d": 32, "ragged": True}, _tile(64, 8, 2)),
     (_GRAD_QUERY, {}, _tile(64, 4, 2)),
     #
+    (_GRAD_KEY_VALUE, {"precision": "tf32", "block_d": 128}, _tile(16, 8, 1)),
+    (_GRAD_KEY_VALUE, {"precision": "tf32", "block_d": 64, "ragged": True}, _tile(16, 8, 1)),
     (_GRAD_KEY_VALUE, {"precision": "tf32"}, _tile(32, 8, 1)),
     (_GRAD_KEY_VALUE, {"precision": "ieee"}, _tile(16, 8, 1)),
-    (_GRAD_KEY_VALUE, {"family": ("sm_90", "sm_100"), "block_d": (16, 32)}, _tile(64, 4, 2)),
-    (_GRAD_KEY_VALUE, {"family": ("sm_90", "sm_100")}, _tile(64, 8, 2)),
+    (_GRAD_KEY_VALUE, {"family": _WARP_GROUPS, "block_d": 64, "ragged": True}, _tile(32, 8, 2)),
+    (_GRAD_KEY_VALUE, {"family": _WARP_GROUPS, "block_d": (16, 32), "ragged": False}, _tile(64, 4, 2)),
+    (_GRAD_KEY_VALUE, {"family": _WARP_GROUPS}, _tile(64, 8, 2)),
+    (_GRAD_KEY_VALUE, {"block_d": 128}, _tile(16, 8, 2)),
+    (_GRAD_KEY_VALUE, {"block_d": 64, "ragged": True}, _tile(16, 8, 2)),
+    (_GRAD_KEY_VALUE, {"block_d": 32, "ragged": True}, _tile(32, 8, 2)),
     (_GRAD_KEY_VALUE, {}, _tile(32, 4, 2)),
     # 32 elements a thread: with 64, triton 3.6 spills and 3.8 needs over 200 registers.
     ("pad_collate_forward", {}, {"BLOCK_H": 16, "BLOCK_W": 256, "num_warps": 4}),

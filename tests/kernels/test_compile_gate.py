@@ -60,7 +60,7 @@ def test_the_gate_finds_what_it_is_for():
     ):
         found = problems_of([dataclasses.replace(good, **change)])
         assert len(found) == 1 and message in found[0], (change, found)
-    assert problems_of([dataclasses.replace(good, spills=8, detr=False)]) == []
+    assert problems_of([dataclasses.replace(good, spills=8, no_spills=False)]) == []
     assert problems_of([dataclasses.replace(good, tensor_core=0, low_precision=False)]) == []
 
 
