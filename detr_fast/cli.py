@@ -144,7 +144,7 @@ def _eval(args: argparse.Namespace, given: set[str]) -> int:
 def _predict_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "predict",
-        "Detects objects in images: a picture for each, and a json with all.\n"
+        "Detects objects, or lines, in images: a picture for each, and a json with all.\n"
         "The model's flags are the checkpoint's own; give them for bare weights only.",
         usage="detr-fast predict IMAGE_OR_FOLDER … --weights PATH [--output_dir DIR] [FLAG …]",
     )
@@ -271,7 +271,7 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 _COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "train": (_train_parser, _train, "train DETR on data in COCO's format"),
     "eval": (_eval_parser, _eval, "evaluate a checkpoint with pycocotools"),
-    "predict": (_predict_parser, _predict, "detect objects in images: pictures and a json"),
+    "predict": (_predict_parser, _predict, "detect objects or lines in images: pictures and a json"),
     "check-data": (_check_data_parser, _check_data, "find what is wrong with a data set"),
     "bench": (_bench_parser, _bench, "measure the fused ops beside their peers and the physical limit"),
     "demo": (_demo_parser, _demo, "generate data, train, evaluate, draw: the whole way in minutes"),

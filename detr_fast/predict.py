@@ -1,21 +1,24 @@
-"""Detection on image files: pictures with boxes, and a json in COCO's results format."""
+"""Detection on image files: pictures with boxes, masks or lines, and a json in COCO's results format."""
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from pycocotools import mask as mask_utils
+from torch import Tensor
 
 from detr_fast.data.coco import ImageReadError, load_image, read_annotations
+from detr_fast.data.lines import LINES_MEAN, LINES_STD, make_line_transforms
 from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, make_coco_transforms
 from detr_fast.nested_tensor import nested_tensor_from_tensor_list
 from detr_fast.training.config import UsageError, choose_device, make_output_dir, usage_errors
-from detr_fast.training.engine import PRECISIONS
+from detr_fast.training.engine import PRECISIONS, outputs_of
 from detr_fast.training.inference import load_for_inference
-from detr_fast.training.pictures import best_detections, best_masks, draw_detections
+from detr_fast.training.pictures import best_detections, best_lines, best_masks, draw_detections, draw_lines
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -28,9 +31,9 @@ def predict(args: argparse.Namespace, given: set[str]) -> int:
 
     Written are a picture for each image with what scores at least `args.threshold`; ``predictions.json``, the same
     detections in COCO's results format (category ids as in the training data, boxes x, y, width, height in pixels of
-    the file, with the file's name beside the image id; with a mask head also "segmentation", run-length encoded); and
-    ``images.json``, every image's id, file name and size. Image ids come from `args.ann`, a COCO json, if given;
-    otherwise images are numbered from 1.
+    the file, with the file's name beside the image id; with a mask head also "segmentation", run-length encoded; of a
+    model of lines "line", x1, y1, dx, dy in pixels, in the place of boxes); and ``images.json``, every image's id, file
+    name and size. Image ids come from `args.ann`, a COCO json, if given; otherwise images are numbered from 1.
 
     Args:
         args: parsed flags of ``detr-fast predict``.
@@ -63,14 +66,16 @@ def _predict(args: argparse.Namespace, given: set[str]) -> int:
             raise UsageError(f"--output_dir {args.output_dir}: the picture would overwrite the input {picture}")
     make_output_dir(args.output_dir)
     model, _, postprocessors, categories = load_for_inference(args, given, args.weights)
-    if "line" in postprocessors:
-        raise UsageError(
-            f"{args.weights} detects lines; predict draws boxes and masks: use detr-fast eval, or the model"
-        )
+    is_lines = "line" in postprocessors
     names = _coco_names() if categories is None and args.num_classes == _COCO_CLASSES else {}
     if categories is not None:
         names = dict(zip(categories.ids, categories.names, strict=True))
-    transform = make_coco_transforms("val", scales=args.image_size, max_size=args.max_size, uint8=True)
+    options = {"max_size": args.max_size, "uint8": True}
+    if is_lines:
+        transform, mean, std = make_line_transforms("val", scale=args.image_size, **options), LINES_MEAN, LINES_STD
+    else:
+        transform = make_coco_transforms("val", scales=args.image_size, **options)
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
     dtype, device = PRECISIONS[args.precision], torch.device(args.device)
 
     predictions, described, failed = [], [], 0
@@ -86,39 +91,58 @@ def _predict(args: argparse.Namespace, given: set[str]) -> int:
             continue
         tensors = [transform(image, None)[0].to(device) for *_, image in batch]
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            outputs = model(nested_tensor_from_tensor_list(tensors, mean=IMAGENET_MEAN, std=IMAGENET_STD))
+            outputs = outputs_of(model, nested_tensor_from_tensor_list(tensors, mean=mean, std=std))
         sizes = torch.tensor([[image.height, image.width] for *_, image in batch])
-        results = postprocessors["bbox"](outputs, sizes)
+        results = postprocessors["line" if is_lines else "bbox"](outputs, sizes)
         if "segm" in postprocessors:
             processed = torch.tensor([tensor.shape[-2:] for tensor in tensors])
             results = postprocessors["segm"](results, outputs, sizes, processed)
         for (path, name, image), result in zip(batch, results, strict=True):
             if categories is not None:
                 result["labels"] = categories.to_id(result["labels"])
-            boxes, labels, scores = best_detections(result, args.threshold)
-            masks = best_masks(result, len(scores))
             described.append({"id": ids[name], "file_name": name, "width": image.width, "height": image.height})
-            for i, ((x0, y0, x1, y1), label, score) in enumerate(zip(boxes, labels, scores, strict=True)):
-                prediction = {
-                    "image_id": ids[name],
-                    "file_name": name,
-                    "category_id": label,
-                    "bbox": [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)],
-                    "score": score,
-                }
-                if masks is not None:
-                    prediction["segmentation"] = _run_lengths(masks[i])
-                predictions.append(prediction)
-            picture = draw_detections(image, boxes, labels, names, scores, masks)
+            found, picture = (_lines if is_lines else _objects)(image, result, args.threshold, names)
+            predictions += [{"image_id": ids[name], "file_name": name, **entry} for entry in found]
             picture.save(pictures[path], quality=92)
     (output_dir / "predictions.json").write_text(json.dumps(predictions), encoding="utf-8")
     (output_dir / "images.json").write_text(json.dumps(described), encoding="utf-8")
     print(
-        f"{len(predictions)} detections with a score of at least {args.threshold} in {len(described)} images; "
-        f"pictures, predictions.json and images.json are in {output_dir}",
+        f"{len(predictions)} {'lines' if is_lines else 'detections'} with a score of at least {args.threshold} in "
+        f"{len(described)} images; pictures, predictions.json and images.json are in {output_dir}",
         flush=True,
     )
     return failed
+
+
+def _objects(
+    image: Image.Image, result: Mapping[str, Tensor], threshold: float, names: Mapping[int, str]
+) -> tuple[list[dict], Image.Image]:
+    """What is found in an image, as COCO's results have it, and the picture of it."""
+    boxes, labels, scores = best_detections(result, threshold)
+    masks = best_masks(result, len(scores))
+    found = [
+        {"category_id": label, "bbox": _rounded(x0, y0, x1 - x0, y1 - y0), "score": score}
+        for (x0, y0, x1, y1), label, score in zip(boxes, labels, scores, strict=True)
+    ]
+    for entry, mask in zip(found, masks or (), strict=False):
+        entry["segmentation"] = _run_lengths(mask)
+    return found, draw_detections(image, boxes, labels, names, scores, masks)
+
+
+def _lines(
+    image: Image.Image, result: Mapping[str, Tensor], threshold: float, names: Mapping[int, str]
+) -> tuple[list[dict], Image.Image]:
+    """As `_objects`, of lines, which have no captions: "line" is x1, y1, dx, dy, as in the data sets."""
+    lines, labels, scores = best_lines(result, threshold)
+    found = [
+        {"category_id": label, "line": _rounded(x1, y1, x2 - x1, y2 - y1), "score": score}
+        for (x1, y1, x2, y2), label, score in zip(lines, labels, scores, strict=True)
+    ]
+    return found, draw_lines(image, lines)
+
+
+def _rounded(*values: float) -> list[float]:
+    return [round(value, 3) for value in values]
 
 
 def find_images(inputs: Sequence[str]) -> Iterator[tuple[Path, str]]:

@@ -254,3 +254,36 @@ def test_real_images_train_and_predict(coco_mini, tmp_path, capsys):
     assert len(list((tmp_path / "out").glob("*.jpg"))) == 2
     categories = {e["category_id"] for e in json.loads((tmp_path / "out" / "predictions.json").read_text())}
     assert categories and max(categories) <= 90
+
+
+def test_predict_draws_lines(tmp_path):
+    from detr_fast.data import make_line_transforms, make_lines_dataset
+    from detr_fast.data.lines import LineDetection
+    from detr_fast.training.config import get_args_parser
+    from detr_fast.training.inference import load_for_inference
+
+    data = make_lines_dataset(tmp_path / "data", num_train=2, num_val=2, image_size=48)
+    flags = [*TINY, "--dataset_file", "lines", "--layer1_num", "1", "--epochs", "1", "--sample_images", "0"]
+    assert main(["train", *flags, "--coco_path", str(data), "--output_dir", str(tmp_path / "run")]) == 0
+    weights = str(tmp_path / "run" / "checkpoint.pth")
+    argv = ["predict", str(data / "val2017"), "--weights", weights, "--device", "cpu", "--output_dir"]
+    assert main([*argv, str(tmp_path / "all"), "--threshold", "0"]) == 0
+    results = json.loads((tmp_path / "all" / "predictions.json").read_text())
+    assert len(results) == 2 * 5 and {entry["category_id"] for entry in results} == {0}
+
+    args = get_args_parser().parse_args(["--device", "cpu"])
+    model, _, _, _ = load_for_inference(args, set(), weights)
+    annotations = data / "annotations" / "lines_val2017.json"
+    image, target = LineDetection(data / "val2017", annotations, make_line_transforms("val", scale=48))[0]
+    with torch.no_grad():
+        out = model([image])
+    scores = out["pred_logits"][0].softmax(-1)[:, 0]
+    height, width = target["orig_size"].tolist()
+    x1, y1, x2, y2 = (out["pred_lines"][0, scores.argmax()] * torch.tensor([width, height] * 2)).tolist()
+    assert results[0]["score"] == pytest.approx(scores.max().item(), abs=1e-4)
+    assert results[0]["line"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=0.05)
+
+    assert main([*argv, str(tmp_path / "none"), "--threshold", "1"]) == 0
+    assert json.loads((tmp_path / "none" / "predictions.json").read_text()) == []
+    drawn, plain = (Image.open(tmp_path / name / "00000000.jpg").tobytes() for name in ("all", "none"))
+    assert len(drawn) == len(plain) and drawn != plain

@@ -97,7 +97,7 @@ def train_one_epoch(
         wait = not is_last_of_group and isinstance(model, nn.parallel.DistributedDataParallel)
         with model.no_sync() if wait else torch.enable_grad():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                outputs = _outputs(model, samples)
+                outputs = outputs_of(model, samples)
             try:
                 loss_dict = criterion(outputs, targets)
             except ValueError:
@@ -176,7 +176,7 @@ def evaluate(
         original_sizes, sizes = (torch.stack([target[key] for target in targets]) for key in ("orig_size", "size"))
         samples, targets = _to_device(samples, targets, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            outputs = _outputs(model, samples)
+            outputs = outputs_of(model, samples)
         loss_dict = criterion(outputs, targets)
         loss = _weighted_sum(loss_dict, criterion.weight_dict)
         metrics.update(_named_losses(loss_dict, loss, criterion.weight_dict, samples))
@@ -273,7 +273,7 @@ def _weighted_sum(loss_dict: Mapping[str, Tensor], weights: Mapping[str, float])
     return sum(value * weights[name] for name, value in loss_dict.items() if name in weights)
 
 
-def _outputs(model: nn.Module, samples: NestedTensor) -> dict:
+def outputs_of(model: nn.Module, samples: NestedTensor) -> dict:
     """The model's outputs; LETR's second stage returns something beside them."""
     outputs = model(samples)
     return outputs[0] if isinstance(outputs, tuple) else outputs
@@ -304,7 +304,7 @@ def _explain(model, criterion, batch, epoch: int, device: torch.device, dtype: t
         if reason is not None:
             return f"{where}: {reason}"
         model.zero_grad()
-        outputs = _outputs(model, samples)
+        outputs = outputs_of(model, samples)
     loss_dict = criterion(outputs, targets)
     bad = [name for name, value in loss_dict.items() if not torch.isfinite(value)]
     if bad:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detr_fast.data.categories import Categories
 from detr_fast.data.coco import build_dataset, read_annotations
@@ -53,13 +53,13 @@ def load_for_inference(
     """
     checkpoint = read_checkpoint(path)
     theirs = checkpoint.get("args", {})
-    _check_given(args, given, path, theirs)
+    _check_given(args, given, path, checkpoint)
     for name in (*MODEL_ARGS, "aux_loss", "set_cost_class", "set_cost_bbox", "set_cost_giou", "bbox_loss_coef",
                  "giou_loss_coef", "mask_loss_coef", "dice_loss_coef", "eos_coef", "thing_classes",
                  "set_cost_line", "line_loss_coef", "label_loss_func", "label_loss_params"):  # fmt: skip
         if name in theirs and name not in given:
             setattr(args, name, theirs[name])
-    if "lines" in (args.dataset_file, theirs.get("dataset_file")):
+    if _detects_lines(checkpoint["model"]):
         args.dataset_file = "lines"
     if "image_size" in given:
         check_image_size(args)
@@ -86,8 +86,13 @@ def load_for_inference(
     return model, criterion, postprocessors, categories
 
 
-def _check_given(args: argparse.Namespace, given: set[str], path: str, theirs: Mapping) -> None:
+def _detects_lines(state: Mapping[str, Tensor]) -> bool:
+    return any("lines_embed." in name for name in state)
+
+
+def _check_given(args: argparse.Namespace, given: set[str], path: str, checkpoint: Mapping) -> None:
     """Says which of the given flags do nothing, and refuses those that describe another model than the checkpoint's."""
+    theirs = checkpoint.get("args", {})
     for name in sorted(given & set(IDLE_IN_INFERENCE)):
         say(f"--{name} has no effect here: {IDLE_IN_INFERENCE[name]}")
     other = [
@@ -95,9 +100,9 @@ def _check_given(args: argparse.Namespace, given: set[str], path: str, theirs: M
         for name in MODEL_ARGS
         if name in given and name in theirs and name not in _FREE and theirs[name] != getattr(args, name)
     ]
-    kinds = args.dataset_file, theirs.get("dataset_file", args.dataset_file)
-    if "dataset_file" in given and kinds[0] != kinds[1] and "lines" in kinds:
-        other.append(f"--dataset_file {kinds[0]}, it was trained with {kinds[1]}")
+    lines = _detects_lines(checkpoint["model"])
+    if "dataset_file" in given and lines != (args.dataset_file == "lines"):
+        other.append(f"--dataset_file {args.dataset_file}, it detects {'lines' if lines else 'boxes'}")
     if other:
         raise UsageError(
             f"{path} is another model: {'; '.join(other)}. The checkpoint describes itself: leave that out"

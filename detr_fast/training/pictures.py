@@ -156,8 +156,7 @@ def draw_samples(
         truth = [ann for ann in coco.loadAnns(coco.getAnnIds(image_id)) if not ann.get("iscrowd", 0)]
         if "lines" in result:
             lines = [(x, y, x + dx, y + dy) for x, y, dx, dy in (ann["line"] for ann in truth)]
-            best = result["scores"].cpu() >= threshold
-            rows.append(_beside(draw_lines(image, lines), draw_lines(image, result["lines"].cpu()[best].tolist())))
+            rows.append(_beside(draw_lines(image, lines), draw_lines(image, best_lines(result, threshold)[0])))
             continue
         boxes = [(x, y, x + w, y + h) for x, y, w, h in (ann["bbox"] for ann in truth)]
         masks = [coco.annToMask(ann) for ann in truth] if "masks" in result else None
@@ -181,6 +180,11 @@ def best_detections(result: Mapping[str, torch.Tensor], threshold: float, at_lea
     count = max(int((scores >= threshold).sum()), min(at_least, len(scores)))
     order = order[:count]
     return result["boxes"].cpu()[order].tolist(), result["labels"].cpu()[order].tolist(), scores[:count].tolist()
+
+
+def best_lines(result: Mapping[str, torch.Tensor], threshold: float) -> tuple[list, list, list]:
+    """Lines, labels and scores from `threshold` up, best first."""
+    return best_detections({**result, "boxes": result["lines"]}, threshold)
 
 
 def best_masks(result: Mapping[str, torch.Tensor], count: int) -> list[np.ndarray] | None:

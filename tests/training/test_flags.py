@@ -85,7 +85,7 @@ def test_flags_that_contradict_the_checkpoint_are_refused(trained, shapes, capsy
     message = refusal(capsys, *argv, "--nheads", "4", "--pre_norm", "--num_queries", "5")
     assert "--nheads 4, it was trained with 2" in message and "--pre_norm True, it was trained with False" in message
     assert "num_queries" not in message  # as in the checkpoint
-    assert "--dataset_file lines, it was trained with coco" in refusal(capsys, *argv, "--dataset_file", "lines")
+    assert "--dataset_file lines, it detects boxes" in refusal(capsys, *argv, "--dataset_file", "lines")
 
 
 def test_bare_weights_that_do_not_fit_are_refused_with_shapes(trained, shapes, tmp_path, capsys):
