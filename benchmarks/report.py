@@ -122,7 +122,7 @@ def cpu_training(results: Path) -> str:
     for record in load(results):
         where = record["provenance"]
         if where["device_type"] == "cpu" and record["suite"] == "train":
-            parts.append(f"**{where['device']}**, torch {where['torch']}, {_commits([record])}; CPU time, float32.\n")
+            parts.append(f"**{where['device']}**, torch {where['torch']}, {_commits([record])}; float32.\n")
             parts += training_lines(record)
     return "\n".join(parts).rstrip() or "No CPU has been measured; `python -m benchmarks train --device cpu` does it."
 

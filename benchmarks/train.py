@@ -40,7 +40,7 @@ from .provenance import device_name, provenance, slug
 from .results import save, suite_record
 from .same_training import LayerByLayer, criterion, plausible_norms, reference_ops
 from .shapes import BatchShape, nominal_batch, typical_real_batch
-from .timing import WallClock, clock_for, interleave, quantiles
+from .timing import clock_for, interleave, quantiles
 
 STAGES = ("input", "backbone", "encoder", "decoder", "criterion", "backward", "optimiser")
 MODELS = {"R50": ("resnet50", False), "R101": ("resnet101", False), "DC5": ("resnet50", True)}
@@ -226,7 +226,7 @@ class Step:
                 event.record()
                 marks.append((stage, event))
             else:
-                marks.append((stage, time.process_time()))
+                marks.append((stage, time.perf_counter()))
 
         parts = {} if self.variant.compile == "model" else {
             "backbone": self.model.backbone, "encoder": self.model.transformer.encoder
@@ -391,7 +391,7 @@ def measure_case(
                 continue
             for _ in range(3 if device.type == "cuda" else 1):
                 step(batch)
-            stages = [step.stages(batch) for _ in range(3 if device.type == "cuda" else 1)]
+            stages = [step.stages(batch) for _ in range(3)]
             row.stages_ms = {stage: 1e3 * quantiles([s.get(stage, 0.0) for s in stages])[0] for stage in STAGES}
             row.counts = count(step, batch)
             row.peak_memory_mib = _peak_memory(lambda step=step: step(batch), device)
@@ -403,10 +403,8 @@ def measure_case(
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    # On a CPU the time of the processor, not of the clock: other work on the machine counts little.
-    clock = clock_for(device) if device.type == "cuda" else WallClock(time.process_time)
     blocks = {name: (lambda step=step: step(batch)) for name, step in steps.items()}
-    for provider, samples in interleave(blocks, 1, clock, budget=seconds, min_rounds=min_rounds, max_rounds=50).items():
+    for provider, samples in interleave(blocks, 1, clock_for(device), budget=seconds, min_rounds=min_rounds, max_rounds=50).items():
         row = rows[provider]
         median, p20, p80 = quantiles(samples)
         row.status, row.median_ms, row.p20_ms, row.p80_ms = "ok", 1e3 * median, 1e3 * p20, 1e3 * p80
@@ -467,7 +465,7 @@ def run_train(args: argparse.Namespace, device: torch.device) -> int:
     compile = cuda if args.compile == "auto" else args.compile == "yes"
     if not cuda:
         print(
-            f"CPU ({device_name(device)}): small images in float32, in CPU time. Not measured without a GPU: the "
+            f"CPU ({device_name(device)}): small images in float32; leave the machine alone meanwhile. Not measured without a GPU: the "
             "kernels, cuDNN's fused convolutions, bf16, channels_last, launches, waits for the GPU and peak memory; "
             "operators and values read by the host are counted instead. Loading from disk: python -m benchmarks.data."
         )
@@ -491,8 +489,8 @@ def run_train(args: argparse.Namespace, device: torch.device) -> int:
             ceilings,
             chosen,
             seed=args.seed,
-            seconds=(5.0 if args.quick else 15.0) if cuda else 1.0,
-            min_rounds=5 if cuda else 3,
+            seconds=(5.0 if cuda else 1.0) if args.quick else 15.0,
+            min_rounds=5 if cuda else 3 if args.quick else 9,
             deadline=float("inf") if args.budget is None else started + 0.6 * args.budget,
         )
         print_rows(rows)

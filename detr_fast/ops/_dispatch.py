@@ -40,6 +40,21 @@ def use_kernel(device: torch.device) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def seen_by_nobody(*tensors: torch.Tensor) -> bool:
+    """Whether plain tensors meet an op outside every compiler, tracer, dispatch mode and transform.
+
+    Then the op's autograd function may be called without the dispatcher, through which a custom op of Python's goes at
+    several times the cost of launching its kernel.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+        and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
+
+
 def refuse_transforms(op: str, *tensors: torch.Tensor) -> None:
     """Raise where `op` would lose the tangents of forward-mode differentiation or fail inside `torch.func`.
 

@@ -1,35 +1,52 @@
 """Attention's dropout mask in plain PyTorch: the bytes and their order are described in `detr_fast.ops.attention`."""
 
+import math
+
 import torch
 
 _ROUNDS = 7
 _A, _B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 _LOW_32 = 0xFFFFFFFF
+# Counters up to which NumPy, whose operations start in a tenth of the time, beats PyTorch, which has more threads.
+_FEW_COUNTERS = 2**14
 
 
-def philox(seed, c0, c1, c2, c3):
+def philox(keys, c0, c1, c2, c3):
     """Philox 4x32 in int64 arithmetic: four words of which the low 32 bits count (Salmon et al. 2011).
 
     Args:
-        seed: [1] int64, the key.
-        c0, c1, c2, c3: the counter's words, int64 in 0..2**32 - 1, shapes that broadcast.
+        keys: `round_keys`.
+        c0, c1, c2, c3: the counter's words, int64 in 0..2**32 - 1, tensors or NumPy arrays, shapes that broadcast.
     """
-    rounds = torch.arange(_ROUNDS, device=seed.device)
-    keys_0 = (((seed & _LOW_32) + _KEY_A * rounds) & _LOW_32).split(1)
-    keys_1 = (((seed >> 32) + _KEY_B * rounds) & _LOW_32).split(1)
-    for k0, k1 in zip(keys_0, keys_1, strict=True):
+    for k0, k1 in keys:
         # A product wraps at 64 bits, which keeps its bits. What stands above a word's low 32 goes at its next use.
         product_0, product_2 = c0 * _A, c2 * _B
-        c0 = _xor(_xor(product_2 >> 32, c1), k0).bitwise_and_(_LOW_32)
-        c2 = _xor(_xor(product_0 >> 32, c3), k1).bitwise_and_(_LOW_32)
+        c0 = _xor(_xor(product_2 >> 32, c1), k0)
+        c0 &= _LOW_32
+        c2 = _xor(_xor(product_0 >> 32, c3), k1)
+        c2 &= _LOW_32
         c1, c3 = product_2, product_0
     return c0, c1, c2, c3
 
 
-def _xor(mine: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def _xor(mine, other):
     """mine ^ other, in the memory of `mine` where that is large enough: allocating costs more than computing."""
-    return mine.bitwise_xor_(other) if other.shape in (mine.shape, (1,)) else mine ^ other
+    if not isinstance(other, int) and other.shape not in (mine.shape, (1,)):
+        return mine ^ other
+    mine ^= other
+    return mine
+
+
+def round_keys(seed: torch.Tensor) -> list[tuple]:
+    """The two keys of each round: integers on a CPU, elsewhere tensors [1], since reading the seed would wait."""
+    if seed.device.type == "cpu":
+        value = seed.item()
+        low, high = value & _LOW_32, value >> 32
+        return [((low + _KEY_A * i) & _LOW_32, (high + _KEY_B * i) & _LOW_32) for i in range(_ROUNDS)]
+    rounds = torch.arange(_ROUNDS, device=seed.device)
+    low, high = (seed & _LOW_32) + _KEY_A * rounds, (seed >> 32) + _KEY_B * rounds
+    return list(zip((low & _LOW_32).split(1), (high & _LOW_32).split(1), strict=True))
 
 
 def dropout_bytes(seed: torch.Tensor, slices: torch.Tensor, rows: torch.Tensor, k_len: int) -> torch.Tensor:
@@ -42,11 +59,16 @@ def dropout_bytes(seed: torch.Tensor, slices: torch.Tensor, rows: torch.Tensor, 
         k_len: number of keys.
     """
     blocks = (k_len + 63) // 64
-    groups = torch.arange(4 * blocks, device=seed.device)
-    words = philox(seed, rows[:, None], groups, slices[:, None, None], torch.zeros_like(seed))
+    size = (len(slices), len(rows), blocks)
+    keys, groups = round_keys(seed), torch.arange(4 * blocks, device=seed.device)
+    counter = (rows[:, None], groups, slices[:, None, None], torch.zeros_like(seed))
+    drawn = torch.empty(*size, 8, 4, dtype=torch.int16, device=seed.device)
+    numpy = seed.device.type == "cpu" and 4 * math.prod(size) <= _FEW_COUNTERS
+    words = philox(keys, *([x.numpy() for x in counter] if numpy else counter))
     # Within 64 columns, 16 bits of word w of group g are the columns 16 w + 2 g (low half) or 16 w + 8 + 2 g (high) and
-    # the next: the four groups' halves next to each other are 64 bits of the result.
-    size = (len(slices), len(rows), len(groups))
-    halves = [part.to(torch.int16).expand(size).contiguous() for word in words for part in (word, word >> 16)]
-    drawn = torch.stack([half.view(torch.int64) for half in halves], dim=-1).view(torch.uint8)
-    return drawn.flatten(2)[..., :k_len]
+    # the next: the four groups' halves are next to each other.
+    halves = drawn.numpy() if numpy else drawn
+    for i, word in enumerate(words):
+        halves[:, :, :, 2 * i] = word.reshape(*size, 4)
+        halves[:, :, :, 2 * i + 1] = word.reshape(*size, 4) >> 16
+    return drawn.view(*size[:2], 32 * blocks).view(torch.uint8)[..., :k_len]

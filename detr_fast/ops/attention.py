@@ -7,12 +7,14 @@ of four holds the columns 8 j + 2 g + b at byte 2 j + b (j < 8, b < 2): the elem
 in a matrix product's result, so that a kernel can use all 16 bytes where they are made.
 """
 
+import functools
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from detr_fast.ops._attention_chunked import chunked_backward, chunked_forward
-from detr_fast.ops._dispatch import refuse_transforms, use_kernel
+from detr_fast.ops._dispatch import refuse_transforms, seen_by_nobody, use_kernel
 from detr_fast.ops._dropout_bits import dropout_bytes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -84,7 +86,8 @@ def attention(
         raise ValueError(f"scale is {scale}; expected a finite number")
     if scale <= 0:
         query, scale = query * scale, 1.0
-    return _attention(query, key, value, key_padding_mask, float(dropout_p), seed, scale)
+    op = _Attention.apply if seen_by_nobody(query, key, value) else _attention
+    return op(query, key, value, key_padding_mask, float(dropout_p), seed, scale)
 
 
 def attention_reference(
@@ -242,14 +245,8 @@ def _empty_blhd(batch, heads, length, head_dim, like: torch.Tensor) -> torch.Ten
     return like.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
-@torch.library.custom_op(
-    "detr_fast::attention",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, float dropout_p, Tensor? seed, "
-    "float scale) -> (Tensor, Tensor)",
-)
-def _attention(query, key, value, key_padding_mask, dropout_p, seed, scale):
-    out, logsumexp = _attention_fake(query, key, value, key_padding_mask, dropout_p, seed, scale)
+def _forward(query, key, value, key_padding_mask, dropout_p, seed, scale, remember=None):
+    out, logsumexp = _forward_fake(query, key, value, key_padding_mask, dropout_p, seed, scale)
     dropout = (_dropout_threshold(dropout_p), _dropout_scale(dropout_p))
     inputs = (query, key, value, key_padding_mask, seed, *dropout, scale)
     if _on_kernel(query, value):
@@ -258,27 +255,18 @@ def _attention(query, key, value, key_padding_mask, dropout_p, seed, scale):
         attention_forward(*inputs, out=out, logsumexp=logsumexp)
         return out, logsumexp
     with torch.autocast(query.device.type, enabled=False):
-        result = chunked_forward(*inputs)
+        result = chunked_forward(*inputs, remember)
     return out.copy_(result[0]), logsumexp.copy_(result[1])
 
 
-@_attention.register_fake
-def _attention_fake(query, key, value, key_padding_mask, dropout_p, seed, scale):
+def _forward_fake(query, key, value, key_padding_mask, dropout_p, seed, scale):
     batch, heads, q_len, _ = query.shape
     out = _empty_blhd(batch, heads, q_len, value.shape[3], query)
     return out, query.new_empty((batch, heads, q_len), dtype=torch.promote_types(query.dtype, torch.float32))
 
 
-@torch.library.custom_op(
-    "detr_fast::attention_backward",
-    mutates_args=(),
-    schema="(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
-    "Tensor? key_padding_mask, float dropout_p, Tensor? seed, float scale) -> (Tensor, Tensor, Tensor)",
-)
-def _attention_backward(grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale):
-    grads = _attention_backward_fake(
-        grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale
-    )
+def _backward(grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale, remembered=()):
+    grads = _backward_fake(grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale)
     rest = (key_padding_mask, seed, _dropout_threshold(dropout_p), _dropout_scale(dropout_p), scale)
     if _on_kernel(query, value):
         from detr_fast.kernels.attention_backward import attention_backward
@@ -289,32 +277,59 @@ def _attention_backward(grad_out, query, key, value, out, logsumexp, key_padding
         )  # fmt: skip
         return grads
     with torch.autocast(query.device.type, enabled=False):
-        results = chunked_backward(grad_out, query, key, value, logsumexp, *rest)
+        results = chunked_backward(grad_out, query, key, value, out, logsumexp, *rest, remembered)
     return tuple(grad.copy_(result) for grad, result in zip(grads, results, strict=True))
 
 
-@_attention_backward.register_fake
-def _attention_backward_fake(grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale):
+def _backward_fake(grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale):
     return tuple(_empty_blhd(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x) for x in (query, key, value))
 
 
-def _setup_context(ctx, inputs, output):
+def _save_for_backward(ctx, inputs, output, remembered=()):
     query, key, value, key_padding_mask, dropout_p, seed, scale = inputs
     out, logsumexp = output
     ctx.mark_non_differentiable(logsumexp)
-    ctx.save_for_backward(query, key, value, out, logsumexp, key_padding_mask, seed)
+    ctx.save_for_backward(query, key, value, out, logsumexp, key_padding_mask, seed, *remembered)
     ctx.dropout_p, ctx.scale = dropout_p, scale
 
 
-def _backward(ctx, grad_out, _):
-    query, key, value, out, logsumexp, key_padding_mask, seed = ctx.saved_tensors
-    grads = _attention_backward(
-        grad_out, query, key, value, out, logsumexp, key_padding_mask, ctx.dropout_p, seed, ctx.scale
-    )
+def _differentiate(backward, ctx, grad_out, _):
+    query, key, value, out, logsumexp, key_padding_mask, seed, *remembered = ctx.saved_tensors
+    rest = (key_padding_mask, ctx.dropout_p, seed, ctx.scale)
+    grads = backward(grad_out, query, key, value, out, logsumexp, *rest, *([remembered] if remembered else []))
     return *grads, None, None, None, None
 
 
-_attention.register_autograd(_backward, setup_context=_setup_context)
+class _Attention(torch.autograd.Function):
+    """What the custom op does, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # a setup_context of its own has torch look up forward's signature in every call
+        remembered = []
+        output = _forward(*inputs, remember=remembered if any(ctx.needs_input_grad) else None)
+        _save_for_backward(ctx, inputs, output, remembered)
+        return output
+
+    backward = staticmethod(once_differentiable(functools.partial(_differentiate, _backward)))
+
+
+_attention = torch.library.custom_op(
+    "detr_fast::attention",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, float dropout_p, Tensor? seed, "
+    "float scale) -> (Tensor, Tensor)",
+)
+_attention.register_fake(_forward_fake)
+_attention_backward = torch.library.custom_op(
+    "detr_fast::attention_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
+    "Tensor? key_padding_mask, float dropout_p, Tensor? seed, float scale) -> (Tensor, Tensor, Tensor)",
+)
+_attention_backward.register_fake(_backward_fake)
+_attention.register_autograd(functools.partial(_differentiate, _attention_backward), setup_context=_save_for_backward)
 
 
 @_attention.register_vmap

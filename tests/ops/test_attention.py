@@ -128,9 +128,68 @@ def test_attention_in_chunks(scores, monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(want, inputs, grad))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_attention_with_and_without_the_dispatcher(p, masked):
+    """What anybody sees who watches (a dispatch mode, a subclass, a compiler) is the op, with the same results."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    inputs, mask = make_inputs(torch.float32), make_mask() if masked else None
+
+    def run():
+        out, lse = attention(*inputs, mask, p, seed=SEED)
+        return out, lse, *torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+    alone = run()
+    with Watch():
+        watched = run()
+    assert {"detr_fast.attention.default", "detr_fast.attention_backward.default"} <= set(seen)
+    torch.testing.assert_close(alone, watched)
+    for a, b in zip(alone, watched, strict=True):
+        assert a.stride() == b.stride()
+    assert not alone[1].requires_grad and not watched[1].requires_grad
+
+
+def test_attention_remembers_small_dropout(monkeypatch):
+    """A backward that takes over the forward's matrices gives what one gives that computes them again; twice."""
+    from detr_fast.ops import _attention_chunked
+
+    inputs, mask = make_inputs(), make_mask()
+
+    def grads():
+        out, _ = attention(*inputs, mask, 0.3, seed=SEED)
+        return [torch.autograd.grad(out, inputs, torch.ones_like(out), retain_graph=True) for _ in range(2)]
+
+    first, second = grads()
+    monkeypatch.setattr(_attention_chunked, "_REMEMBERED", 0)
+    anew, _ = grads()
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, anew)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 5), (2, 0, 5), (2, 3, 0), (1, 1, 1), (3, 5, 64), (2, 9, 200)])
+def test_dropout_bytes_by_numpy_and_by_torch(sizes, monkeypatch):
+    from detr_fast.ops import _dropout_bits
+
+    slices, rows = torch.arange(sizes[0]) + 2**31, torch.arange(sizes[1]) + 7
+    results = []
+    for limit in (0, 2**30):
+        monkeypatch.setattr(_dropout_bits, "_FEW_COUNTERS", limit)
+        results.append(_dropout_bits.dropout_bytes(torch.tensor([-5]), slices, rows, sizes[2]))
+    assert results[0].shape == sizes
+    assert torch.equal(*results)
+
+
 def test_dropout_words_are_philox():
     """Four words of the seed's first counter, from a scalar implementation of the published rounds."""
-    from detr_fast.ops._dropout_bits import philox
+    from detr_fast.ops._dropout_bits import philox, round_keys
 
     mask, multipliers, bumps = 0xFFFFFFFF, (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 
@@ -146,7 +205,7 @@ def test_dropout_words_are_philox():
     assert scalar([mask] * 4, [mask] * 2, 10) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     counter = [3, 2**31 + 5, 2**32 - 1, 0]
     for seed in (0, 2**62 - 1, -5):
-        words = philox(torch.tensor([seed]), *(torch.tensor([c]) for c in counter))
+        words = philox(round_keys(torch.tensor([seed])), *(torch.tensor([c]) for c in counter))
         key = [seed & mask, (seed >> 32) & mask]
         assert [int(word) & mask for word in words] == scalar(counter, key, 7)
 
@@ -277,7 +336,7 @@ def test_attention_padding_reaches_nothing():
 def test_attention_refuses_double_backward_and_vmap():
     inputs = make_inputs()
     (grad,) = torch.autograd.grad(attention(*inputs)[0].square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="attention_backward"):
+    with pytest.raises(RuntimeError, match="twice"):
         grad.sum().backward()
     with pytest.raises(NotImplementedError, match="vmap"):
         torch.vmap(lambda q: attention(q, *inputs[1:])[0])(inputs[0][None])
