@@ -404,7 +404,8 @@ def measure_case(
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     blocks = {name: (lambda step=step: step(batch)) for name, step in steps.items()}
-    for provider, samples in interleave(blocks, 1, clock_for(device), budget=seconds, min_rounds=min_rounds, max_rounds=50).items():
+    measured = interleave(blocks, 1, clock_for(device), budget=seconds, min_rounds=min_rounds, max_rounds=50)
+    for provider, samples in measured.items():
         row = rows[provider]
         median, p20, p80 = quantiles(samples)
         row.status, row.median_ms, row.p20_ms, row.p80_ms = "ok", 1e3 * median, 1e3 * p20, 1e3 * p80
@@ -465,9 +466,10 @@ def run_train(args: argparse.Namespace, device: torch.device) -> int:
     compile = cuda if args.compile == "auto" else args.compile == "yes"
     if not cuda:
         print(
-            f"CPU ({device_name(device)}): small images in float32; leave the machine alone meanwhile. Not measured without a GPU: the "
-            "kernels, cuDNN's fused convolutions, bf16, channels_last, launches, waits for the GPU and peak memory; "
-            "operators and values read by the host are counted instead. Loading from disk: python -m benchmarks.data."
+            f"CPU ({device_name(device)}): small images in float32; leave the machine alone meanwhile. Not measured "
+            "without a GPU: the kernels, cuDNN's fused convolutions, bf16, channels_last, launches, waits for the GPU "
+            "and peak memory; operators and values read by the host are counted instead. Loading from disk: python -m "
+            "benchmarks.data."
         )
     chosen = variants(device, compile)
     if args.provider:
