@@ -27,6 +27,14 @@ SHIPPED = {"collate": "original loop", "position": "original, eager", "attention
 # Peers that answer less than the question: no padding, no mask, or inputs packed for free.
 PARTIAL = {"SDPA flash, no mask", "flash varlen, packed", "torchvision batch_images"}
 
+# The ways in which `python -m benchmarks.same_training` asks.
+QUESTIONS = {
+    "free": "ours against the reference, both train freely",
+    "resync": "ours against the reference, from the same weights in every step",
+    "control": "the reference against itself, from weights a last bit away",
+    "dropout": "what is reached with dropout {dropout:g}, over seeds",
+}
+
 
 def quoted_key(row: dict) -> tuple:
     """What a row measures: suite, kind or task, model, padding, precision, mode, dropout."""
@@ -125,6 +133,29 @@ def cpu_training(results: Path) -> str:
             parts.append(f"**{where['device']}**, torch {where['torch']}, {_commits([record])}; float32.\n")
             parts += training_lines(record)
     return "\n".join(parts).rstrip() or "No CPU has been measured; `python -m benchmarks train --device cpu` does it."
+
+
+def same_training(results: Path) -> str:
+    """Markdown: what `python -m benchmarks.same_training --save` has found, on every device."""
+    parts = []
+    for record in load(results):
+        if record["suite"] != "same_training":
+            continue
+        where = record["provenance"]
+        parts.append(f"**{where['device']}**, torch {where['torch']}, {where['date'][:10]}:\n")
+        parts += ["| question | dtype | steps | found | commit |", "|---|---|---|---|---|"]
+        for found in record["comparisons"]:
+            if found["way"] == "dropout":
+                ours, reference = (", ".join(f"{x:.3f}" for x in found[name]) for name in ("ours", "reference"))
+                answer = f"means differ by {found['difference']:.3f}, the reference's seeds by {found['spread']:.3f} "
+                answer += f"(ours {ours}; reference {reference})"
+            else:
+                answer = f"largest relative difference {found['difference']:.1e}, in step {found['at_step']}"
+            question = QUESTIONS[found["way"]].format(dropout=found["dropout"])
+            cells = (question, found["dtype"], str(found["steps"]), answer, (found["commit"] or "unknown")[:9])
+            parts.append("| " + " | ".join(cells) + " |")
+        parts.append("")
+    return "\n".join(parts).rstrip() or "Not yet asked; `python -m benchmarks.same_training --save` does it."
 
 
 def table(results: Path) -> str:

@@ -19,6 +19,9 @@ equal cost are matched one way or the other. So there are three ways to ask:
 
 `--dropout 0.1` compares what the two reach, since their dropout masks differ: the loss over all batches after the last
 step, without dropout, for several seeds. The two means may differ by no more than the reference's own results do.
+
+`--save` keeps what was found in benchmarks/results/<device>/same_training.json, one entry per way to ask;
+`python -m benchmarks report` writes them into NOTES.md.
 """
 
 import argparse
@@ -38,6 +41,9 @@ from detr_fast.data import build_dataset, make_shapes_dataset
 from detr_fast.layers import PositionEmbeddingSine
 from detr_fast.models import DETR, Backbone, Joiner, Transformer
 from detr_fast.nested_tensor import NestedTensor, collate_fn
+
+from .provenance import device_name, provenance, slug
+from .results import load_record, save, suite_record
 
 WEIGHTS = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
 CLASSES = 4
@@ -222,6 +228,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dropout", type=float, default=0.0, help="compare what is reached with dropout")
     parser.add_argument("--seeds", type=int, default=3, help="with --dropout (default %(default)s)")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="relative (default %(default)s)")
+    parser.add_argument("--save", action="store_true", help="keep what was found under benchmarks/results")
+    parser.add_argument("--output", type=Path, help="folder for --save; default: benchmarks/results/<device>")
     args = parser.parse_args(argv)
     if args.dropout and (args.resync or args.control):
         parser.error("--resync and --control compare step by step, which --dropout does not allow")
@@ -234,18 +242,42 @@ def main(argv: list[str] | None = None) -> int:
         lr=args.lr,
         dtype=getattr(torch, args.dtype),
     )
+    way = "resync" if args.resync else "control" if args.control else "free"
+    found = {
+        "way": "dropout" if args.dropout else way,
+        **{name: getattr(args, name) for name in ("dtype", "steps", "batch", "lr", "seed", "dropout")},
+        "image_size": list(args.image_size),
+    }
     if args.dropout:
-        return _compare_reached(args.steps, args.dropout, range(args.seed, args.seed + args.seeds), options)
+        found |= _compare_reached(args.steps, args.dropout, range(args.seed, args.seed + args.seeds), options)
+        if args.save:
+            _keep(found, args)
+        return int(not found["difference"] <= found["spread"])
     losses = compare(args.steps, seed=args.seed, resync=args.resync, control=args.control, **options)
     differences = [abs(ours - reference) / abs(reference) for ours, reference in losses]
     worst = max(range(len(losses)), key=differences.__getitem__)
     for i in sorted({0, len(losses) // 2, worst, len(losses) - 1}):
         print(f"step {i + 1}: loss {losses[i][0]:.6f}, reference {losses[i][1]:.6f}, difference {differences[i]:.1e}")
     print(f"{len(losses)} steps on {args.device}, {args.dtype}: largest relative difference {differences[worst]:.2e}")
+    if args.save:
+        _keep(found | {"difference": differences[worst], "at_step": worst + 1}, args)
     return int(not differences[worst] <= args.tolerance)
 
 
-def _compare_reached(steps: int, dropout: float, seeds: range, options: dict) -> int:
+def _keep(found: dict, args: Namespace) -> None:
+    """Adds `found` to the results of the device, in place of what was found there by the same question."""
+    device = torch.device(args.device)
+    folder = args.output or Path("benchmarks/results") / slug(device_name(device))
+    path = folder / "same_training.json"
+    before = load_record(path)["comparisons"] if path.is_file() else []
+    found = found | {"commit": provenance(device)["git_sha"]}
+    asked = ("way", "dtype", "steps", "batch", "lr", "seed", "dropout", "image_size")
+    others = [other for other in before if any(other[name] != found[name] for name in asked)]
+    record = suite_record("same_training", provenance(device), ["same_training"], None)
+    print(f"results: {save(record | {'comparisons': [*others, found]}, folder)}")
+
+
+def _compare_reached(steps: int, dropout: float, seeds: range, options: dict) -> dict:
     results = []
     for seed in seeds:
         ours, reference = reached(steps, dropout, seed, **options)
@@ -258,7 +290,7 @@ def _compare_reached(steps: int, dropout: float, seeds: range, options: dict) ->
         f"loss after {steps} steps with dropout {dropout:g}: the means differ by {difference:.4f}; "
         f"the reference's seeds by {spread:.4f}"
     )
-    return int(not difference <= spread)
+    return {"ours": list(ours), "reference": list(references), "difference": difference, "spread": spread}
 
 
 if __name__ == "__main__":

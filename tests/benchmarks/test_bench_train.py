@@ -8,6 +8,8 @@ import torch
 from detr_fast.benchmarks import same_training, train
 from detr_fast.benchmarks.ceilings import Ceilings
 from detr_fast.benchmarks.cli import main
+from detr_fast.benchmarks.report import same_training as report_of_same_training
+from detr_fast.benchmarks.results import load_record
 from detr_fast.benchmarks.shapes import nominal_batch
 
 CPU = torch.device("cpu")
@@ -50,6 +52,29 @@ def test_dropout_is_judged_by_what_is_reached(capsys):
     assert "the reference's seeds by 0.0000" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         same_training.main(["--dropout", "0.1", "--resync"])
+
+
+def test_what_was_found_is_kept_once_per_question(tmp_path):
+    short = [
+        "--device",
+        "cpu",
+        "--steps",
+        "2",
+        "--image-size",
+        "32",
+        "40",
+        "--save",
+        "--output",
+        str(tmp_path / "some"),
+    ]
+    for more in ([], ["--resync"], ["--dropout", "0.1", "--seeds", "2"], []):
+        same_training.main(short + more)
+    found = load_record(tmp_path / "some" / "same_training.json")["comparisons"]
+    assert [one["way"] for one in found] == ["resync", "dropout", "free"]
+    lines = report_of_same_training(tmp_path).splitlines()
+    assert lines[2].startswith("| question | dtype | steps |") and len(lines) == 7
+    assert f"means differ by {found[1]['difference']:.3f}" in lines[5] and "dropout 0.1" in lines[5]
+    assert f"largest relative difference {found[2]['difference']:.1e}, in step" in lines[6]
 
 
 def _only_boxes(matcher):
