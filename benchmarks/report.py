@@ -143,7 +143,7 @@ def same_training(results: Path) -> str:
             continue
         where = record["provenance"]
         parts.append(f"**{where['device']}**, torch {where['torch']}, {where['date'][:10]}:\n")
-        parts += ["| question | dtype | steps | found | commit |", "|---|---|---|---|---|"]
+        parts += ["| question | images | dtype | steps | found | commit |", "|---|---|---|---|---|---|"]
         for found in record["comparisons"]:
             if found["way"] == "dropout":
                 ours, reference = (", ".join(f"{x:.3f}" for x in found[name]) for name in ("ours", "reference"))
@@ -152,7 +152,9 @@ def same_training(results: Path) -> str:
             else:
                 answer = f"largest relative difference {found['difference']:.1e}, in step {found['at_step']}"
             question = QUESTIONS[found["way"]].format(dropout=found["dropout"])
-            cells = (question, found["dtype"], str(found["steps"]), answer, (found["commit"] or "unknown")[:9])
+            height, width = found["image_size"]
+            images = f"{found['images']}, {height} to {width}, batch {found['batch']}"
+            cells = (question, images, found["dtype"], str(found["steps"]), answer, (found["commit"] or "unknown")[:9])
             parts.append("| " + " | ".join(cells) + " |")
         parts.append("")
     return "\n".join(parts).rstrip() or "Not yet asked; `python -m benchmarks.same_training --save` does it."

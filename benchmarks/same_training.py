@@ -20,6 +20,9 @@ equal cost are matched one way or the other. So there are three ways to ask:
 `--dropout 0.1` compares what the two reach, since their dropout masks differ: the loss over all batches after the last
 step, without dropout, for several seeds. The two means may differ by no more than the reference's own results do.
 
+`--bf16` has ours computed under bf16 autocast, the reference in float32 all the same; what they may differ by is then
+bf16's rounding (`--tolerance` 3e-2 unless given). `--coco_path` takes COCO's validation images in place of shapes.
+
 `--save` keeps what was found in benchmarks/results/<device>/same_training.json, one entry per way to ask;
 `python -m benchmarks report` writes them into NOTES.md.
 """
@@ -46,7 +49,7 @@ from .provenance import device_name, provenance, slug
 from .results import load_record, save, suite_record
 
 WEIGHTS = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
-CLASSES = 4
+CLASSES, COCO_CLASSES = 4, 91
 
 
 class LayerByLayer(HungarianMatcher):
@@ -80,13 +83,13 @@ def plausible_norms(model: nn.Module, seed: int = 3) -> None:
             value.copy_(0.4 * noise - 0.2)
 
 
-def tiny_detr(level: int = 1, dropout: float = 0.0) -> DETR:
+def tiny_detr(level: int = 1, dropout: float = 0.0, classes: int = CLASSES) -> DETR:
     """A small DETR with a frozen-norm ResNet-18 up to `level`."""
     backbone = Backbone("resnet18", True, False, False, weights=None, norm="frozen", level=level)
     plausible_norms(backbone)
     backbone.freeze(train_backbone=True)
     transformer = Transformer(64, 4, 2, 2, 128, dropout, return_intermediate_dec=True)
-    return DETR(Joiner(backbone, PositionEmbeddingSine(32, normalize=True)), transformer, CLASSES, 12, True)
+    return DETR(Joiner(backbone, PositionEmbeddingSine(32, normalize=True)), transformer, classes, 12, True)
 
 
 def criterion(matcher: type[HungarianMatcher], layers: int, classes: int = CLASSES) -> SetCriterion:
@@ -95,22 +98,29 @@ def criterion(matcher: type[HungarianMatcher], layers: int, classes: int = CLASS
     return SetCriterion(classes, matcher(1, 5, 2), weights, 0.1, ["labels", "boxes", "cardinality"])
 
 
-def shape_batches(root: Path, count: int, batch: int, image_size: tuple[int, int], seed: int) -> list[tuple]:
-    """`count` batches (NestedTensor, targets) of generated shapes, as the evaluation's transforms give them."""
-    make_shapes_dataset(root, num_train=1, num_val=count * batch, image_size=image_size, seed=seed)
+def loaded_batches(
+    root: Path, count: int, batch: int, image_size: tuple[int, int], seed: int, generate: bool = True
+) -> list[tuple]:
+    """`count` batches (NestedTensor, targets) of the images under `root`, as the evaluation's transforms give them.
+
+    With `generate` shapes are written there first. Where there are too few images they come again.
+    """
+    if generate:
+        make_shapes_dataset(root, num_train=1, num_val=count * batch, image_size=image_size, seed=seed)
     args = Namespace(coco_path=root, masks=False, image_size=image_size[0], max_size=2 * image_size[1])
     dataset = build_dataset("val", args)
-    return [collate_fn([dataset[i * batch + j] for j in range(batch)]) for i in range(count)]
+    return [collate_fn([dataset[(i * batch + j) % len(dataset)] for j in range(batch)]) for i in range(count)]
 
 
 class Trained:
     """One way to train: a model, its criterion and its optimiser."""
 
-    def __init__(self, model: nn.Module, ours: bool, device: torch.device, lr: float):
-        self.model, self.ours = model.to(device).train(), ours
+    def __init__(self, model: nn.Module, ours: bool, device: torch.device, lr: float, bf16: bool = False):
+        self.model, self.ours, self.bf16 = model.to(device).train(), ours, bf16 and ours
         model.backbone[0].body.fused = ours
         matcher = HungarianMatcher if ours else LayerByLayer
-        self.criterion = criterion(matcher, model.transformer.decoder.num_layers).to(device)
+        classes = model.class_embed.out_features - 1
+        self.criterion = criterion(matcher, model.transformer.decoder.num_layers, classes).to(device)
         parameters = [p for p in model.parameters() if p.requires_grad]
         how = {"fused": True} if ours else {"foreach": False}
         self.optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, **how)
@@ -120,7 +130,9 @@ class Trained:
 
     def loss(self, samples: NestedTensor, targets: list[dict[str, Tensor]]) -> Tensor:
         """The weighted loss, 0-dimensional."""
-        losses = self.criterion(self.model(samples), targets)
+        with torch.autocast(samples.tensors.device.type, torch.bfloat16, enabled=self.bf16):
+            outputs = self.model(samples)
+        losses = self.criterion(outputs, targets)
         return sum(value * self.criterion.weight_dict.get(name, 0) for name, value in losses.items())
 
     def step(self, samples: NestedTensor, targets: list[dict[str, Tensor]]) -> Tensor:
@@ -141,10 +153,13 @@ class Trained:
             return float(torch.stack([self.loss(*batch) for batch in batches]).mean())
 
 
-def _batches(steps: int, batch: int, image_size, seed: int, device: torch.device, dtype: torch.dtype) -> list[tuple]:
+def _batches(
+    steps: int, batch: int, image_size, seed: int, device: torch.device, dtype: torch.dtype, coco_path: Path | None
+) -> list[tuple]:
     """Batches on `device` for `steps` steps: at most 50 different ones."""
     with tempfile.TemporaryDirectory() as folder:
-        loaded = shape_batches(Path(folder), min(steps, 50), batch, image_size, seed)
+        root = Path(folder) if coco_path is None else coco_path
+        loaded = loaded_batches(root, min(steps, 50), batch, image_size, seed, generate=coco_path is None)
     batches = []
     for samples, targets in loaded:
         samples = samples.to(device)
@@ -164,22 +179,26 @@ def compare(
     dtype: torch.dtype = torch.float32,
     resync: bool = False,
     control: bool = False,
+    bf16: bool = False,
+    coco_path: Path | None = None,
 ) -> list[tuple[float, float]]:
     """(ours, reference): both losses of every step, without dropout.
 
     Args:
         resync: from the same weights in every step.
         control: the reference in place of ours, from weights a last bit away.
+        bf16: ours under bf16 autocast.
+        coco_path: COCO's folder, for its images in place of generated shapes.
     """
     device = torch.device(device)
     torch.manual_seed(seed)
-    model = tiny_detr().to(dtype)
-    first, reference = (Trained(copy.deepcopy(model), ours, device, lr) for ours in (not control, False))
+    model = tiny_detr(classes=CLASSES if coco_path is None else COCO_CLASSES).to(dtype)
+    first, reference = (Trained(copy.deepcopy(model), ours, device, lr, bf16) for ours in (not control, False))
     if control:
         with torch.no_grad():
             for parameter in first.model.parameters():
                 parameter.copy_(torch.nextafter(parameter, parameter.new_full((), torch.inf)))
-    batches = _batches(steps, batch, image_size, seed, device, dtype)
+    batches = _batches(steps, batch, image_size, seed, device, dtype, coco_path)
     losses = []
     for i in range(steps):
         losses.append(tuple(path.step(*batches[i % len(batches)]) for path in (first, reference)))
@@ -198,16 +217,18 @@ def reached(
     image_size: tuple[int, int] = (48, 64),
     lr: float = 1e-4,
     dtype: torch.dtype = torch.float32,
+    bf16: bool = False,
+    coco_path: Path | None = None,
 ) -> tuple[float, float]:
     """(ours, reference): the loss over all batches after `steps` steps with dropout, from the same weights."""
     device = torch.device(device)
     torch.manual_seed(seed)
-    model = tiny_detr(dropout=dropout).to(dtype)
-    batches = _batches(steps, batch, image_size, 0, device, dtype)
+    model = tiny_detr(dropout=dropout, classes=CLASSES if coco_path is None else COCO_CLASSES).to(dtype)
+    batches = _batches(steps, batch, image_size, 0, device, dtype, coco_path)
     order = [int(i) for i in torch.randint(len(batches), (steps,))]
     results = []
     for ours in (True, False):
-        path = Trained(copy.deepcopy(model), ours, device, lr)
+        path = Trained(copy.deepcopy(model), ours, device, lr, bf16)
         for i in order:
             path.step(*batches[i])
         results.append(path.mean_loss(batches))
@@ -227,12 +248,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--control", action="store_true", help="the reference against itself, a last bit away")
     parser.add_argument("--dropout", type=float, default=0.0, help="compare what is reached with dropout")
     parser.add_argument("--seeds", type=int, default=3, help="with --dropout (default %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="relative (default %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="ours under bf16 autocast")
+    parser.add_argument("--coco_path", "--coco-path", type=Path, help="COCO's folder, in place of generated shapes")
+    parser.add_argument("--tolerance", type=float, help="relative (default 1e-4, with --bf16 3e-2)")
     parser.add_argument("--save", action="store_true", help="keep what was found under benchmarks/results")
     parser.add_argument("--output", type=Path, help="folder for --save; default: benchmarks/results/<device>")
     args = parser.parse_args(argv)
     if args.dropout and (args.resync or args.control):
         parser.error("--resync and --control compare step by step, which --dropout does not allow")
+    if args.bf16 and (args.control or args.dtype != "float32"):
+        parser.error("--bf16 is a way of ours to compute in float32's place; not with --control or --dtype float64")
     # On a GPU float32 means float32 for both, not TF32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     options = dict(
@@ -241,11 +266,16 @@ def main(argv: list[str] | None = None) -> int:
         image_size=tuple(args.image_size),
         lr=args.lr,
         dtype=getattr(torch, args.dtype),
+        bf16=args.bf16,
+        coco_path=args.coco_path,
     )
+    tolerance = args.tolerance or (3e-2 if args.bf16 else 1e-4)
     way = "resync" if args.resync else "control" if args.control else "free"
     found = {
         "way": "dropout" if args.dropout else way,
-        **{name: getattr(args, name) for name in ("dtype", "steps", "batch", "lr", "seed", "dropout")},
+        "images": "shapes" if args.coco_path is None else "COCO",
+        "dtype": "bf16 autocast" if args.bf16 else args.dtype,
+        **{name: getattr(args, name) for name in ("steps", "batch", "lr", "seed", "dropout")},
         "image_size": list(args.image_size),
     }
     if args.dropout:
@@ -261,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(losses)} steps on {args.device}, {args.dtype}: largest relative difference {differences[worst]:.2e}")
     if args.save:
         _keep(found | {"difference": differences[worst], "at_step": worst + 1}, args)
-    return int(not differences[worst] <= args.tolerance)
+    return int(not differences[worst] <= tolerance)
 
 
 def _keep(found: dict, args: Namespace) -> None:
@@ -271,7 +301,7 @@ def _keep(found: dict, args: Namespace) -> None:
     path = folder / "same_training.json"
     before = load_record(path)["comparisons"] if path.is_file() else []
     found = found | {"commit": provenance(device)["git_sha"]}
-    asked = ("way", "dtype", "steps", "batch", "lr", "seed", "dropout", "image_size")
+    asked = ("way", "images", "dtype", "steps", "batch", "lr", "seed", "dropout", "image_size")
     others = [other for other in before if any(other[name] != found[name] for name in asked)]
     record = suite_record("same_training", provenance(device), ["same_training"], None)
     print(f"results: {save(record | {'comparisons': [*others, found]}, folder)}")

@@ -11,6 +11,7 @@ from detr_fast.benchmarks.cli import main
 from detr_fast.benchmarks.report import same_training as report_of_same_training
 from detr_fast.benchmarks.results import load_record
 from detr_fast.benchmarks.shapes import nominal_batch
+from detr_fast.data import make_shapes_dataset
 
 CPU = torch.device("cpu")
 
@@ -72,9 +73,20 @@ def test_what_was_found_is_kept_once_per_question(tmp_path):
     found = load_record(tmp_path / "some" / "same_training.json")["comparisons"]
     assert [one["way"] for one in found] == ["resync", "dropout", "free"]
     lines = report_of_same_training(tmp_path).splitlines()
-    assert lines[2].startswith("| question | dtype | steps |") and len(lines) == 7
+    assert lines[2].startswith("| question | images | dtype | steps |") and len(lines) == 7
     assert f"means differ by {found[1]['difference']:.3f}" in lines[5] and "dropout 0.1" in lines[5]
     assert f"largest relative difference {found[2]['difference']:.1e}, in step" in lines[6]
+
+
+def test_same_training_in_bf16_and_on_other_images(tmp_path):
+    """bf16 is told from float32; a COCO folder is used as it is, its images again where there are too few."""
+    losses = same_training.compare(3, image_size=(32, 40), bf16=True, resync=True)
+    assert 1e-5 < max(abs(ours - reference) / reference for ours, reference in losses) < 3e-2
+    make_shapes_dataset(tmp_path, num_train=1, num_val=3, image_size=(32, 40))
+    losses = same_training.compare(3, image_size=(32, 40), coco_path=tmp_path)
+    assert max(abs(ours - reference) / reference for ours, reference in losses) < 1e-4
+    with pytest.raises(SystemExit):
+        same_training.main(["--bf16", "--control"])
 
 
 def _only_boxes(matcher):
