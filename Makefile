@@ -35,9 +35,11 @@ demo: $(READY)
 
 # The GPU tests, then every benchmark suite, on whatever GPU is there: at most ten minutes, two with QUICK=1. Goes on
 # after a failure; the exit status comes at the end. Results: benchmarks/results/<gpu>/. TUNE=1 adds five minutes in which
-# other tile sizes are timed; nothing is changed by it.
+# other tile sizes are timed; nothing is changed by it. SAME=1 adds the comparison of 300 training steps with the
+# reference path, five minutes at most, COCO_PATH=<folder> on COCO's images as well.
 gpu: QUICKLY := $(filter-out 0,$(QUICK))
 gpu: TUNING := $(filter-out 0,$(TUNE))
+gpu: SAMENESS := $(filter-out 0,$(SAME))
 gpu: $(READY)
 	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
 	{ echo "make gpu: PyTorch finds no CUDA GPU here; nothing was run (make test needs none)"; exit 1; }
@@ -46,8 +48,15 @@ gpu: $(READY)
 	$(PY) -m benchmarks all $(if $(QUICKLY),--quick --budget 50,--budget 310); suites=$$?; \
 	tuned=0; \
 	$(if $(TUNING),timeout 330 $(PY) -m benchmarks tune $(if $(QUICKLY),--quick) --budget 270; tuned=$$?;) \
-	echo "make gpu: GPU tests exit $$tests, benchmarks exit $$suites$(if $(TUNING),; tuning exit $$tuned)"; \
-	exit $$(( tests != 0 || suites != 0 || tuned != 0 ))
+	same=0; \
+	$(if $(SAMENESS),for way in "--dtype float64" "--resync" "--resync --bf16" "--dropout 0.1" \
+	  "--tolerance 1" "--control --tolerance 1" \
+	  $(if $(COCO_PATH),"--resync --image-size 480 640 --coco_path $(COCO_PATH)" \
+	    "--resync --bf16 --image-size 480 640 --coco_path $(COCO_PATH)"); do \
+	  timeout 60 $(PY) -m benchmarks.same_training --save $$way || same=$$?; \
+	done;) \
+	echo "make gpu: GPU tests exit $$tests, benchmarks exit $$suites$(if $(TUNING),; tuning exit $$tuned)$(if $(SAMENESS),; the same training exit $$same)"; \
+	exit $$(( tests != 0 || suites != 0 || tuned != 0 || same != 0 ))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
