@@ -51,8 +51,8 @@ gpu: $(READY)
 	same=0; \
 	$(if $(SAMENESS),for way in "--dtype float64" "--resync" "--resync --bf16" "--dropout 0.1" \
 	  "--tolerance 1" "--control --tolerance 1" \
-	  $(if $(COCO_PATH),"--resync --image-size 480 640 --coco_path $(COCO_PATH)" \
-	    "--resync --bf16 --image-size 480 640 --coco_path $(COCO_PATH)"); do \
+	  $(if $(COCO_PATH),"--resync --image-size 320 400 --coco_path $(COCO_PATH)" \
+	    "--resync --bf16 --image-size 320 400 --coco_path $(COCO_PATH)"); do \
 	  timeout 60 $(PY) -m benchmarks.same_training --save $$way || same=$$?; \
 	done;) \
 	echo "make gpu: GPU tests exit $$tests, benchmarks exit $$suites$(if $(TUNING),; tuning exit $$tuned)$(if $(SAMENESS),; the same training exit $$same)"; \
