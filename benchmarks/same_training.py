@@ -288,7 +288,8 @@ def main(argv: list[str] | None = None) -> int:
     worst = max(range(len(losses)), key=differences.__getitem__)
     for i in sorted({0, len(losses) // 2, worst, len(losses) - 1}):
         print(f"step {i + 1}: loss {losses[i][0]:.6f}, reference {losses[i][1]:.6f}, difference {differences[i]:.1e}")
-    print(f"{len(losses)} steps on {args.device}, {args.dtype}: largest relative difference {differences[worst]:.2e}")
+    where = f"{len(losses)} steps on {args.device}, {found['dtype']}"
+    print(f"{where}: largest relative difference {differences[worst]:.2e}")
     if args.save:
         _keep(found | {"difference": differences[worst], "at_step": worst + 1}, args)
     return int(not differences[worst] <= tolerance)
