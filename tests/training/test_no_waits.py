@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from detr_fast.data import PackedCollate
 from detr_fast.layers import fused_conv
@@ -30,7 +31,7 @@ def make_batch(kind, sizes=((40, 64), (64, 33))):
     samples = []
     for i, (height, width) in enumerate(sizes):
         count = 3 * (i == 0)
-        target = {"labels": torch.randint(0, 3, (count,))}
+        target = {"labels": torch.randint(0, 1 if kind == "lines" else 3, (count,))}
         target["lines" if kind == "lines" else "boxes"] = torch.rand(count, 4) * 0.4 + 0.3
         if kind == "masks":
             target["masks"] = torch.rand(count, height, width) < 0.5
@@ -70,12 +71,9 @@ def test_forward_and_losses_read_nothing_from_the_gpu(kind):
             losses["loss_ce"].item()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-def test_steps_wait_for_nothing(kind):
-    """Whole steps, logging apart, while torch turns every wait into an error."""
-    args = get_args_parser().parse_args([*TINY, *KINDS[kind], "--device", "cuda"])
-    device = torch.device("cuda")
+def train_six_steps(kind, device, set_sync_debug_mode):
+    """A loss of training on pinned batches, of which the later ones are trained on in the mode "error"."""
+    args = get_args_parser().parse_args([*TINY, *KINDS[kind], "--device", device.type])
     model, criterion, _ = build_model(args)
     model, criterion = model.to(device), criterion.to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
@@ -86,14 +84,29 @@ def test_steps_wait_for_nothing(kind):
 
         def __iter__(self):
             for i in range(6):
-                samples, targets = make_batch(kind)
                 # The first step may compile kernels and plan convolutions.
-                torch.cuda.set_sync_debug_mode("error" if i >= 2 else "default")
-                yield samples.pin_memory(), targets.pin_memory()
-            torch.cuda.set_sync_debug_mode("default")
+                set_sync_debug_mode("error" if i >= 2 else "default")
+                yield pin_memory(make_batch(kind))  # as DataLoader does it
+            set_sync_debug_mode("default")
 
     try:
         stats = train_one_epoch(model, criterion, Loader(), optimizer, device, 0, 0.1, precision="bf16", print_freq=100)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert stats["loss"] > 0
+        set_sync_debug_mode("default")
+    return stats["loss"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_wait_for_nothing(kind):
+    """Whole steps, logging apart, while torch turns every wait into an error."""
+    assert train_six_steps(kind, torch.device("cuda"), torch.cuda.set_sync_debug_mode) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_run_without_a_gpu(kind):
+    """The test above can do its work: on a CPU, where nothing can be pinned."""
+    modes = []
+    with mock.patch.object(torch.Tensor, "pin_memory", lambda self: self):
+        assert train_six_steps(kind, torch.device("cpu"), modes.append) > 0
+    assert modes == ["default"] * 2 + ["error"] * 4 + ["default"]
