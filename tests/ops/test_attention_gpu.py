@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from detr_fast.ops import attention, attention_dropout_mask, attention_reference
+from detr_fast.ops import applied_dropout, attention, attention_dropout_mask, attention_reference
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +38,7 @@ def plain(inputs, mask, p, keep, grad, dtype):
         scores = scores.masked_fill(mask[:, None, None, :], -math.inf)
     probs = torch.softmax(scores, dim=-1).nan_to_num(0.0)
     if keep is not None:
-        probs = probs * keep / keep.double().mean().item()
+        probs = probs * keep / (1 - applied_dropout(p))
     out = probs @ v
     return [x.double().nan_to_num(0.0) for x in (out, *torch.autograd.grad(out, inputs, grad.to(dtype)))]
 
@@ -48,7 +48,8 @@ def plain(inputs, mask, p, keep, grad, dtype):
 @pytest.mark.parametrize("dims", [(16, 16), (32, 32), (64, 64), (128, 128), (24, 40)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_attention_matches_reference(dtype, dims, masked, p):
-    """Error against float64 at most twice that of plain PyTorch in the same dtype."""
+    """Error against float64 at most twice that of plain PyTorch in the same dtype, and some roundings."""
+    eps, eps_32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
     for q_len, k_len in ((1, 1), (43, 100), (100, 850), (1063, 850)):
         inputs = make_inputs(dtype, 2, 2, q_len, k_len, *dims)
         mask = make_mask(2, k_len) if masked else None
@@ -61,9 +62,11 @@ def test_attention_matches_reference(dtype, dims, masked, p):
         exact_out, _ = attention_reference(*exact_inputs, mask, p, keep)
         exact = (exact_out, *torch.autograd.grad(exact_out, exact_inputs, grad.double()))
         same_dtype = plain(inputs, mask, p, keep, grad, dtype)
+        # With one key dq and dk are zero, and the peer's exactly; ours are differences of equal sums.
+        floor = (32 * eps if k_len == 1 else 8 * eps_32) * grad.double().abs().mean()
         for name, result, want, peer in zip("out dq dk dv".split(), results, exact, same_dtype, strict=True):
             error = (result.double() - want).abs().amax(dim=(2, 3))  # per image and head
-            allowed = 2 * (peer - want).abs().amax(dim=(2, 3)) + 8 * torch.finfo(dtype).eps * grad.double().abs().mean()
+            allowed = 2 * (peer - want).abs().amax(dim=(2, 3)) + 2 * eps * want.abs().amax(dim=(2, 3)) + floor
             assert (error <= allowed).all(), f"{name} {q_len}x{k_len}: {error.max():.3g}"
 
 
@@ -150,7 +153,7 @@ def test_attention_int64_offsets():
     views = [storage[:, i * 2**20 :][:, : length * heads * dim] for i in range(3)]
     views = [x.normal_().view(batch, length, heads, dim).transpose(1, 2) for x in views]
     torch.testing.assert_close(attention(*views)[0], attention(*(x.clone() for x in views))[0], rtol=0, atol=0)
-    rows = [storage[0].as_strided((1, 1, length, dim), (0, 0, 2**27, 1), i * 64).normal_() for i in range(3)]
+    rows = [storage.as_strided((1, 1, length, dim), (0, 0, 2**28, 1), i * 64).normal_() for i in range(3)]
     torch.testing.assert_close(attention(*rows)[0], attention(*(x.clone() for x in rows))[0], rtol=0, atol=0)
 
 

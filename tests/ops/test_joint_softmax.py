@@ -168,5 +168,6 @@ def test_joint_softmax_on_gpu(dtype):
         (scores.grad, plain.grad, exact.grad),
     ):
         error, allowed = (ours.double() - truth).abs().max(), (reference.double() - truth).abs().max()
-        assert error <= 2 * allowed + 1e-9
+        # The exponential and the division of a GPU are good to two roundings of float32 each.
+        assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * truth.abs().max()
     assert (weights[2] == 0).all() and (scores.grad[2] == 0).all()
