@@ -16,6 +16,8 @@ COCO_MINI = Path(os.environ.get("DETR_FAST_COCO_MINI", Path(__file__).parents[2]
 
 
 def pytest_collection_modifyitems(items):
+    # Of the GPU's tests the kernels' come first: `make gpu` has a time limit.
+    items.sort(key=lambda item: item.get_closest_marker("gpu") is not None and item.path.parent.name != "ops")
     for item in items:
         if item.get_closest_marker("interpret") and not INTERPRET:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 (`make test` runs it so)"))
