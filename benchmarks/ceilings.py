@@ -52,14 +52,15 @@ class set_precision:
     """Context in which float32 matrix products use TF32 exactly when `precision` is "tf32"."""
 
     def __init__(self, precision: str):
-        self.allow = PRECISIONS[precision][1]
+        self.precision = "tf32" if PRECISIONS[precision][1] else "ieee"
 
     def __enter__(self):
-        self.saved = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = self.allow
+        # Not allow_tf32, which cannot be read once somebody has set this.
+        self.saved = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = self.precision
 
     def __exit__(self, *_):
-        torch.backends.cuda.matmul.allow_tf32 = self.saved
+        torch.backends.cuda.matmul.fp32_precision = self.saved
 
 
 if triton is not None:

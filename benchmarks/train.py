@@ -346,6 +346,19 @@ class Row:
     stages_ms: dict | None = None
 
 
+@contextlib.contextmanager
+def room_to_compile() -> Iterator[None]:
+    """Within, all variants' code stays compiled: the layers' one `forward` holds some entries for every variant.
+
+    Beyond torch's limit of 8 the later ones would run uncompiled; a reset between them would have the earlier ones
+    compiled anew while they are timed.
+    """
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+        yield
+
+
+@room_to_compile()
 def measure_case(
     name: str,
     shape: BatchShape,
@@ -377,7 +390,6 @@ def measure_case(
             row.status, row.reason = "unavailable", "time budget"
             continue
         try:
-            torch._dynamo.reset()
             step = Step(variant, copy.deepcopy(model), device)
             with step.ops(), without_dropout(step.model):
                 row.loss = float(step.loss(batch).detach())

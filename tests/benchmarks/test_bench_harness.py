@@ -187,13 +187,19 @@ def test_measured_ceilings_are_positive():
 
 
 def test_precision_sets_tf32_and_restores_it():
-    before = torch.backends.cuda.matmul.allow_tf32
-    with set_precision("tf32"):
-        assert torch.backends.cuda.matmul.allow_tf32
-        with set_precision("fp32"):
-            assert not torch.backends.cuda.matmul.allow_tf32
-        assert torch.backends.cuda.matmul.allow_tf32
-    assert torch.backends.cuda.matmul.allow_tf32 == before
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for own in ("none", "ieee", "tf32"):
+            matmul.fp32_precision = own
+            with set_precision("tf32"):
+                assert matmul.fp32_precision == "tf32"
+                with set_precision("fp32"):
+                    assert matmul.fp32_precision == "ieee"
+                assert matmul.fp32_precision == "tf32"
+            assert matmul.fp32_precision == own
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_inputs_rotate():

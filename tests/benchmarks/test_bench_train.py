@@ -1,6 +1,7 @@
 """The training step's benchmark and the comparison of whole trainings, on a CPU."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -112,6 +113,33 @@ def test_every_variant_has_the_same_loss_and_ours_fewer_operators():
     fused = ours.counts["operators"]
     for technique in ("fused backbone", "criterion in one pass", "fused AdamW"):
         assert by_name[f"detr_fast without {technique}"].counts["operators"] > fused, technique
+
+
+def test_nothing_is_compiled_while_it_is_timed(monkeypatch):
+    """More variants than the compiler keeps code of one function for, each compiled when it is prepared."""
+    graphs, timed = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def interleave(blocks, *args, **kwargs):
+        before = len(graphs)
+        for block in blocks.values():
+            block()
+        timed.append((before, len(graphs)))
+        return {name: [1.0] for name in blocks}
+
+    torch._dynamo.register_backend(name="counted")(backend)
+    monkeypatch.setattr(train, "compile_regions", functools.partial(train.compile_regions, backend="counted"))
+    monkeypatch.setattr(train, "interleave", interleave)
+    ours = dataclasses.replace(train.OURS, bf16=False, channels_last=False)
+    chosen = [dataclasses.replace(ours, name=f"detr_fast {i}") for i in range(6)]
+    rows = train.measure_case("tiny", SHAPE, "none", CPU, Ceilings(1e10, {"fp32": 1e11}, 1e9), chosen)
+    assert [row.status for row in rows] == ["ok"] * 6, rows
+    ((before, after),) = timed
+    # Each has the encoder's and the decoder's layers and the box head, without and with dropout.
+    assert before == after >= 6 * 5
 
 
 def test_a_wrong_variant_is_not_timed(monkeypatch):

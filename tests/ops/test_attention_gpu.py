@@ -49,6 +49,8 @@ def plain(inputs, mask, p, keep, grad, dtype):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_attention_matches_reference(dtype, dims, masked, p):
     """Error against float64 at most twice that of plain PyTorch in the same dtype, and some roundings."""
+    if dims != (32, 32) and masked != bool(p):
+        pytest.skip("both or neither: every combination compiles three kernels, and DETR's dimension has all of them")
     eps, eps_32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
     for q_len, k_len in ((1, 1), (43, 100), (100, 850), (1063, 850)):
         inputs = make_inputs(dtype, 2, 2, q_len, k_len, *dims)
