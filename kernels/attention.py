@@ -5,8 +5,10 @@
 A program takes one tile of queries of one head and walks over the blocks of keys, keeping the running maximum, the
 running sum and the unnormalised output in registers, so that the [Lq, Lk] matrix never reaches memory. Blocks that are
 padding throughout are left out: a small kernel lists the others first, per image, and the loop runs over that list. (A
-branch inside the loop would stop the compiler from overlapping loads with matrix products.) Exponentials are powers of
-two of scores scaled by log2(e) · scale in the same multiply-add that subtracts the maximum.
+branch inside the loop would stop the compiler from overlapping loads with matrix products.) Where queries are padding
+as well, tiles are made of the others: padding lies between them in every row of the feature map, so that few tiles of
+consecutive queries are padding throughout. Exponentials are powers of two of scores scaled by log2(e) · scale in the
+same multiply-add that subtracts the maximum.
 
 Dropout: see `detr_fast.ops.attention` for the counter and the order of the bytes.
 
@@ -103,6 +105,31 @@ def _key_blocks_kernel(
     tl.store(blocks_ptr, count)
 
 
+@triton.jit(do_not_specialize=["stride_mask_batch", "stride_mask_query", "q_len"])
+def _query_rows_kernel(
+    mask_ptr,  # [B, Lq] bool
+    rows_ptr,  # [B, 1 + Lq] int32: how many queries are no padding; those, in order; then the padding, from the last
+    stride_mask_batch,
+    stride_mask_query,
+    q_len,
+    BLOCK: tl.constexpr,
+):
+    """Program (image)."""
+    batch = tl.program_id(0).to(tl.int64)
+    mask_ptr += batch * stride_mask_batch
+    rows_ptr += batch * (1 + q_len)
+    count = 0
+    for first in range(0, q_len, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        padding = tl.load(mask_ptr + offs.to(tl.int64) * stride_mask_query, mask=offs < q_len, other=1)
+        used = (padding == 0).to(tl.int32)
+        before = count + tl.cumsum(used, axis=0) - used
+        place = tl.where(used != 0, before, q_len - 1 - (offs - before))
+        tl.store(rows_ptr + 1 + place, offs, mask=offs < q_len)
+        count += tl.sum(used, axis=0)
+    tl.store(rows_ptr, count)
+
+
 @triton.jit
 def _forward_block(
     acc,  # [BLOCK_M, BLOCK_DV]
@@ -168,6 +195,7 @@ def _attention_forward_kernel(
     v_ptr,  # [B, H, Lk, VALUE_DIM]
     blocks_ptr,  # [B, 1 + num_blocks] int32 from _key_blocks_kernel, or None
     caps_ptr,  # [B, num_blocks * BLOCK_N] float32 from _key_blocks_kernel, or None
+    rows_ptr,  # [B, 1 + Lq] int32 from _query_rows_kernel, or None
     seed_ptr,  # [1] int64, or None
     out_ptr,  # [B, H, Lq, VALUE_DIM]
     lse_ptr,  # [B, H, Lq] float32, contiguous
@@ -195,6 +223,7 @@ def _attention_forward_kernel(
     drop_threshold,
     drop_scale,
     HAS_MASK: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -209,8 +238,15 @@ def _attention_forward_kernel(
     image_head = tl.program_id(0) // tiles
     batch = (image_head // num_heads).to(tl.int64)
     head = (image_head % num_heads).to(tl.int64)
-    offs_m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_m = (tl.program_id(0) % tiles) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < q_len
+    computed = mask_m
+    if HAS_ROWS:
+        rows_ptr += batch * (1 + q_len)
+        num_rows = tl.load(rows_ptr)
+        computed = offs_m < num_rows
+        offs_m = tl.load(rows_ptr + 1 + offs_m, mask=mask_m, other=0)
     offs_n = tl.arange(0, BLOCK_N)
     q_ptr += batch * stride_q_batch + head * stride_q_head
     k_ptr += batch * stride_k_batch + head * stride_k_head
@@ -219,7 +255,7 @@ def _attention_forward_kernel(
     k_tile = tile_offsets(offs_n, stride_k_length, BLOCK_D, stride_k_dim)
     v_tile = tile_offsets(offs_n, stride_v_length, BLOCK_DV, stride_v_dim)
     q_ptrs = q_ptr + tile_offsets(offs_m, stride_q_length, BLOCK_D, stride_q_dim)
-    q = tl.load(q_ptrs, mask=tile_mask(mask_m, HEAD_DIM, BLOCK_D), other=0.0)  # [BLOCK_M, BLOCK_D]
+    q = tl.load(q_ptrs, mask=tile_mask(computed, HEAD_DIM, BLOCK_D), other=0.0)  # [BLOCK_M, BLOCK_D]
 
     seed = tl.load(seed_ptr) if DROPOUT else 0
     scale_log2 = scale * LOG2_E
@@ -229,7 +265,10 @@ def _attention_forward_kernel(
     if HAS_MASK:
         blocks_ptr += batch * (1 + num_blocks)
         caps_ptr += batch * num_blocks * BLOCK_N
-        for i in range(0, tl.load(blocks_ptr)):
+        used = tl.load(blocks_ptr)
+        if HAS_ROWS:  # no block for a tile of padding, whose rows are only filled
+            used = tl.where(start_m < num_rows, used, 0)
+        for i in range(0, used):
             start_n = tl.load(blocks_ptr + 1 + i) * BLOCK_N
             acc, row_max, row_sum = _forward_block(
                 acc, row_max, row_sum, q, k_ptr, v_ptr, k_tile, v_tile, caps_ptr, stride_k_length, stride_v_length,
@@ -237,6 +276,8 @@ def _attention_forward_kernel(
                 DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     else:
+        if HAS_ROWS:
+            k_len = tl.where(start_m < num_rows, k_len, 0)
         full = k_len // BLOCK_N
         for i in range(0, full):
             acc, row_max, row_sum = _forward_block(
@@ -251,6 +292,9 @@ def _attention_forward_kernel(
                 True, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
+    if HAS_ROWS:
+        row_sum = tl.where(computed, row_sum, 0.0)
+        acc = tl.where(computed[:, None], acc, 0.0)
     no_key = row_sum == 0.0
     factor = tl.where(no_key, 0.0, 1.0 / tl.where(no_key, 1.0, row_sum))
     if DROPOUT:
@@ -271,6 +315,7 @@ def attention_forward(
     drop_threshold: int,
     drop_scale: float,
     scale: float,
+    query_padding_mask: torch.Tensor | None,
     *,
     out: torch.Tensor,
     logsumexp: torch.Tensor,
@@ -284,6 +329,7 @@ def attention_forward(
         drop_threshold: 0..256; an element is dropped if its byte is below. 256 means all, which `drop_scale` sees to.
         drop_scale: multiplies what is kept; 0 if nothing is.
         scale: positive.
+        query_padding_mask: [B, Lq] bool, any strides, or None.
         out: [B, H, Lq, Dv], any strides, the inputs' dtype.
         logsumexp: [B, H, Lq] float32, contiguous.
     """
@@ -293,7 +339,7 @@ def attention_forward(
         exact = torch.empty_like(out, dtype=torch.float32)
         attention_forward(
             query.float(), key.float(), value.float(), key_padding_mask, seed, drop_threshold, drop_scale, scale,
-            out=exact, logsumexp=logsumexp,
+            query_padding_mask, out=exact, logsumexp=logsumexp,
         )  # fmt: skip
         out.copy_(exact)
         return
@@ -301,6 +347,7 @@ def attention_forward(
     value_dim, k_len = value.shape[3], key.shape[2]
     block_d, block_dv = padded_head_dim(head_dim), padded_head_dim(value_dim)
     blocks, caps = key_blocks(key_padding_mask)
+    rows = query_rows(query_padding_mask)
     precision = input_precision(query.dtype)
     conditions = _configurations.attention_conditions(
         query, key, value, precision, max(block_d, block_dv), blocks is not None, seed is not None
@@ -312,6 +359,7 @@ def attention_forward(
         v_ptr=value,
         blocks_ptr=blocks,
         caps_ptr=caps,
+        rows_ptr=rows,
         seed_ptr=seed,
         out_ptr=out,
         lse_ptr=logsumexp,
@@ -324,6 +372,7 @@ def attention_forward(
         drop_threshold=min(drop_threshold, 255),
         drop_scale=drop_scale,
         HAS_MASK=blocks is not None,
+        HAS_ROWS=rows is not None,
         DROPOUT=seed is not None,
         PRECISION=precision,
         HEAD_DIM=head_dim,
@@ -361,6 +410,24 @@ def key_blocks(key_padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, tor
         num_warps=4,
     )
     return blocks, caps
+
+
+def query_rows(query_padding_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """[B, 1 + Lq] int32: how many queries are not padding, then which, in order, then the others, which get zeros."""
+    if query_padding_mask is None:
+        return None
+    batch, q_len = query_padding_mask.shape
+    rows = torch.empty((batch, 1 + q_len), dtype=torch.int32, device=query_padding_mask.device)
+    _query_rows_kernel[(batch,)](
+        mask_ptr=query_padding_mask,
+        rows_ptr=rows,
+        stride_mask_batch=query_padding_mask.stride(0),
+        stride_mask_query=query_padding_mask.stride(1),
+        q_len=q_len,
+        BLOCK=1024,
+        num_warps=4,
+    )
+    return rows
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -9,7 +9,8 @@ With dropout both passes work on dS / drop_scale, from delta / drop_scale, and m
 The first pass walks over the keys for each tile of queries: it makes delta, keeps it for the second, and gives dq.
 The second walks over the queries for each block of keys, with everything transposed, so that P and dS go from one
 matrix product to the next in registers. P is computed anew in both, from the forward's logsumexp: +inf there, for a
-row without keys, makes every gradient of that row zero without a branch.
+row without keys, makes every gradient of that row zero without a branch. Of queries that are padding neither pass
+reads anything: tiles and steps are made of the others.
 
 Source: Dao 2023 (FlashAttention-2), algorithm 2.
 """
@@ -27,6 +28,7 @@ from detr_fast.kernels.attention import (
     key_blocks,
     needs_float32,
     padded_head_dim,
+    query_rows,
     strides,
     tile_mask,
     tile_offsets,
@@ -99,6 +101,7 @@ def _attention_grad_query_kernel(
     v_ptr,  # [B, H, Lk, VALUE_DIM]
     blocks_ptr,  # [B, 1 + num_blocks] int32, or None
     caps_ptr,  # [B, num_blocks * BLOCK_N] float32, or None
+    rows_ptr,  # [B, 1 + Lq] int32, or None
     seed_ptr,  # [1] int64, or None
     out_ptr,  # [B, H, Lq, VALUE_DIM]
     do_ptr,  # [B, H, Lq, VALUE_DIM], gradient of out
@@ -138,6 +141,7 @@ def _attention_grad_query_kernel(
     drop_threshold,
     drop_scale,
     HAS_MASK: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -152,8 +156,15 @@ def _attention_grad_query_kernel(
     image_head = tl.program_id(0) // tiles
     batch = (image_head // num_heads).to(tl.int64)
     head = (image_head % num_heads).to(tl.int64)
-    offs_m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_m = (tl.program_id(0) % tiles) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < q_len
+    computed = mask_m
+    if HAS_ROWS:
+        rows_ptr += batch * (1 + q_len)
+        num_rows = tl.load(rows_ptr)
+        computed = offs_m < num_rows
+        offs_m = tl.load(rows_ptr + 1 + offs_m, mask=mask_m, other=0)
     offs_n = tl.arange(0, BLOCK_N)
     q_ptr += batch * stride_q_batch + head * stride_q_head
     k_ptr += batch * stride_k_batch + head * stride_k_head
@@ -163,8 +174,8 @@ def _attention_grad_query_kernel(
     dq_ptr += batch * stride_dq_batch + head * stride_dq_head
     k_tile = tile_offsets(offs_n, stride_k_length, BLOCK_D, stride_k_dim)
     v_tile = tile_offsets(offs_n, stride_v_length, BLOCK_DV, stride_v_dim)
-    mask_q = tile_mask(mask_m, HEAD_DIM, BLOCK_D)
-    mask_out = tile_mask(mask_m, VALUE_DIM, BLOCK_DV)
+    mask_q = tile_mask(computed, HEAD_DIM, BLOCK_D)
+    mask_out = tile_mask(computed, VALUE_DIM, BLOCK_DV)
     q = tl.load(q_ptr + tile_offsets(offs_m, stride_q_length, BLOCK_D, stride_q_dim), mask=mask_q, other=0.0)
     out = tl.load(out_ptr + tile_offsets(offs_m, stride_out_length, BLOCK_DV, stride_out_dim), mask=mask_out, other=0.0)
     do = tl.load(do_ptr + tile_offsets(offs_m, stride_do_length, BLOCK_DV, stride_do_dim), mask=mask_out, other=0.0)
@@ -172,9 +183,9 @@ def _attention_grad_query_kernel(
     rows = image_head.to(tl.int64) * q_len + offs_m
     if DROPOUT:  # so that the loops need not multiply by drop_scale, which is 0 if everything is dropped
         delta /= tl.where(drop_scale == 0, 1.0, drop_scale)
-    tl.store(delta_ptr + rows, delta, mask=mask_m)
-    lse_log2 = tl.load(lse_ptr + rows, mask=mask_m, other=float("inf")) * LOG2_E
-    tl.store(lse_log2_ptr + rows, lse_log2, mask=mask_m)
+    tl.store(delta_ptr + rows, delta, mask=computed)
+    lse_log2 = tl.load(lse_ptr + rows, mask=computed, other=float("inf")) * LOG2_E
+    tl.store(lse_log2_ptr + rows, lse_log2, mask=computed)
 
     seed = tl.load(seed_ptr) if DROPOUT else 0
     scale_log2 = scale * LOG2_E
@@ -182,7 +193,10 @@ def _attention_grad_query_kernel(
     if HAS_MASK:
         blocks_ptr += batch * (1 + num_blocks)
         caps_ptr += batch * num_blocks * BLOCK_N
-        for i in range(0, tl.load(blocks_ptr)):
+        used = tl.load(blocks_ptr)
+        if HAS_ROWS:
+            used = tl.where(start_m < num_rows, used, 0)
+        for i in range(0, used):
             start_n = tl.load(blocks_ptr + 1 + i) * BLOCK_N
             dq = _grad_query_block(
                 dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_tile, v_tile, caps_ptr, stride_k_length, stride_v_length,
@@ -190,6 +204,8 @@ def _attention_grad_query_kernel(
                 True, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     else:
+        if HAS_ROWS:
+            k_len = tl.where(start_m < num_rows, k_len, 0)
         # In float32 two copies of the body cost more in spilled registers than looking after the boundary everywhere.
         ONE_BODY: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
         full = tl.cdiv(k_len, BLOCK_N) if ONE_BODY else k_len // BLOCK_N
@@ -208,7 +224,9 @@ def _attention_grad_query_kernel(
     dq_ptrs = dq_ptr + tile_offsets(offs_m, stride_dq_length, BLOCK_D, stride_dq_dim)
     if DROPOUT:
         dq *= drop_scale
-    tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
+    if HAS_ROWS:
+        dq = tl.where(computed[:, None], dq, 0.0)
+    tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=tile_mask(mask_m, HEAD_DIM, BLOCK_D))
 
 
 @triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "num_blocks", "drop_threshold"])
@@ -217,6 +235,7 @@ def _attention_grad_key_value_kernel(
     k_ptr,  # [B, H, Lk, HEAD_DIM]
     v_ptr,  # [B, H, Lk, VALUE_DIM]
     caps_ptr,  # [B, num_blocks * BLOCK_N] float32, or None
+    rows_ptr,  # [B, 1 + Lq] int32, or None
     seed_ptr,  # [1] int64, or None
     do_ptr,  # [B, H, Lq, VALUE_DIM], gradient of out
     lse_log2_ptr,  # [B, H, Lq] float32, contiguous, from the first pass
@@ -255,6 +274,7 @@ def _attention_grad_key_value_kernel(
     drop_threshold,
     drop_scale,
     HAS_MASK: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -301,10 +321,19 @@ def _attention_grad_key_value_kernel(
     delta_ptr += image_head.to(tl.int64) * q_len
     seed = tl.load(seed_ptr) if DROPOUT else 0
     scale_log2 = scale * LOG2_E
-    for start_m in range(0, q_len, BLOCK_M):
+    num_rows = q_len
+    if HAS_ROWS:
+        rows_ptr += batch * (1 + q_len)
+        num_rows = tl.load(rows_ptr)
+    for start_m in range(0, num_rows, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < q_len
+        mask_m = offs_m < num_rows
         first = tl.cast(start_m, tl.int64)
+        if HAS_ROWS:
+            offs_m = tl.load(rows_ptr + 1 + offs_m, mask=mask_m, other=0)
+            first = tl.cast(0, tl.int64)
+            q_tile = tile_offsets(offs_m, stride_q_length, BLOCK_D, stride_q_dim)
+            do_tile = tile_offsets(offs_m, stride_do_length, BLOCK_DV, stride_do_dim)
         q = tl.load(q_ptr + first * stride_q_length + q_tile, mask=tile_mask(mask_m, HEAD_DIM, BLOCK_D), other=0.0)
         do_ptrs = do_ptr + first * stride_do_length + do_tile
         do = tl.load(do_ptrs, mask=tile_mask(mask_m, VALUE_DIM, BLOCK_DV), other=0.0)
@@ -344,6 +373,7 @@ def attention_backward(
     drop_threshold: int,
     drop_scale: float,
     scale: float,
+    query_padding_mask: torch.Tensor | None,
     *,
     grad_query: torch.Tensor,
     grad_key: torch.Tensor,
@@ -353,7 +383,8 @@ def attention_backward(
 
     Args:
         grad_out: [B, H, Lq, Dv], any strides, the inputs' dtype.
-        query, key, value, key_padding_mask, seed, drop_threshold, drop_scale, scale: as the forward's.
+        query, key, value, key_padding_mask, seed, drop_threshold, drop_scale, scale, query_padding_mask: as the
+            forward's.
         out, logsumexp: what the forward gave.
         grad_query, grad_key, grad_value: shaped as query, key and value, any strides, the inputs' dtype.
     """
@@ -365,7 +396,8 @@ def attention_backward(
         exact = [torch.empty_like(grad, dtype=torch.float32) for grad in (grad_query, grad_key, grad_value)]
         attention_backward(
             grad_out.float(), query.float(), key.float(), value.float(), out.float(), logsumexp, key_padding_mask, seed,
-            drop_threshold, drop_scale, scale, grad_query=exact[0], grad_key=exact[1], grad_value=exact[2],
+            drop_threshold, drop_scale, scale, query_padding_mask,
+            grad_query=exact[0], grad_key=exact[1], grad_value=exact[2],
         )  # fmt: skip
         for grad, result in zip((grad_query, grad_key, grad_value), exact, strict=True):
             grad.copy_(result)
@@ -373,6 +405,7 @@ def attention_backward(
     block_d, block_dv = padded_head_dim(head_dim), padded_head_dim(value_dim)
     delta, lse_log2 = torch.empty_like(logsumexp), torch.empty_like(logsumexp)
     blocks, caps = key_blocks(key_padding_mask)
+    rows = query_rows(query_padding_mask)
     precision = input_precision(query.dtype)
     conditions = _configurations.attention_conditions(
         query, key, value, precision, max(block_d, block_dv), blocks is not None, seed is not None
@@ -382,6 +415,7 @@ def attention_backward(
         k_ptr=key,
         v_ptr=value,
         caps_ptr=caps,
+        rows_ptr=rows,
         seed_ptr=seed,
         do_ptr=grad_out,
         delta_ptr=delta,
@@ -395,6 +429,7 @@ def attention_backward(
         drop_threshold=min(drop_threshold, 255),
         drop_scale=drop_scale,
         HAS_MASK=blocks is not None,
+        HAS_ROWS=rows is not None,
         DROPOUT=seed is not None,
         PRECISION=precision,
         HEAD_DIM=head_dim,

@@ -13,7 +13,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     Weights are not returned unless asked for, which lets the attention run fused; asking for them, or passing an
     `attn_mask` or a float `key_padding_mask`, computes the [Lq, Lk] matrix in plain PyTorch. A row without any key
     gives zeros before the output projection, where `nn.MultiheadAttention` gives NaN. Fused, the attention dropout is
-    applied at the multiple of 1/256 nearest to `dropout` (`detr_fast.ops.applied_dropout`).
+    applied at the multiple of 1/256 nearest to `dropout` (`detr_fast.ops.applied_dropout`). A `query_padding_mask`
+    saves the time of the padded queries' rows, which `nn.MultiheadAttention`, and so DETR, computes: the models here do
+    not pass one.
 
     Args:
         embed_dim: E, width of the queries and of the output; a multiple of `num_heads`.
@@ -64,6 +66,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        query_padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
@@ -77,13 +81,16 @@ class MultiheadAttention(nn.MultiheadAttention):
             attn_mask: [Lq, Lk] or [B * H, Lq, Lk]; bool, True = may not attend, or float, added to the scores.
             average_attn_weights: return the weights' mean over the heads.
             is_causal: says of an `attn_mask` that it is causal, which changes nothing here; not allowed without one.
+            query_padding_mask: [B, Lq], or [Lq] without a batch; bool, True = padding. The rows of padded queries are
+                not computed: they are zeros before the output projection, and their weights are zeros.
 
         Returns:
             The output, shaped as `query`; and the weights after dropout, [B, Lq, Lk] or [B, H, Lq, Lk], without B
             where the inputs have none; None without `need_weights`.
 
         Raises:
-            TypeError: an input or a mask is not a tensor; a mask is neither bool nor floating point.
+            TypeError: an input or a mask is not a tensor; a mask is neither bool nor floating point, or, for
+                `query_padding_mask`, not bool.
             ValueError: shapes do not fit together; `is_causal` without `attn_mask`.
         """
         if is_causal and attn_mask is None:
@@ -91,7 +98,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         batched = self._check_inputs(query, key, value)
         q, k, v = self._project(query, key, value, batched)  # each [B, H, L, D]
         batch, heads, q_len, _ = q.shape
-        key_padding_mask = _check_padding(key_padding_mask, batch, k.shape[2], batched)
+        key_padding_mask = _check_padding("key_padding_mask", key_padding_mask, batch, k.shape[2], batched)
+        query_padding_mask = _check_padding("query_padding_mask", query_padding_mask, batch, q_len, batched, False)
         attn_mask = _check_attn_mask(attn_mask, batch, heads, q_len, k.shape[2])
         k, v, key_padding_mask, attn_mask = self._append_keys(k, v, key_padding_mask, attn_mask)
 
@@ -102,9 +110,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             or attn_mask is not None
             or (key_padding_mask is not None and key_padding_mask.dtype != torch.bool)
         ):
-            out, weights = _attention_with_weights(q, k, v, key_padding_mask, attn_mask, dropout_p)
+            out, weights = _attention_with_weights(q, k, v, key_padding_mask, attn_mask, dropout_p, query_padding_mask)
         else:
-            out, _ = attention(q, k, v, key_padding_mask, dropout_p)
+            out, _ = attention(q, k, v, key_padding_mask, dropout_p, query_padding_mask=query_padding_mask)
         out = self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Lq, E]
 
         if not need_weights:
@@ -181,16 +189,19 @@ def _check_tensors(**tensors) -> None:
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
 
 
-def _check_padding(mask: Tensor | None, batch: int, k_len: int, batched: bool) -> Tensor | None:
-    """The key padding mask as [B, Lk]."""
+def _check_padding(
+    name: str, mask: Tensor | None, batch: int, length: int, batched: bool, takes_float: bool = True
+) -> Tensor | None:
+    """The padding mask as [B, L]."""
     if mask is None:
         return None
-    _check_tensors(key_padding_mask=mask)
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"key_padding_mask has dtype {mask.dtype}; expected bool (True = padding) or floating point")
-    expected = (batch, k_len) if batched else (k_len,)
+    _check_tensors(**{name: mask})
+    if mask.dtype != torch.bool and not (takes_float and mask.is_floating_point()):
+        expected = "bool (True = padding)" + (" or floating point" if takes_float else "")
+        raise TypeError(f"{name} has dtype {mask.dtype}; expected {expected}")
+    expected = (batch, length) if batched else (length,)
     if mask.shape != expected:
-        raise ValueError(f"key_padding_mask has shape {list(mask.shape)}; expected {list(expected)}")
+        raise ValueError(f"{name} has shape {list(mask.shape)}; expected {list(expected)}")
     return mask if batched else mask.unsqueeze(0)
 
 
@@ -211,9 +222,16 @@ def _check_attn_mask(mask: Tensor | None, batch: int, heads: int, q_len: int, k_
 
 
 def _attention_with_weights(
-    q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    query_padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention that has its weights: out [B, H, Lq, D] and weights [B, H, Lq, Lk] after dropout."""
+    q = _zero_rows(q, query_padding_mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if key_padding_mask is not None:
         scores = _apply_mask(scores, key_padding_mask[:, None, None, :])
@@ -221,8 +239,12 @@ def _attention_with_weights(
         scores = _apply_mask(scores, attn_mask)
     no_key = (scores == -torch.inf).all(dim=-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(no_key, 0), dim=-1).masked_fill(no_key, 0)
-    weights = F.dropout(weights, dropout_p)
-    return (weights.to(v.dtype) @ v), weights
+    weights = F.dropout(_zero_rows(weights, query_padding_mask), dropout_p)
+    return _zero_rows(weights.to(v.dtype) @ v, query_padding_mask), weights
+
+
+def _zero_rows(x: Tensor, padding: Tensor | None) -> Tensor:
+    return x if padding is None else x.masked_fill(padding[:, None, :, None], 0)
 
 
 def _apply_mask(scores: Tensor, mask: Tensor) -> Tensor:

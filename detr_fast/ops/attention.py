@@ -30,6 +30,7 @@ def attention(
     *,
     seed: torch.Tensor | None = None,
     scale: float | None = None,
+    query_padding_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Multi-head attention: softmax(q kᵀ · scale), padded keys at -inf, dropout on the probabilities, times v.
 
@@ -50,6 +51,11 @@ def attention(
             device, so that `torch.manual_seed`, checkpointing and CUDA graphs behave as with torch's own dropout.
         scale: multiplies q kᵀ, finite; None means D ** -0.5. The kernels take a positive one: zero and negative ones
             are multiplied into `query` beforehand, in its dtype.
+        query_padding_mask: [B, Lq] bool, any strides, True = padding; None for no padding. The rows of padded queries
+            are not computed, which saves their time: they give zeros and a log-sum-exp of +inf and take no gradient,
+            and what they and their `grad_out` hold, NaN included, reaches nothing. The others are what they are
+            without it, dropout included. DETR computes rows for padded queries, so that nothing in this package sets
+            it unless asked to.
 
     Returns:
         out [B, H, Lq, Dv] in the inputs' dtype, a view of [B, Lq, H, Dv]-contiguous memory; and the natural
@@ -57,7 +63,7 @@ def attention(
         any key, not differentiable.
 
     Raises:
-        TypeError: a dtype is not one of the four or the three differ; `key_padding_mask` is not bool; `seed` is not an
+        TypeError: a dtype is not one of the four or the three differ; a mask is not a bool tensor; `seed` is not an
             int64 tensor.
         ValueError: shapes do not fit together, devices differ, `dropout_p` is outside 0..1, `scale` is not
             finite.
@@ -75,7 +81,7 @@ def attention(
         query, key, value = (
             x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (query, key, value)
         )
-    _check(query, key, value, key_padding_mask, dropout_p, seed)
+    _check(query, key, value, key_padding_mask, query_padding_mask, dropout_p, seed)
     refuse_transforms("attention", query, key, value)
     if dropout_p == 0:
         seed = None
@@ -87,7 +93,7 @@ def attention(
     if scale <= 0:
         query, scale = query * scale, 1.0
     op = _Attention.apply if seen_by_nobody(query, key, value) else _attention
-    return op(query, key, value, key_padding_mask, float(dropout_p), seed, scale)
+    return op(query, key, value, key_padding_mask, float(dropout_p), seed, scale, query_padding_mask)
 
 
 def attention_reference(
@@ -99,11 +105,12 @@ def attention_reference(
     keep: torch.Tensor | None = None,
     *,
     scale: float | None = None,
+    query_padding_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` in plain, differentiable PyTorch, in `promote_types(dtype, float32)`.
 
     Args:
-        query, key, value, key_padding_mask, dropout_p, scale: as `attention`.
+        query, key, value, key_padding_mask, dropout_p, scale, query_padding_mask: as `attention`.
         keep: [B, H, Lq, Lk] bool, True = kept: the dropout mask, for example from `attention_dropout_mask`; None
             means that nothing is dropped or scaled, whatever `dropout_p` is.
 
@@ -111,10 +118,13 @@ def attention_reference(
         As `attention`, with strides as they come.
     """
     dtype = query.dtype
+    query = _zero_rows(query, query_padding_mask)
     probs, value, logsumexp = _probabilities(query, key, value, key_padding_mask, scale)
     if keep is not None:
         probs = probs * keep * _dropout_scale(dropout_p)
-    return (probs @ value).to(dtype), logsumexp
+    if query_padding_mask is not None:
+        logsumexp = logsumexp.masked_fill(query_padding_mask[:, None], torch.inf)
+    return _zero_rows((probs @ value).to(dtype), query_padding_mask), logsumexp
 
 
 def applied_dropout(dropout_p: float) -> float:
@@ -178,7 +188,7 @@ def _check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p is {dropout_p!r}; expected a probability in 0..1")
 
 
-def _check(query, key, value, key_padding_mask, dropout_p, seed):
+def _check(query, key, value, key_padding_mask, query_padding_mask, dropout_p, seed):
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
@@ -195,24 +205,29 @@ def _check(query, key, value, key_padding_mask, dropout_p, seed):
         raise ValueError(f"{shapes}; expected [B, H, Lq, D], [B, H, Lk, D] and [B, H, Lk, Dv]")
     if query.shape[3] == 0 or value.shape[3] == 0:
         raise ValueError(f"{shapes}; expected head dimensions of at least 1")
-    if key_padding_mask is not None:
-        if not isinstance(key_padding_mask, torch.Tensor):
-            raise TypeError(f"key_padding_mask is a {type(key_padding_mask).__name__}; expected a bool tensor [B, Lk]")
-        if key_padding_mask.dtype != torch.bool:
-            raise TypeError(f"key_padding_mask has dtype {key_padding_mask.dtype}; expected bool, True = padding")
-        if key_padding_mask.dim() != 2 or key_padding_mask.shape != (key.shape[0], key.shape[2]):
-            raise ValueError(
-                f"key_padding_mask has shape {list(key_padding_mask.shape)}; expected [B, Lk], here "
-                f"[{key.shape[0]}, {key.shape[2]}]"
-            )
-        if key_padding_mask.device != query.device:
-            raise ValueError(f"key_padding_mask is on {key_padding_mask.device}, query on {query.device}")
+    _check_mask("key_padding_mask", key_padding_mask, "Lk", key)
+    _check_mask("query_padding_mask", query_padding_mask, "Lq", query)
     _check_dropout(dropout_p)
     if seed is not None:
         if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64:
             raise TypeError(f"seed is {getattr(seed, 'dtype', type(seed).__name__)}; expected an int64 tensor [1]")
         if seed.shape != (1,) or seed.device != query.device:
             raise ValueError(f"seed is {list(seed.shape)} on {seed.device}; expected [1] on {query.device}")
+
+
+def _check_mask(name, mask, length, tensor):
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{name} is a {type(mask).__name__}; expected a bool tensor [B, {length}]")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} has dtype {mask.dtype}; expected bool, True = padding")
+    if mask.dim() != 2 or mask.shape != (tensor.shape[0], tensor.shape[2]):
+        raise ValueError(
+            f"{name} has shape {list(mask.shape)}; expected [B, {length}], here [{tensor.shape[0]}, {tensor.shape[2]}]"
+        )
+    if mask.device != tensor.device:
+        raise ValueError(f"{name} is on {mask.device}, query on {tensor.device}")
 
 
 def _on_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -236,6 +251,11 @@ def _probabilities(query, key, value, key_padding_mask, scale):
     return probs, value, _no_keys_at_inf(torch.logsumexp(scores.detach(), dim=-1))
 
 
+def _zero_rows(tensor: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """`tensor` [B, H, L, D] with zeros in rows of padding [B, L]."""
+    return tensor if padding is None else tensor.masked_fill(padding[:, None, :, None], 0)
+
+
 def _no_keys_at_inf(logsumexp: torch.Tensor) -> torch.Tensor:
     return logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf)
 
@@ -245,59 +265,73 @@ def _empty_blhd(batch, heads, length, head_dim, like: torch.Tensor) -> torch.Ten
     return like.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
-def _forward(query, key, value, key_padding_mask, dropout_p, seed, scale, remember=None):
+def _forward(query, key, value, key_padding_mask, dropout_p, seed, scale, query_padding_mask=None, remember=None):
     out, logsumexp = _forward_fake(query, key, value, key_padding_mask, dropout_p, seed, scale)
     dropout = (_dropout_threshold(dropout_p), _dropout_scale(dropout_p))
-    inputs = (query, key, value, key_padding_mask, seed, *dropout, scale)
+    inputs = (key, value, key_padding_mask, seed, *dropout, scale)
     if _on_kernel(query, value):
         from detr_fast.kernels.attention import attention_forward
 
-        attention_forward(*inputs, out=out, logsumexp=logsumexp)
+        attention_forward(query, *inputs, query_padding_mask, out=out, logsumexp=logsumexp)
         return out, logsumexp
     with torch.autocast(query.device.type, enabled=False):
-        result = chunked_forward(*inputs, remember)
-    return out.copy_(result[0]), logsumexp.copy_(result[1])
+        result = chunked_forward(_zero_rows(query, query_padding_mask), *inputs, remember)
+    out.copy_(result[0])
+    logsumexp.copy_(result[1])
+    if query_padding_mask is not None:
+        out.masked_fill_(query_padding_mask[:, None, :, None], 0)
+        logsumexp.masked_fill_(query_padding_mask[:, None], torch.inf)
+    return out, logsumexp
 
 
-def _forward_fake(query, key, value, key_padding_mask, dropout_p, seed, scale):
+def _forward_fake(query, key, value, key_padding_mask, dropout_p, seed, scale, query_padding_mask=None):
     batch, heads, q_len, _ = query.shape
     out = _empty_blhd(batch, heads, q_len, value.shape[3], query)
     return out, query.new_empty((batch, heads, q_len), dtype=torch.promote_types(query.dtype, torch.float32))
 
 
-def _backward(grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale, remembered=()):
+def _backward(
+    grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale, query_padding_mask=None,
+    remembered=(),
+):  # fmt: skip
     grads = _backward_fake(grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale)
     rest = (key_padding_mask, seed, _dropout_threshold(dropout_p), _dropout_scale(dropout_p), scale)
     if _on_kernel(query, value):
         from detr_fast.kernels.attention_backward import attention_backward
 
         attention_backward(
-            grad_out, query, key, value, out, logsumexp, *rest,
+            grad_out, query, key, value, out, logsumexp, *rest, query_padding_mask,
             grad_query=grads[0], grad_key=grads[1], grad_value=grads[2],
         )  # fmt: skip
         return grads
+    # What is zero gives nothing and gets nothing.
+    grad_out, query = _zero_rows(grad_out, query_padding_mask), _zero_rows(query, query_padding_mask)
     with torch.autocast(query.device.type, enabled=False):
         results = chunked_backward(grad_out, query, key, value, out, logsumexp, *rest, remembered)
+    results = (_zero_rows(results[0], query_padding_mask), *results[1:])
     return tuple(grad.copy_(result) for grad, result in zip(grads, results, strict=True))
 
 
-def _backward_fake(grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale):
+def _backward_fake(
+    grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale, query_padding_mask=None
+):
     return tuple(_empty_blhd(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x) for x in (query, key, value))
 
 
 def _save_for_backward(ctx, inputs, output, remembered=()):
-    query, key, value, key_padding_mask, dropout_p, seed, scale = inputs
+    query, key, value, key_padding_mask, dropout_p, seed, scale, query_padding_mask = inputs
     out, logsumexp = output
     ctx.mark_non_differentiable(logsumexp)
-    ctx.save_for_backward(query, key, value, out, logsumexp, key_padding_mask, seed, *remembered)
+    masks = (key_padding_mask, query_padding_mask)
+    ctx.save_for_backward(query, key, value, out, logsumexp, *masks, seed, *remembered)
     ctx.dropout_p, ctx.scale = dropout_p, scale
 
 
 def _differentiate(backward, ctx, grad_out, _):
-    query, key, value, out, logsumexp, key_padding_mask, seed, *remembered = ctx.saved_tensors
-    rest = (key_padding_mask, ctx.dropout_p, seed, ctx.scale)
+    query, key, value, out, logsumexp, key_padding_mask, query_padding_mask, seed, *remembered = ctx.saved_tensors
+    rest = (key_padding_mask, ctx.dropout_p, seed, ctx.scale, query_padding_mask)
     grads = backward(grad_out, query, key, value, out, logsumexp, *rest, *([remembered] if remembered else []))
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 class _Attention(torch.autograd.Function):
@@ -318,7 +352,7 @@ _attention = torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, float dropout_p, Tensor? seed, "
-    "float scale) -> (Tensor, Tensor)",
+    "float scale, Tensor? query_padding_mask=None) -> (Tensor, Tensor)",
 )
 _attention.register_fake(_forward_fake)
 _attention_backward = torch.library.custom_op(
@@ -326,7 +360,8 @@ _attention_backward = torch.library.custom_op(
     _backward,
     mutates_args=(),
     schema="(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
-    "Tensor? key_padding_mask, float dropout_p, Tensor? seed, float scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor? key_padding_mask, float dropout_p, Tensor? seed, float scale, Tensor? query_padding_mask=None) -> "
+    "(Tensor, Tensor, Tensor)",
 )
 _attention_backward.register_fake(_backward_fake)
 _attention.register_autograd(functools.partial(_differentiate, _attention_backward), setup_context=_save_for_backward)

@@ -134,6 +134,8 @@ def _attention(
     dropout: float = 0.1,
     tf32: bool = False,
     detr: bool = False,
+    rows: bool = False,
+    every_chip: bool | None = None,
     **limits,
 ) -> Case:
     def run():
@@ -144,18 +146,20 @@ def _attention(
             for length, dim in zip((lengths[0], lengths[1], lengths[1]), (head_dims[0], *head_dims), strict=True)
         )
         mask = torch.zeros(2, lengths[1], dtype=torch.bool) if padding else None
+        query_mask = torch.zeros(2, lengths[0], dtype=torch.bool) if rows else None
         allowed = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = tf32
         try:
-            out, _ = attention(query, key, value, mask, dropout)
+            out, _ = attention(query, key, value, mask, dropout, query_padding_mask=query_mask)
             out.backward(torch.empty_like(out))
         finally:
             torch.backends.cuda.matmul.allow_tf32 = allowed
 
     name = f"attention {dtype}{' tf32' if tf32 else ''} {lengths[0]}x{lengths[1]} d={head_dims[0]}"
     name += f",{head_dims[1]}" if head_dims[0] != head_dims[1] else ""
-    name += f"{' padding' if padding else ''}{' dropout' if dropout else ''}"
-    every_chip = detr and padding and (dtype == "bf16" or (dtype == "fp32" and dropout > 0))
+    name += f"{' padding' if padding else ''}{' dropout' if dropout else ''}{' rows' if rows else ''}"
+    if every_chip is None:
+        every_chip = detr and padding and (dtype == "bf16" or (dtype == "fp32" and dropout > 0))
     return Case(name, run, detr, every_chip, from_chip=80, **limits)
 
 
@@ -176,6 +180,10 @@ for _tf32 in (False, True):
         _attention("fp32", (100, 100), padding=False, tf32=_tf32, detr=True),
         _attention("fp32", (100, 100), padding=False, dropout=0.0, tf32=_tf32, detr=True),
     ]
+# The encoder where the rows of padded queries are asked not to be computed.
+_everywhere = dict(rows=True, every_chip=True, no_spills_on=(80, 90))
+CASES += [_attention("bf16", **_everywhere), _attention("bf16", dropout=0.0, **_everywhere)]
+CASES += [_attention("fp32", rows=True, every_chip=True), _attention("bf16", padding=False, rows=True)]
 # Every padded head dimension, head dimensions narrower than their tiles, and a value dimension of its own.
 for _dims in ((16, 16), (64, 64), (128, 128), (24, 40)):
     # d = 128 spills in the gradient of keys and values; in 16 bits, what would not spill would lose wgmma.

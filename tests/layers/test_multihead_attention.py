@@ -143,6 +143,43 @@ def test_all_padded_rows_give_the_output_bias(need_weights):
         assert (weights[0] == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*mismatched.*")
+@pytest.mark.parametrize("path", ["fused", "weights", "attn_mask", "float padding"])
+@pytest.mark.parametrize("batch_first", [True, False], ids=["BLE", "LBE"])
+def test_padded_queries(batch_first, path):
+    """On every path padded queries give the output bias and no weights; the other rows are torch's, and so are the
+    gradients, whatever the padded rows' gradients hold."""
+    modules = make_pair(batch_first=batch_first)
+    inputs = make_inputs("qkv", batch_first)
+    padding = torch.tensor([[False, True, False, False, True], [True] * 5, [False] * 5])
+    keys = torch.rand(3, 7) < 0.4
+    keys[:, 0] = False
+    if path == "float padding":
+        keys = torch.zeros(3, 7, dtype=torch.float64).masked_fill(keys, -torch.inf)
+    options = {"key_padding_mask": keys, "need_weights": path == "weights"}
+    if path == "attn_mask":
+        options["attn_mask"] = torch.randn(5, 7, dtype=torch.float64)
+    theirs, their_weights = modules[0](*inputs, **options)
+    ours, weights = modules[1](*inputs, **options, query_padding_mask=padding)
+    rows = padding if batch_first else padding.t()
+    theirs = torch.where(rows[..., None], modules[0].out_proj.bias, theirs)
+    assert_same(ours, theirs, modules, inputs, 1e-12)
+    if path == "weights":
+        torch.testing.assert_close(weights, their_weights.masked_fill(padding[..., None], 0), rtol=1e-12, atol=1e-12)
+        assert (weights[1] == 0).all()
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_padded_queries_without_a_batch(need_weights):
+    module = make_pair()[1]
+    q, k, v = (torch.randn(length, 16, dtype=torch.float64) for length in (5, 7, 7))
+    padding = torch.tensor([True, False, False, True, False])
+    out, weights = module(q, k, v, need_weights=need_weights, query_padding_mask=padding)
+    torch.testing.assert_close(out[~padding], module(q, k, v)[0][~padding], rtol=1e-12, atol=1e-12)
+    assert torch.equal(out[padding], module.out_proj.bias.expand(2, 16))
+    assert weights is None or (weights[padding] == 0).all()
+
+
 def test_dropout_acts_in_training_only():
     module = make_pair(batch_first=True, dropout=0.5)[1]
     inputs = make_inputs("qqq", True)
@@ -184,9 +221,9 @@ def test_projections_reach_the_op_without_copies(monkeypatch):
 
     seen = []
 
-    def spy(q, k, v, *rest):
+    def spy(q, k, v, *rest, **options):
         seen.append([x.untyped_storage().data_ptr() for x in (q, k, v)])
-        return attention(q, k, v, *rest)
+        return attention(q, k, v, *rest, **options)
 
     attention = layer.attention
     monkeypatch.setattr(layer, "attention", spy)
@@ -207,6 +244,9 @@ def test_projections_reach_the_op_without_copies(monkeypatch):
         (dict(value=(3, 6, 16)), ValueError, "one length"),
         (dict(key_padding_mask=torch.zeros(3, 6, dtype=torch.bool)), ValueError, r"\[3, 6\]; expected \[3, 7\]"),
         (dict(key_padding_mask=torch.zeros(3, 7, dtype=torch.uint8)), TypeError, "uint8"),
+        (dict(query_padding_mask=torch.zeros(3, 7, dtype=torch.bool)), ValueError, r"\[3, 7\]; expected \[3, 5\]"),
+        (dict(query_padding_mask=torch.zeros(3, 5)), TypeError, r"float32; expected bool \(True = padding\)$"),
+        (dict(query_padding_mask=[False]), TypeError, "query_padding_mask is a list"),
         (dict(attn_mask=torch.zeros(5, 6)), ValueError, "attn_mask has shape"),
         (dict(attn_mask=torch.zeros(5, 7, dtype=torch.int64)), TypeError, "int64"),
         (dict(is_causal=True), ValueError, "is_causal"),

@@ -20,6 +20,13 @@ def make_inputs(dtype=torch.float64, batch=2, heads=3, q_len=5, k_len=70, dim=4,
     ]
 
 
+def make_rows(q_len=5):
+    """Padded queries: some of the first image, none of the second."""
+    rows = torch.zeros(2, q_len, dtype=torch.bool)
+    rows[0, 1::2] = True
+    return rows
+
+
 def make_mask(k_len=70, all_padded=True):
     mask = torch.rand(2, k_len) < 0.5
     mask[:, 0] = False
@@ -82,13 +89,16 @@ def test_attention_gradcheck(p, masked):
     mask = make_mask(11) if masked else None
     assert torch.autograd.gradcheck(lambda *x: attention(*x, mask, p, seed=SEED)[0], inputs)
     assert torch.autograd.gradcheck(lambda *x: attention_reference(*x, mask)[0], inputs)
+    for function in (attention, attention_reference):
+        assert torch.autograd.gradcheck(lambda *x, f=function: f(*x, mask, query_padding_mask=make_rows())[0], inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [(), (None,), (make_rows(),)], ids=["absent", "none", "rows"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_opcheck(dtype, masked):
+def test_attention_opcheck(dtype, masked, rows):
     inputs = make_inputs(dtype, k_len=11)
-    args = (*inputs, make_mask(11) if masked else None, 0.3 * masked, SEED if masked else None, 0.5)
+    args = (*inputs, make_mask(11) if masked else None, 0.3 * masked, SEED if masked else None, 0.5, *rows)
     torch.library.opcheck(torch.ops.detr_fast.attention.default, args)
     with torch.no_grad():
         out, lse = torch.ops.detr_fast.attention(*args)
@@ -113,6 +123,42 @@ def test_attention_dropout_is_the_helpers_mask():
             assert (p == 1) == bool((out == 0).all())
 
 
+@pytest.mark.parametrize("dims", [(4, 6), (8, 8)], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_attention_padded_queries(dtype, masked, p, dims):
+    """Zeros and +inf in their rows, whatever they hold; the rest is what it is without a mask of queries."""
+    inputs, mask = make_inputs(dtype, dim=dims[0], value_dim=dims[1]), make_mask() if masked else None
+    for rows in (make_rows(), torch.tensor([[True], [False]]).expand(2, 5), torch.ones(5, 2, dtype=torch.bool).t()):
+        padding = rows[:, None, :, None]
+        want, want_lse = attention(*inputs, mask, p, seed=SEED)
+        grad = torch.randn(want.shape).to(dtype)
+        wants = torch.autograd.grad(want, inputs, grad.masked_fill(padding, 0))
+        for garbage in (0.0, math.nan, math.inf):
+            dirty = [inputs[0].detach().masked_fill(padding, garbage).requires_grad_(), *inputs[1:]]
+            out, lse = attention(*dirty, mask, p, seed=SEED, query_padding_mask=rows)
+            grads = torch.autograd.grad(out, dirty, grad.masked_fill(padding, garbage))
+            assert (out.masked_select(padding) == 0).all() and (grads[0].masked_select(padding) == 0).all()
+            assert (lse.masked_select(rows[:, None]) == math.inf).all()
+            unit = torch.finfo(dtype).eps
+            close = {"rtol": 4 * unit, "atol": 4 * min(unit, 1e-6)}
+            torch.testing.assert_close(out, want.masked_fill(padding, 0), **close)
+            torch.testing.assert_close(lse, want_lse.masked_fill(rows[:, None], math.inf))
+            torch.testing.assert_close(grads, wants, **close)
+            keep = attention_dropout_mask(SEED, 2, 3, 5, 70, p) if p else None
+            reference, reference_lse = attention_reference(*dirty, mask, p, keep, query_padding_mask=rows)
+            torch.testing.assert_close(lse, reference_lse)
+            grads = torch.autograd.grad(reference, dirty, grad.masked_fill(padding, garbage))
+            for a, b in zip((reference, *grads), (out, *wants), strict=True):
+                torch.testing.assert_close(a, b, **close)
+        # Nor does what valid values hold reach padded rows.
+        values = inputs[2].detach().masked_fill(torch.ones_like(inputs[2], dtype=torch.bool), math.nan)
+        out, _ = attention(*inputs[:2], values, mask, p, seed=SEED, query_padding_mask=rows)
+        (grad_query,) = torch.autograd.grad(out, inputs[0], grad)
+        assert (out.masked_select(padding) == 0).all() and (grad_query.masked_select(padding) == 0).all()
+
+
 @pytest.mark.parametrize("scores", [1, 70, 150, 350, 700])
 def test_attention_in_chunks(scores, monkeypatch):
     """Whatever number of scores is computed at once: single rows, some rows, whole heads, several heads."""
@@ -121,11 +167,12 @@ def test_attention_in_chunks(scores, monkeypatch):
     monkeypatch.setattr(_attention_chunked, "_CPU_CHUNK", scores)
     inputs, mask = make_inputs(), make_mask()
     keep = attention_dropout_mask(SEED, 2, 3, 5, 70, 0.3)
-    out, lse = attention(*inputs, mask, 0.3, seed=SEED)
-    want, want_lse = attention_reference(*inputs, mask, 0.3, keep)
-    grad = torch.randn_like(out)
-    torch.testing.assert_close((out, lse), (want, want_lse))
-    torch.testing.assert_close(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(want, inputs, grad))
+    for rows in (None, make_rows()):
+        out, lse = attention(*inputs, mask, 0.3, seed=SEED, query_padding_mask=rows)
+        want, want_lse = attention_reference(*inputs, mask, 0.3, keep, query_padding_mask=rows)
+        grad = torch.randn_like(out)
+        torch.testing.assert_close((out, lse), (want, want_lse))
+        torch.testing.assert_close(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(want, inputs, grad))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -288,18 +335,18 @@ def test_attention_compiles_dynamic(p):
         graphs += 1
         return graph.forward
 
-    def run(q, k, v, mask):
-        return attention(q, k, v, mask, p)[0] * 2
+    def run(q, k, v, mask, rows):
+        return attention(q, k, v, mask, p, query_padding_mask=rows)[0] * 2
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
     for batch, q_len, k_len in ((2, 5, 70), (3, 6, 71), (4, 9, 33)):
         inputs = make_inputs(torch.float32, batch, 3, q_len, k_len)
-        mask = torch.rand(batch, k_len) < 0.3
+        mask, rows = torch.rand(batch, k_len) < 0.3, torch.rand(batch, q_len) < 0.3
         grad = torch.randn(batch, 3, q_len, 6)
         results = []
         for function in (compiled, run):
             torch.manual_seed(0)
-            out = function(*inputs, mask)
+            out = function(*inputs, mask, rows)
             results.append((out, *torch.autograd.grad(out, inputs, grad)))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert graphs == 1
@@ -307,14 +354,15 @@ def test_attention_compiles_dynamic(p):
 
 def test_attention_compiles_through_aot():
     mask = make_mask()
-    compiled = torch.compile(lambda *x: attention(*x, mask)[0], fullgraph=True, backend="aot_eager")
-    inputs = make_inputs(torch.float32)
-    out = compiled(*inputs)
-    want, _ = attention(*inputs, mask)
-    grad = torch.randn_like(out)
-    assert torch.equal(out, want)
-    for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(want, inputs, grad), strict=True):
-        assert torch.equal(a, b)
+    for options in ({}, {"query_padding_mask": make_rows()}):
+        compiled = torch.compile(lambda *x, o=options: attention(*x, mask, **o)[0], fullgraph=True, backend="aot_eager")
+        inputs = make_inputs(torch.float32)
+        out = compiled(*inputs)
+        want, _ = attention(*inputs, mask, **options)
+        grad = torch.randn_like(out)
+        assert torch.equal(out, want)
+        for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(want, inputs, grad), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_attention_padding_reaches_nothing():
@@ -354,6 +402,22 @@ def test_attention_refuses_double_backward_and_vmap():
         ({"value": torch.zeros(2, 3, 7, 0)}, ValueError, "at least 1"),
         ({"key_padding_mask": torch.zeros(2, 7)}, TypeError, "float32; expected bool"),
         ({"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)}, ValueError, r"\[2, 5\]"),
+        ({"query_padding_mask": [True]}, TypeError, "query_padding_mask is a list"),
+        (
+            {"query_padding_mask": torch.zeros(2, 5)},
+            TypeError,
+            "query_padding_mask has dtype torch.float32; expected bool",
+        ),
+        (
+            {"query_padding_mask": torch.zeros(2, 7, dtype=torch.bool)},
+            ValueError,
+            r"query_padding_mask has shape \[2, 7\]; expected \[B, Lq\], here \[2, 5\]",
+        ),
+        (
+            {"query_padding_mask": torch.zeros(2, 5, dtype=torch.bool, device="meta")},
+            ValueError,
+            "on meta, query on cpu",
+        ),
         ({"dropout_p": 1.5}, ValueError, "0..1"),
         ({"seed": 5}, TypeError, "int64 tensor"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, r"\[1\]"),

@@ -72,6 +72,36 @@ def test_attention_matches_reference(dtype, dims, masked, p):
             assert (error <= allowed).all(), f"{name} {q_len}x{k_len}: {error.max():.3g}"
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["queries", "queries and keys, dropout"])
+@pytest.mark.parametrize("dims", [(32, 32), (24, 40), (128, 128)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_attention_skips_padded_queries(dtype, dims, masked):
+    """The rows that are left and all gradients are those without the mask of queries; NaN in the others is not read."""
+    if dims != (32, 32) and not masked:
+        pytest.skip("every combination compiles six kernels, and DETR's dimension has both")
+    p = 0.1 if masked else 0.0
+    for q_len, k_len in ((1, 1), (43, 100), (850, 850), (1063, 850)):
+        inputs = make_inputs(dtype, 2, 2, q_len, k_len, *dims)
+        mask, rows = make_mask(2, k_len) if masked else None, make_mask(2, q_len)
+        if not masked:
+            rows[-1] = torch.rand(q_len, device="cuda") < 0.5
+        padding = rows[:, None, :, None]
+        seed = torch.randint(0, 2**62, (1,), device="cuda")
+        grad = torch.randn(2, 2, q_len, dims[1], device="cuda").to(dtype)
+        want, want_lse = attention(*inputs, mask, p, seed=seed)
+        wants = torch.autograd.grad(want, inputs, grad.masked_fill(padding, 0))
+        dirty = [inputs[0].detach().masked_fill(padding, math.nan).requires_grad_(), *inputs[1:]]
+        out, lse = attention(*dirty, mask, p, seed=seed, query_padding_mask=rows)
+        grads = torch.autograd.grad(out, dirty, grad.masked_fill(padding, math.nan))
+        assert (out.masked_select(padding) == 0).all() and (grads[0].masked_select(padding) == 0).all()
+        torch.testing.assert_close(lse, want_lse.masked_fill(rows[:, None], math.inf))
+        pairs = zip("out dq dk dv".split(), (out, *grads), (want.masked_fill(padding, 0), *wants), strict=True)
+        for name, result, other in pairs:
+            error = (result.double() - other.double()).abs().amax(dim=(2, 3))
+            allowed = 4 * torch.finfo(dtype).eps * other.double().abs().amax(dim=(2, 3)) + 1e-5  # sums in another order
+            assert (error <= allowed).all(), f"{name} {q_len}x{k_len}: {error.max():.3g}"
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_attention_is_deterministic(dtype):
     inputs, mask = make_inputs(dtype), make_mask(2, 850)
@@ -161,23 +191,27 @@ def test_attention_int64_offsets():
 
 def test_attention_compiles_dynamic():
     """Through Inductor, with no new graph when sizes change, and torch's attention's numbers."""
-    compiled = torch.compile(lambda q, k, v, mask: attention(q, k, v, mask)[0] * 2, fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda q, k, v, mask, rows: attention(q, k, v, mask, query_padding_mask=rows)[0] * 2,
+        fullgraph=True, dynamic=True,
+    )  # fmt: skip
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch, q_len, k_len in ((2, 100, 850), (3, 43, 700), (4, 100, 333)):
             inputs = make_inputs(torch.bfloat16, batch, 8, q_len, k_len)
             mask = torch.rand(batch, k_len, device="cuda") < 0.3
-            out = compiled(*inputs, mask)
+            rows = torch.rand(batch, q_len, device="cuda") < 0.3
+            out = compiled(*inputs, mask, rows)
             want = F.scaled_dot_product_attention(*inputs, attn_mask=~mask[:, None, None, :]) * 2
-            torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(out, want.masked_fill(rows[:, None, :, None], 0), rtol=2e-2, atol=2e-2)
             out.backward(torch.randn_like(out))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_attention_opcheck(dtype):
     inputs, mask = make_inputs(dtype, q_len=43, k_len=100), make_mask(2, 100)
-    torch.library.opcheck(
-        torch.ops.detr_fast.attention.default, (*inputs, mask, 0.1, torch.tensor([3], device="cuda"), 0.2)
-    )
+    arguments = (*inputs, mask, 0.1, torch.tensor([3], device="cuda"), 0.2)
+    for rows in ((), (make_mask(2, 43),)):
+        torch.library.opcheck(torch.ops.detr_fast.attention.default, (*arguments, *rows))
 
 
 def test_attention_under_autocast():

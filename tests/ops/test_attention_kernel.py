@@ -40,15 +40,21 @@ def make_case(number: int) -> dict:
     return case
 
 
+def make_rows_case(number: int) -> dict:
+    """Case `number` with a mask of padded queries."""
+    rows = {"rows": MASKS[1 + number % (len(MASKS) - 1)], "dims": HEAD_DIMS[number % len(HEAD_DIMS)]}
+    return make_case(number) | rows
+
+
 def case_id(case: dict) -> str:
-    mask = case["mask"].replace(" ", "_")
+    mask = case["mask"].replace(" ", "_") + (f"-rows_{case['rows'].replace(' ', '_')}" if "rows" in case else "")
     return (
         f"B{case['batch']}-H{case['heads']}-Q{case['q_len']}-K{case['k_len']}-D{case['dims'][0]}.{case['dims'][1]}-"
         f"{case['layout']}-{mask}-p{case['dropout_p']}-{case['grad']}-{case['dtype']}"
     )
 
 
-CASES = [make_case(number) for number in range(120)]
+CASES = [make_case(number) for number in range(120)] + [make_rows_case(number) for number in range(120, 160)]
 
 
 def make_tensor(batch, heads, length, dim, layout, dtype):
@@ -112,7 +118,7 @@ def magnitudes(inputs, mask, grad, keep, dropout_p, scale, lse, unit):
     return out, grad_scores @ k, grad_scores.transpose(-2, -1) @ q, (probs * kept).transpose(-2, -1) @ grad
 
 
-def check(inputs, mask, dropout_p, scale, grad_kind):
+def check(inputs, mask, dropout_p, scale, grad_kind, query_padding_mask=None):
     """The op's output and gradients, against the float64 reference fed with the helper's dropout mask.
 
     Each element may be off by a few roundings of the terms that were summed for it. (In float16 also by what is lost
@@ -122,13 +128,14 @@ def check(inputs, mask, dropout_p, scale, grad_kind):
     batch, heads, q_len, head_dim = query.shape
     inputs = [x.requires_grad_() for x in inputs]
     seed = torch.randint(0, 2**62, (1,))
-    out, lse = attention(*inputs, mask, dropout_p, seed=seed, scale=scale)
+    options = {"scale": scale, "query_padding_mask": query_padding_mask}
+    out, lse = attention(*inputs, mask, dropout_p, seed=seed, **options)
     grad = make_grad(grad_kind, out)
     grads = torch.autograd.grad(out, inputs, grad)
     keep = attention_dropout_mask(seed, batch, heads, q_len, key.shape[2], dropout_p) if dropout_p else None
 
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    exact_out, exact_lse = attention_reference(*exact, mask, dropout_p, keep, scale=scale)
+    exact_out, exact_lse = attention_reference(*exact, mask, dropout_p, keep, **options)
     exact_grads = torch.autograd.grad(exact_out, exact, grad.double())
     assert torch.equal(lse.isinf(), exact_lse.isinf())
     has_key = exact_lse.isfinite()
@@ -154,7 +161,8 @@ def test_attention_matches_reference(case):
     shapes = [(case["q_len"], case["dims"][0]), (case["k_len"], case["dims"][0]), (case["k_len"], case["dims"][1])]
     inputs = [make_tensor(case["batch"], case["heads"], length, dim, case["layout"], dtype) for length, dim in shapes]
     mask = make_mask(case["mask"], case["batch"], case["k_len"])
-    check(inputs, mask, case["dropout_p"], case["scale"], case["grad"])
+    rows = make_mask(case.get("rows", "none"), case["batch"], case["q_len"])
+    check(inputs, mask, case["dropout_p"], case["scale"], case["grad"], rows)
 
 
 def test_attention_of_a_whole_head_850():
@@ -169,6 +177,112 @@ def test_attention_long_queries():
     """More than one tile of queries, more than one step of the second pass."""
     inputs = [make_tensor(1, 1, length, 16, "blhd", torch.float16) for length in (300, 70, 70)]
     check(inputs, None, 0.3, None, "cat")
+
+
+def padded_map(height, width, valid_height, valid_width):
+    """[1, height · width]: a padded feature map, row by row."""
+    padding = torch.ones(height, width, dtype=torch.bool)
+    padding[:valid_height, :valid_width] = False
+    return padding.flatten()[None]
+
+
+def test_attention_of_a_padded_map():
+    """Self-attention under one mask: half of the tiles of queries have rows to compute, the last of them some."""
+    mask = padded_map(15, 20, 12, 13)
+    inputs = [make_tensor(1, 1, 300, 16, "blhd", torch.float32) for _ in range(3)]
+    check(inputs, mask, 0.3, None, "dense", mask)
+
+
+def test_attention_computes_no_tile_of_padding(monkeypatch):
+    """Blocks of keys that the forward and the gradient of queries go through: those of tiles with a valid query."""
+    from detr_fast.kernels import _configurations, attention_backward
+    from detr_fast.kernels import attention as attention_forward
+
+    passes = []
+
+    def counted(block):
+        def run(*arguments):
+            passes.append(block)
+            return block(*arguments)
+
+        return run
+
+    for module, name in ((attention_forward, "_forward_block"), (attention_backward, "_grad_query_block")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    monkeypatch.setattr(
+        _configurations, "configuration", lambda *_, **__: {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1}
+    )
+    inputs = [make_tensor(1, 2, 300, 16, "blhd", torch.float32).requires_grad_() for _ in range(3)]
+    rows = padded_map(15, 20, 9, 10)  # 90 of 300: three tiles of ten
+    for mask, blocks in ((None, 5), (rows, 3)):
+        passes.clear()
+        out, _ = attention(*inputs, mask, query_padding_mask=rows)
+        assert len(passes) == 2 * 3 * blocks
+        torch.autograd.grad(out, inputs, torch.randn_like(out))
+        assert len(passes) == 4 * 3 * blocks
+
+
+@pytest.mark.parametrize("q_len", [0, 1, 43, 1023, 1024, 1025, 2500])
+def test_query_rows(q_len):
+    """The list of valid queries, of masks with any strides."""
+    from detr_fast.kernels.attention import query_rows
+
+    drawn = torch.rand(3, q_len) < 0.5
+    drawn[1], drawn[2] = True, False
+    for mask in (
+        drawn,
+        drawn.t().contiguous().t(),
+        torch.stack((drawn, ~drawn), dim=2)[..., 0],
+        drawn[:1].expand(3, -1),
+    ):
+        for row, image in zip(query_rows(mask).tolist(), mask, strict=True):
+            valid = (~image).nonzero().flatten().tolist()
+            assert row[: 1 + len(valid)] == [len(valid), *valid]
+            assert row[1 + len(valid) :] == image.nonzero().flatten().flip(0).tolist()
+    assert query_rows(None) is None
+
+
+def test_shares_of_work_in_a_coco_batch():
+    """What benchmarks/NOTES.md counts: tiles of 128 queries times blocks of 64 keys, as shares of all of them."""
+    from detr_fast.benchmarks.shapes import typical_real_batch
+    from detr_fast.kernels.attention import BLOCK_N, key_blocks, query_rows
+
+    mask = typical_real_batch("R50", 16).key_padding_mask()
+    blocks, tiles = -(-mask.shape[1] // BLOCK_N), -(-mask.shape[1] // 128)
+    used_blocks = key_blocks(mask)[0][:, 0].double() / blocks
+    gathered_tiles = (query_rows(mask)[:, 0].double() / 128).ceil() / tiles
+    in_tiles = torch.nn.functional.pad(mask, (0, tiles * 128 - mask.shape[1]), value=True).unflatten(1, (tiles, 128))
+    used_tiles = (~in_tiles).any(dim=2).double().mean(dim=1)
+    shares = [(used_blocks * of_tiles).mean().item() for of_tiles in (1, used_tiles, gathered_tiles)]
+    assert shares == pytest.approx([0.72, 0.53, 0.395], abs=0.005)
+
+
+def test_attention_padded_queries_reach_nothing():
+    """NaN in padded queries and in their gradients changes no output and no gradient; what they get is zero."""
+    mask = padded_map(10, 15, 7, 9).repeat(2, 1)
+    mask[1] = make_mask("random", 1, 150)[0]
+    rows = mask[:, None, :, None]
+    clean = [make_tensor(2, 1, 150, 16, "blhd", torch.float32) for _ in range(3)]
+    grad = torch.randn(2, 1, 150, 16)
+    results = []
+    for garbage in (0.0, float("nan")):
+        inputs = [clean[0].masked_fill(rows, garbage), *clean[1:]]
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        torch.manual_seed(1)
+        out, lse = attention(*inputs, mask, 0.2, query_padding_mask=mask)
+        grads = torch.autograd.grad(out, inputs, grad.masked_fill(rows, garbage))
+        results.append((out, lse, *grads))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    out, lse, grad_query = results[1][:3]
+    assert (out.masked_select(rows) == 0).all() and (grad_query.masked_select(rows) == 0).all()
+    assert torch.equal(lse == torch.inf, mask[:, None])
+    # Nor does what the others' keys and values hold reach them.
+    inputs = [x.detach().requires_grad_() for x in (clean[0], clean[1], torch.full_like(clean[2], float("nan")))]
+    out, _ = attention(*inputs, mask, 0.2, query_padding_mask=mask)
+    (grad_query,) = torch.autograd.grad(out, inputs[0], grad)
+    for x in (out, grad_query):
+        assert torch.equal(x == 0, rows.expand_as(x))
 
 
 def test_attention_padding_reaches_nothing():
@@ -211,22 +325,31 @@ def test_attention_drops_everything_at_one():
 def test_attention_empty():
     for batch, q_len, k_len in ((0, 3, 4), (1, 0, 4), (1, 3, 0)):
         inputs = [torch.randn(batch, 2, length, 16, requires_grad=True) for length in (q_len, k_len, k_len)]
+        rows = torch.zeros(batch, q_len, dtype=torch.bool)
         out, lse = attention(*inputs, torch.zeros(batch, k_len, dtype=torch.bool))
+        for a, b in zip((out, lse), attention(*inputs, query_padding_mask=rows), strict=True):
+            assert torch.equal(a, b)
         assert out.shape == (batch, 2, q_len, 16) and (out == 0).all() and (lse == torch.inf).all()
-        grads = torch.autograd.grad(out, inputs, torch.ones_like(out))
-        assert all((grad == 0).all() for grad in grads)
+        for result in (out, attention(*inputs, query_padding_mask=rows)[0]):
+            grads = torch.autograd.grad(result, inputs, torch.ones_like(out))
+            assert all((grad == 0).all() for grad in grads)
 
 
-def test_attention_writes_every_element():
+@pytest.mark.parametrize("rows", [None, "suffix", "random", "all padded"])
+def test_attention_writes_every_element(rows):
     """Outputs come from `empty`; filled with NaN, none may be left."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         mask = make_mask("suffix", 2, 200)
-        inputs = [make_tensor(2, 1, length, 20, "blhd", torch.float32).requires_grad_() for length in (70, 200, 200)]
-        out, lse = attention(*inputs, mask)
+        inputs = [make_tensor(2, 1, length, 20, "blhd", torch.float32).requires_grad_() for length in (200, 200, 200)]
+        padding = None if rows is None else make_mask(rows, 2, 200)
+        out, lse = attention(*inputs, mask, query_padding_mask=padding)
         grads = torch.autograd.grad(out, inputs, torch.randn(out.shape))
     finally:
         torch.use_deterministic_algorithms(False)
+    if padding is not None:
+        assert torch.equal(lse == torch.inf, padding[:, None])
+        lse = lse.masked_fill(padding[:, None], 0)
     assert all(x.isfinite().all() for x in (out, lse, *grads))
 
 
@@ -239,3 +362,13 @@ def test_dropout_mask_of_the_kernel_is_the_helpers():
         seed=seed,
     )  # fmt: skip
     assert torch.equal(out != 0, attention_dropout_mask(seed, 2, 2, q_len, k_len, 0.3))
+
+
+def test_dropout_mask_does_not_depend_on_the_rows():
+    """The rows that are left, gathered from anywhere, are dropped where they are without the mask of queries."""
+    q_len, k_len, seed = 150, 64, torch.tensor([2**40 + 17])
+    inputs = torch.zeros(1, 2, q_len, 16), torch.zeros(1, 2, k_len, 16), torch.eye(k_len).expand(1, 2, -1, -1)
+    rows = make_mask("random", 1, q_len)
+    out, _ = attention(*inputs, None, 0.3, seed=seed, query_padding_mask=rows)
+    keep = attention_dropout_mask(seed, 1, 2, q_len, k_len, 0.3)
+    assert torch.equal(out != 0, keep & ~rows[:, None, :, None])
