@@ -74,6 +74,17 @@ def _ours(state: Inputs) -> Outputs:
     return attention(q, k, v, mask, state["dropout_p"], seed=state["seed"])[:1]
 
 
+def _skipped_state(inputs: Inputs) -> Inputs:
+    if not inputs["self_attention"] or _mask(inputs) is None:
+        raise Unavailable("no query is padding")
+    return dict(inputs)
+
+
+def _padded_queries_skipped(state: Inputs) -> Outputs:
+    q, k, v, mask = (state[name] for name in ("query", "key", "value", "key_padding_mask"))
+    return attention(q, k, v, mask, state["dropout_p"], seed=state["seed"], query_padding_mask=mask)[:1]
+
+
 def _as_shipped(state: Inputs) -> Outputs:
     """F.multi_head_attention_forward between its projections with need_weights=True, the weights' mean included."""
     q, k, v = (state[n].flatten(0, 1) for n in ("query", "key", "value"))
@@ -237,6 +248,10 @@ def providers(max_autotune: bool = False) -> list[Provider]:
     flex = functools.partial(_flex, max_autotune=max_autotune)
     return [
         Provider("detr_fast", "padding honoured, dropout", _ours, ours=True),
+        Provider(
+            "detr_fast, padded queries skipped", "rows of padded queries are zeros, not computed; dropout",
+            _padded_queries_skipped, _skipped_state, compare=_valid_queries, ours=True,
+        ),
         Provider(
             "as shipped", "nn.MultiheadAttention's core, need_weights=True; padding as bias made beforehand, dropout",
             _as_shipped, _with_bias,
