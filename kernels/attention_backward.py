@@ -7,10 +7,11 @@
 With dropout both passes work on dS / drop_scale, from delta / drop_scale, and multiply once, at the end.
 
 The first pass walks over the keys for each tile of queries: it makes delta, keeps it for the second, and gives dq.
-The second walks over the queries for each block of keys, with everything transposed, so that P and dS go from one
-matrix product to the next in registers. P is computed anew in both, from the forward's logsumexp: +inf there, for a
-row without keys, makes every gradient of that row zero without a branch. Of queries that are padding neither pass
-reads anything: tiles and steps are made of the others.
+The second walks over the queries for each block of keys. Its P and dS have the queries as rows, too, and pass
+transposed through shared memory into the last two products: with keys as rows they would stay in registers, but then
+sm_90 runs all matrix products one by one, and dropout's bytes, dealt out along the keys, change owners. P is computed
+anew in both, from the forward's logsumexp: +inf there, for a row without keys, makes every gradient of that row zero
+without a branch. Of queries that are padding neither pass reads anything: tiles and steps are made of the others.
 
 Source: Dao 2023 (FlashAttention-2), algorithm 2.
 """
@@ -340,18 +341,18 @@ def _attention_grad_key_value_kernel(
         lse_log2 = tl.load(lse_log2_ptr + offs_m, mask=mask_m, other=float("inf"))
         delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
         # A padded key's own row may hold anything here: it is mixed with no other, and zeroed at the end.
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        probs = tl.exp2(scores * scale_log2 - lse_log2[None, :])
-        grad_probs = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        probs = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+        grad_probs = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if DROPOUT:
-            keep = tl.trans(dropout_keep(seed, drop_threshold, image_head, offs_m, start_n, BLOCK_M, BLOCK_N))
+            keep = dropout_keep(seed, drop_threshold, image_head, offs_m, start_n, BLOCK_M, BLOCK_N)
             dropped = tl.where(keep, probs, unknown_zero(drop_threshold))
-            grad_scores = dropped * grad_probs - probs * delta[None, :]
+            grad_scores = dropped * grad_probs - probs * delta[:, None]
         else:
             dropped = probs
-            grad_scores = probs * (grad_probs - delta[None, :])
-        dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
-        dk = tl.dot(grad_scores.to(q.dtype), q, dk, input_precision=PRECISION)
+            grad_scores = probs * (grad_probs - delta[:, None])
+        dv = tl.dot(tl.trans(dropped.to(do.dtype)), do, dv, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(grad_scores.to(q.dtype)), q, dk, input_precision=PRECISION)
     if DROPOUT:
         dv *= drop_scale
         dk *= drop_scale

@@ -40,7 +40,7 @@ def use_kernel(device: torch.device) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def seen_by_nobody(*tensors: torch.Tensor) -> bool:
+def is_plain_eager(*tensors: torch.Tensor) -> bool:
     """Whether plain tensors meet an op outside every compiler, tracer, dispatch mode and transform.
 
     Then the op's autograd function may be called without the dispatcher, through which a custom op of Python's goes at

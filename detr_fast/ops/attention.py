@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from detr_fast.ops._attention_chunked import chunked_backward, chunked_forward
-from detr_fast.ops._dispatch import refuse_transforms, seen_by_nobody, use_kernel
+from detr_fast.ops._dispatch import is_plain_eager, refuse_transforms, use_kernel
 from detr_fast.ops._dropout_bits import dropout_bytes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -92,7 +92,7 @@ def attention(
         raise ValueError(f"scale is {scale}; expected a finite number")
     if scale <= 0:
         query, scale = query * scale, 1.0
-    op = _Attention.apply if seen_by_nobody(query, key, value) else _attention
+    op = _Attention.apply if is_plain_eager(query, key, value) else _attention
     return op(query, key, value, key_padding_mask, float(dropout_p), seed, scale, query_padding_mask)
 
 
@@ -272,7 +272,8 @@ def _forward(query, key, value, key_padding_mask, dropout_p, seed, scale, query_
     if _on_kernel(query, value):
         from detr_fast.kernels.attention import attention_forward
 
-        attention_forward(query, *inputs, query_padding_mask, out=out, logsumexp=logsumexp)
+        with torch.cuda.device_of(query):
+            attention_forward(query, *inputs, query_padding_mask, out=out, logsumexp=logsumexp)
         return out, logsumexp
     with torch.autocast(query.device.type, enabled=False):
         result = chunked_forward(_zero_rows(query, query_padding_mask), *inputs, remember)
@@ -299,10 +300,11 @@ def _backward(
     if _on_kernel(query, value):
         from detr_fast.kernels.attention_backward import attention_backward
 
-        attention_backward(
-            grad_out, query, key, value, out, logsumexp, *rest, query_padding_mask,
-            grad_query=grads[0], grad_key=grads[1], grad_value=grads[2],
-        )  # fmt: skip
+        with torch.cuda.device_of(query):
+            attention_backward(
+                grad_out, query, key, value, out, logsumexp, *rest, query_padding_mask,
+                grad_query=grads[0], grad_key=grads[1], grad_value=grads[2],
+            )  # fmt: skip
         return grads
     # What is zero gives nothing and gets nothing.
     grad_out, query = _zero_rows(grad_out, query_padding_mask), _zero_rows(query, query_padding_mask)
