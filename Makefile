@@ -35,8 +35,8 @@ demo: $(READY)
 
 # The GPU tests, then every benchmark suite, on whatever GPU is there: at most ten minutes, two with QUICK=1. Goes on
 # after a failure; the exit status comes at the end. Results: benchmarks/results/<gpu>/. TUNE=1 adds five minutes in which
-# other tile sizes are timed; nothing is changed by it. SAME=1 adds the comparison of 300 training steps with the
-# reference path, five minutes at most, COCO_PATH=<folder> on COCO's images as well.
+# other tile sizes are timed; nothing is changed by it. SAME=1 adds six comparisons of 300 training steps with
+# the reference path's, COCO_PATH=<folder> two more on COCO's images, a minute each at most.
 # The tests are interrupted at their time limit, not ended: pytest then still says what failed. With QUICK=1 the limit is
 # no failure, since compiling the kernels for the first time takes longer; the first failing test is the last.
 gpu: QUICKLY := $(filter-out 0,$(QUICK))

@@ -11,7 +11,7 @@ Printed is the largest relative difference of their losses; the exit status is 1
 backbone's norms are frozen, with statistics that matter.
 
 Rounding does not stay small in float32: AdamW divides small gradients by their own size, and two queries of almost
-equal cost are matched one way or the other. So there are three ways to ask:
+equal cost are matched one way or the other. So there are three ways to ask beside letting both train freely in float32:
 
 - `--dtype float64`: both train freely; rounding has no time to grow.
 - `--resync`: the reference takes over our weights after every step, in any dtype: each step alone.
@@ -269,7 +269,9 @@ def main(argv: list[str] | None = None) -> int:
         bf16=args.bf16,
         coco_path=args.coco_path,
     )
-    tolerance = args.tolerance or (3e-2 if args.bf16 else 1e-4)
+    tolerance = args.tolerance
+    if tolerance is None:
+        tolerance = 3e-2 if args.bf16 else 1e-4
     way = "resync" if args.resync else "control" if args.control else "free"
     found = {
         "way": "dropout" if args.dropout else way,
@@ -301,10 +303,11 @@ def _keep(found: dict, args: Namespace) -> None:
     folder = args.output or Path("benchmarks/results") / slug(device_name(device))
     path = folder / "same_training.json"
     before = load_record(path)["comparisons"] if path.is_file() else []
-    found = found | {"commit": provenance(device)["git_sha"]}
+    where = provenance(device)
+    found = found | {"commit": where["git_sha"]}
     asked = ("way", "images", "dtype", "steps", "batch", "lr", "seed", "dropout", "image_size")
     others = [other for other in before if any(other[name] != found[name] for name in asked)]
-    record = suite_record("same_training", provenance(device), ["same_training"], None)
+    record = suite_record("same_training", where, ["same_training"], None)
     print(f"results: {save(record | {'comparisons': [*others, found]}, folder)}")
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr_fast.ops.attention import attention
+from detr_fast.ops.attention import attention, zero_rows
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -231,7 +231,7 @@ def _attention_with_weights(
     query_padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention that has its weights: out [B, H, Lq, D] and weights [B, H, Lq, Lk] after dropout."""
-    q = _zero_rows(q, query_padding_mask)
+    q = zero_rows(q, query_padding_mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if key_padding_mask is not None:
         scores = _apply_mask(scores, key_padding_mask[:, None, None, :])
@@ -239,12 +239,8 @@ def _attention_with_weights(
         scores = _apply_mask(scores, attn_mask)
     no_key = (scores == -torch.inf).all(dim=-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(no_key, 0), dim=-1).masked_fill(no_key, 0)
-    weights = F.dropout(_zero_rows(weights, query_padding_mask), dropout_p)
-    return _zero_rows(weights.to(v.dtype) @ v, query_padding_mask), weights
-
-
-def _zero_rows(x: Tensor, padding: Tensor | None) -> Tensor:
-    return x if padding is None else x.masked_fill(padding[:, None, :, None], 0)
+    weights = F.dropout(zero_rows(weights, query_padding_mask), dropout_p)
+    return zero_rows(weights.to(v.dtype) @ v, query_padding_mask), weights
 
 
 def _apply_mask(scores: Tensor, mask: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ def use_kernel(device: torch.device) -> bool:
 def is_plain_eager(*tensors: torch.Tensor) -> bool:
     """Whether plain tensors meet an op outside every compiler, tracer, dispatch mode and transform.
 
-    Then the op's autograd function may be called without the dispatcher, through which a custom op of Python's goes at
-    several times the cost of launching its kernel.
+    Then the op's autograd function may be called without the dispatcher, which costs a custom op of Python's about a
+    tenth of a millisecond of the host's time, forward and backward.
     """
     return (
         not torch.compiler.is_compiling()

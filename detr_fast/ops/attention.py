@@ -118,13 +118,13 @@ def attention_reference(
         As `attention`, with strides as they come.
     """
     dtype = query.dtype
-    query = _zero_rows(query, query_padding_mask)
+    query = zero_rows(query, query_padding_mask)
     probs, value, logsumexp = _probabilities(query, key, value, key_padding_mask, scale)
     if keep is not None:
         probs = probs * keep * _dropout_scale(dropout_p)
     if query_padding_mask is not None:
         logsumexp = logsumexp.masked_fill(query_padding_mask[:, None], torch.inf)
-    return _zero_rows((probs @ value).to(dtype), query_padding_mask), logsumexp
+    return zero_rows((probs @ value).to(dtype), query_padding_mask), logsumexp
 
 
 def applied_dropout(dropout_p: float) -> float:
@@ -251,7 +251,7 @@ def _probabilities(query, key, value, key_padding_mask, scale):
     return probs, value, _no_keys_at_inf(torch.logsumexp(scores.detach(), dim=-1))
 
 
-def _zero_rows(tensor: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+def zero_rows(tensor: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
     """`tensor` [B, H, L, D] with zeros in rows of padding [B, L]."""
     return tensor if padding is None else tensor.masked_fill(padding[:, None, :, None], 0)
 
@@ -276,7 +276,7 @@ def _forward(query, key, value, key_padding_mask, dropout_p, seed, scale, query_
             attention_forward(query, *inputs, query_padding_mask, out=out, logsumexp=logsumexp)
         return out, logsumexp
     with torch.autocast(query.device.type, enabled=False):
-        result = chunked_forward(_zero_rows(query, query_padding_mask), *inputs, remember)
+        result = chunked_forward(zero_rows(query, query_padding_mask), *inputs, remember)
     out.copy_(result[0])
     logsumexp.copy_(result[1])
     if query_padding_mask is not None:
@@ -307,10 +307,10 @@ def _backward(
             )  # fmt: skip
         return grads
     # What is zero gives nothing and gets nothing.
-    grad_out, query = _zero_rows(grad_out, query_padding_mask), _zero_rows(query, query_padding_mask)
+    grad_out, query = zero_rows(grad_out, query_padding_mask), zero_rows(query, query_padding_mask)
     with torch.autocast(query.device.type, enabled=False):
         results = chunked_backward(grad_out, query, key, value, out, logsumexp, *rest, remembered)
-    results = (_zero_rows(results[0], query_padding_mask), *results[1:])
+    results = (zero_rows(results[0], query_padding_mask), *results[1:])
     return tuple(grad.copy_(result) for grad, result in zip(grads, results, strict=True))
 
 

@@ -57,18 +57,7 @@ def test_dropout_is_judged_by_what_is_reached(capsys):
 
 
 def test_what_was_found_is_kept_once_per_question(tmp_path):
-    short = [
-        "--device",
-        "cpu",
-        "--steps",
-        "2",
-        "--image-size",
-        "32",
-        "40",
-        "--save",
-        "--output",
-        str(tmp_path / "some"),
-    ]
+    short = [*"--device cpu --steps 2 --image-size 32 40 --save --output".split(), str(tmp_path / "some")]
     for more in ([], ["--resync"], ["--dropout", "0.1", "--seeds", "2"], []):
         same_training.main(short + more)
     found = load_record(tmp_path / "some" / "same_training.json")["comparisons"]
