@@ -208,15 +208,20 @@ def test_attention_remembers_small_dropout(monkeypatch):
     """A backward that takes over the forward's matrices gives what one gives that computes them again; twice."""
     from detr_fast.ops import _attention_chunked
 
-    inputs, mask = make_inputs(), make_mask()
+    inputs, mask, drawn = make_inputs(), make_mask(), []
+    keep = _attention_chunked._keep
+    monkeypatch.setattr(_attention_chunked, "_keep", lambda *args: drawn.append(args) or keep(*args))
 
     def grads():
+        drawn.clear()
         out, _ = attention(*inputs, mask, 0.3, seed=SEED)
         return [torch.autograd.grad(out, inputs, torch.ones_like(out), retain_graph=True) for _ in range(2)]
 
     first, second = grads()
+    assert len(drawn) == 1
     monkeypatch.setattr(_attention_chunked, "_REMEMBERED", 0)
     anew, _ = grads()
+    assert len(drawn) == 3
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close(first, anew)
 
