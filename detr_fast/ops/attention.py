@@ -1,10 +1,11 @@
 """`attention`: softmax(q kᵀ · scale) v with padded keys and dropout, without the [Lq, Lk] matrix in memory.
 
 Dropout draws one byte per element from Philox 4x32 with 7 rounds, keyed by the seed. One call gives 16 bytes; its
-counter is (query row, column group, batch · heads + head, 0), all absolute, so that the same seed drops the same
-elements whatever the tiles, in the forward, in the backward and in `attention_dropout_mask`. Within 64 columns, group g
-of four holds the columns 8 j + 2 g + b at byte 2 j + b (j < 8, b < 2): the elements of one row that one GPU thread owns
-in a matrix product's result, so that a kernel can use all 16 bytes where they are made.
+counter is (query row, column group, batch · heads + head, 0), where a key's column is its place among its image's keys
+without padding. So the same seed drops the same elements whatever the tiles, in the forward, in the backward and in
+`attention_dropout_mask`, and a kernel that gathers the keys without padding finds their bytes next to each other.
+Within 64 columns, group g of four holds the columns 8 j + 2 g + b at byte 2 j + b (j < 8, b < 2): the elements of one
+row that one GPU thread owns in a matrix product's result, so that a kernel can use all 16 bytes where they are made.
 """
 
 import functools
@@ -147,27 +148,38 @@ def attention_dropout_mask(
     k_len: int,
     dropout_p: float,
     device: torch.device | str | None = None,
+    *,
+    key_padding_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The dropout mask that `attention` uses for `seed`, bit for bit, on every device.
+    """The dropout mask that `attention` uses for `seed` and `key_padding_mask`, bit for bit, on every device.
 
     Args:
         seed: [1] int64.
         batch, heads, q_len, k_len: sizes of the attention.
         dropout_p: as `attention`'s.
         device: of the result; None means the seed's.
+        key_padding_mask: [B, Lk] bool, as `attention`'s; None for no padding.
 
     Returns:
-        [B, H, Lq, Lk] bool, True = kept. An element is kept if its byte is at least 256 · `applied_dropout(p)`.
+        [B, H, Lq, Lk] bool, True = kept. An element is kept if its byte is at least 256 · `applied_dropout(p)`; those
+        of padded keys are never kept.
 
     Raises:
-        ValueError: `dropout_p` is not a probability.
+        ValueError: `dropout_p` is not a probability, or the mask has another shape.
     """
     _check_dropout(dropout_p)
     device = seed.device if device is None else torch.device(device)
     seed = seed.to(device)
     slices, rows = torch.arange(batch * heads, device=device), torch.arange(q_len, device=device)
     drawn = dropout_bytes(seed, slices, rows, k_len)
-    return (drawn.to(torch.int16) >= _dropout_threshold(dropout_p)).unflatten(0, (batch, heads))
+    keep = (drawn.to(torch.int16) >= _dropout_threshold(dropout_p)).unflatten(0, (batch, heads))
+    if key_padding_mask is None:
+        return keep
+    if key_padding_mask.shape != (batch, k_len):
+        raise ValueError(f"key_padding_mask has shape {list(key_padding_mask.shape)}; expected [{batch}, {k_len}]")
+    valid = ~key_padding_mask.to(device)
+    columns = (valid.cumsum(dim=1) - 1).clamp(min=0)
+    return keep.gather(3, columns[:, None, None].expand(keep.shape)) & valid[:, None, None]
 
 
 def _dropout_threshold(dropout_p: float) -> int:
