@@ -47,7 +47,7 @@ def _tiles(names: tuple[str, str], *tiles: tuple[int, int, int]) -> list[Tile]:
 # Kernel and kind of shape → candidates beside the present configuration.
 CANDIDATES: dict[tuple[str, str], list[Tile]] = {
     ("attention_forward", "many"): _attention_tiles(
-        (64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3), (128, 8, 2), (128, 8, 3)
+        (64, 4, 2), (64, 4, 3), (64, 4, 5), (128, 4, 2), (128, 4, 3), (128, 4, 5), (128, 8, 2), (128, 8, 3)
     ),
     ("attention_forward", "few"): _attention_tiles(
         (16, 1, 2), (16, 2, 2), (16, 4, 2), (32, 2, 2), (32, 4, 2), (64, 4, 2), (64, 4, 3), (128, 8, 2)

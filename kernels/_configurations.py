@@ -50,22 +50,25 @@ def _tile(block_m: int, warps: int, stages: int) -> dict[str, int]:
 
 # Families whose 16-bit matrix products are whole warp groups' (wgmma, tcgen05) and take at least 64 rows.
 _WARP_GROUPS = ("sm_90", "sm_100")
+_MANY = {"family": _WARP_GROUPS, "block_d": (16, 32), "ragged": False, "lengths": "many"}
 
 # A condition's value may be a tuple: any of them. Chosen by what the compiler makes of the kernels: no spills if there
 # is a way, warp groups' products, few registers. Nothing here has been timed. Loads that look after the last columns
 # ("ragged") cost registers, so that those classes have smaller tiles or more warps.
 RULES: tuple[Entry, ...] = (
-    (_FORWARD, {"precision": "ieee", "block_d": 64, "mask": True}, _tile(16, 8, 1)),
-    (_FORWARD, {"precision": "ieee", "block_d": (16, 64)}, _tile(16, 8, 2)),
-    (_FORWARD, {"precision": "ieee", "block_d": 128, "mask": False}, _tile(16, 8, 2)),
+    (_FORWARD, {"precision": "ieee", "block_d": (16, 64)}, _tile(16, 8, 3)),
+    (_FORWARD, {"precision": "ieee", "block_d": 32}, _tile(32, 8, 3)),
+    (_FORWARD, {"precision": "ieee"}, _tile(32, 8, 1)),
     (_FORWARD, {"precision": "tf32", "block_d": (64, 128), "ragged": True}, _tile(32, 8, 1)),
-    (_FORWARD, {"precision": ("ieee", "tf32"), "mask": True}, _tile(32, 8, 1)),
-    (_FORWARD, {"precision": ("ieee", "tf32")}, _tile(32, 8, 2)),
+    (_FORWARD, {"precision": "tf32"}, _tile(32, 8, 2)),
     (_FORWARD, {"family": _WARP_GROUPS, "block_d": 128, "ragged": False}, _tile(64, 4, 2)),
     (_FORWARD, {"block_d": 128}, _tile(128, 8, 2)),
     (_FORWARD, {"family": _WARP_GROUPS, "block_d": 64, "ragged": True}, _tile(128, 8, 3)),
     (_FORWARD, {"block_d": 64, "ragged": True}, _tile(64, 8, 2)),
-    (_FORWARD, {"family": _WARP_GROUPS, "block_d": (16, 32), "ragged": False, "lengths": "many"}, _tile(128, 4, 3)),
+    # Where keys are gathered, five stages fetch them a step ahead, as three do otherwise, and their rows another one.
+    (_FORWARD, _MANY | {"mask": True}, _tile(128, 4, 5)),
+    (_FORWARD, _MANY, _tile(128, 4, 3)),
+    (_FORWARD, {"mask": True}, _tile(64, 4, 5)),
     (_FORWARD, {}, _tile(64, 4, 3)),
     #
     (_GRAD_QUERY, {"precision": "tf32", "block_d": 32, "ragged": True}, _tile(16, 4, 1)),
@@ -84,6 +87,7 @@ RULES: tuple[Entry, ...] = (
     (_GRAD_KEY_VALUE, {"precision": "tf32", "block_d": 128}, _tile(16, 8, 1)),
     (_GRAD_KEY_VALUE, {"precision": "tf32", "block_d": 64, "ragged": True}, _tile(16, 8, 1)),
     (_GRAD_KEY_VALUE, {"precision": "tf32"}, _tile(32, 8, 1)),
+    (_GRAD_KEY_VALUE, {"family": "sm_100", "precision": "ieee", "block_d": 32, "dropout": True}, _tile(16, 8, 2)),
     (_GRAD_KEY_VALUE, {"precision": "ieee"}, _tile(16, 8, 1)),
     (_GRAD_KEY_VALUE, {"family": _WARP_GROUPS, "block_d": 64, "ragged": True}, _tile(32, 8, 2)),
     (_GRAD_KEY_VALUE, {"family": _WARP_GROUPS, "block_d": (16, 32), "ragged": False}, _tile(64, 4, 2)),

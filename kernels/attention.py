@@ -2,13 +2,12 @@
 
     out = dropout(softmax(q kᵀ · scale)) v        logsumexp = log Σ exp(q kᵀ · scale), over the keys without padding
 
-A program takes one tile of queries of one head and walks over the blocks of keys, keeping the running maximum, the
-running sum and the unnormalised output in registers, so that the [Lq, Lk] matrix never reaches memory. Blocks that are
-padding throughout are left out: a small kernel lists the others first, per image, and the loop runs over that list. (A
-branch inside the loop would stop the compiler from overlapping loads with matrix products.) Where queries are padding
-as well, tiles are made of the others: padding lies between them in every row of the feature map, so that few tiles of
-consecutive queries are padding throughout. Exponentials are powers of two of scores scaled by log2(e) · scale in the
-same multiply-add that subtracts the maximum.
+A program takes one tile of queries of one head and walks over the keys in blocks, keeping the running maximum, the
+running sum and the unnormalised output in registers, so that the [Lq, Lk] matrix never reaches memory. Blocks are made
+of the keys without padding, wherever they lie, which a small kernel lists first, per image: padding lies at the end of
+every row of the feature map, so that few blocks of consecutive keys would be padding throughout, and no score but those
+of the last block needs a mask. Where queries are padding as well, tiles are made of the others in the same way.
+Exponentials are powers of two of scores scaled by log2(e) · scale in the same multiply-add that subtracts the maximum.
 
 Dropout: see `detr_fast.ops.attention` for the counter and the order of the bytes.
 
@@ -24,8 +23,7 @@ import triton.language as tl
 from detr_fast.kernels import _configurations
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-# Keys per entry of the list of blocks, and keys per tile of the kernels that follow it. Dropout's bytes are dealt out
-# over 64 columns, so it is a multiple of 64.
+# Keys per block, a multiple of 64: dropout's bytes are dealt out over 64 columns.
 BLOCK_N = 64
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -48,9 +46,40 @@ def tile_mask(mask_l, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def valid_keys(caps_ptr, offs_n, k_len, HAS_MASK: tl.constexpr):
-    """[BLOCK_N]: keys that exist and are no padding."""
-    return tl.load(caps_ptr + offs_n) > 0 if HAS_MASK else offs_n < k_len
+def owned_rows(list_ptr, length, start, GATHER: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the tile that begins at place `start`: rows [BLOCK], which of them exist, which are no padding; and how many
+    of all rows are none."""
+    places = start + tl.arange(0, BLOCK)
+    exists = places < length
+    if GATHER:
+        count = tl.load(list_ptr)
+        rows = tl.load(list_ptr + 1 + places, mask=exists, other=0)
+    else:
+        count = length
+        rows = places
+    return rows, exists, places < count, count
+
+
+@triton.jit
+def step_rows(list_ptr, count, start, GATHER: tl.constexpr, BOUNDARY: tl.constexpr, BLOCK: tl.constexpr):
+    """Of one step of a loop over the rows without padding, at place `start`: rows [BLOCK], and which are among them.
+    `BOUNDARY`: some may not be."""
+    places = start + tl.arange(0, BLOCK)
+    if BOUNDARY:
+        valid = places < count
+    else:
+        valid = tl.full([BLOCK], 1, dtype=tl.int1)
+    if GATHER:
+        places = tl.load(list_ptr + 1 + places, mask=valid, other=0)
+    return places, valid
+
+
+@triton.jit
+def step_pointers(ptr, tile, rows, start, stride_l, BLOCK_D: tl.constexpr, stride_d, GATHER: tl.constexpr):
+    """Pointers [L, BLOCK_D] of rows `rows`, for which the first step's offsets `tile` do where none is left out."""
+    if GATHER:
+        return ptr + tile_offsets(rows, stride_l, BLOCK_D, stride_d)
+    return ptr + tl.cast(start, tl.int64) * stride_l + tile
 
 
 @triton.jit
@@ -60,10 +89,10 @@ def unknown_zero(threshold):
 
 
 @triton.jit
-def dropout_keep(seed, threshold, head, offs_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_M, BLOCK_N]: elements that dropout keeps, for queries `offs_m` and keys from `start_n`, of `head`."""
+def dropout_keep(seed, threshold, head, rows_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_M, BLOCK_N]: elements that dropout keeps, for queries `rows_m` and keys from place `start_n` of `head`."""
     groups = start_n // 16 + tl.arange(0, BLOCK_N // 16)
-    w0, w1, w2, w3 = tl.philox(seed, offs_m[:, None], groups[None, :], head, 0, 7)  # [BLOCK_M, BLOCK_N / 16]
+    w0, w1, w2, w3 = tl.philox(seed, rows_m[:, None], groups[None, :], head, 0, 7)  # [BLOCK_M, BLOCK_N / 16]
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     words = tl.reshape(words, [BLOCK_M, BLOCK_N // 16, 4, 1])
     # A word's byte is compared where it lies highest: those below it cannot change the answer.
@@ -74,60 +103,29 @@ def dropout_keep(seed, threshold, head, offs_m, start_n, BLOCK_M: tl.constexpr, 
     return drawn >= (threshold.to(tl.uint32) << 24)
 
 
-@triton.jit(do_not_specialize=["stride_mask_batch", "stride_mask_key", "k_len", "num_blocks"])
-def _key_blocks_kernel(
-    mask_ptr,  # [B, Lk] bool
-    blocks_ptr,  # [B, 1 + num_blocks] int32: how many blocks have a valid key, and which
-    caps_ptr,  # [B, num_blocks * BLOCK_N] float32: what a key's scores are cut to, +inf if valid, -inf if not
+@triton.jit(do_not_specialize=["stride_mask_batch", "stride_mask_length", "length"])
+def _valid_rows_kernel(
+    mask_ptr,  # [B, L] bool
+    list_ptr,  # [B, 1 + L] int32: how many rows are no padding; those, in order; then the padding, from the last
     stride_mask_batch,
-    stride_mask_key,
-    k_len,
-    num_blocks,
-    BLOCK_N: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """Program (image)."""
-    batch = tl.program_id(0).to(tl.int64)
-    mask_ptr += batch * stride_mask_batch
-    blocks_ptr += batch * (1 + num_blocks)
-    caps_ptr += batch * num_blocks * BLOCK_N
-    count = 0
-    for first in range(0, num_blocks, BLOCK_B):
-        offs_b = first + tl.arange(0, BLOCK_B)
-        offs_n = offs_b[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        padding = tl.load(mask_ptr + offs_n.to(tl.int64) * stride_mask_key, mask=offs_n < k_len, other=1)
-        caps = tl.where(padding == 0, float("inf"), float("-inf"))
-        tl.store(caps_ptr + offs_n, caps, mask=offs_n < num_blocks * BLOCK_N)
-        used = tl.max((padding == 0).to(tl.int32), axis=1)  # [BLOCK_B]
-        place = count + tl.cumsum(used, axis=0) - used
-        tl.store(blocks_ptr + 1 + place, offs_b, mask=used != 0)
-        count += tl.sum(used, axis=0)
-    tl.store(blocks_ptr, count)
-
-
-@triton.jit(do_not_specialize=["stride_mask_batch", "stride_mask_query", "q_len"])
-def _query_rows_kernel(
-    mask_ptr,  # [B, Lq] bool
-    rows_ptr,  # [B, 1 + Lq] int32: how many queries are no padding; those, in order; then the padding, from the last
-    stride_mask_batch,
-    stride_mask_query,
-    q_len,
+    stride_mask_length,
+    length,
     BLOCK: tl.constexpr,
 ):
     """Program (image)."""
     batch = tl.program_id(0).to(tl.int64)
     mask_ptr += batch * stride_mask_batch
-    rows_ptr += batch * (1 + q_len)
+    list_ptr += batch * (1 + length)
     count = 0
-    for first in range(0, q_len, BLOCK):
+    for first in range(0, length, BLOCK):
         offs = first + tl.arange(0, BLOCK)
-        padding = tl.load(mask_ptr + offs.to(tl.int64) * stride_mask_query, mask=offs < q_len, other=1)
+        padding = tl.load(mask_ptr + offs.to(tl.int64) * stride_mask_length, mask=offs < length, other=1)
         used = (padding == 0).to(tl.int32)
         before = count + tl.cumsum(used, axis=0) - used
-        place = tl.where(used != 0, before, q_len - 1 - (offs - before))
-        tl.store(rows_ptr + 1 + place, offs, mask=offs < q_len)
+        place = tl.where(used != 0, before, length - 1 - (offs - before))
+        tl.store(list_ptr + 1 + place, offs, mask=offs < length)
         count += tl.sum(used, axis=0)
-    tl.store(rows_ptr, count)
+    tl.store(list_ptr, count)
 
 
 @triton.jit
@@ -140,18 +138,20 @@ def _forward_block(
     v_ptr,
     k_tile,
     v_tile,
-    caps_ptr,
+    keys_ptr,
     stride_k_length,
+    stride_k_dim,
     stride_v_length,
+    stride_v_dim,
     start_n,
-    k_len,
+    num_keys,
     scale_log2,
     seed,
     drop_threshold,
     head,
-    offs_m,
-    HAS_MASK: tl.constexpr,
+    rows_m,
     BOUNDARY: tl.constexpr,
+    GATHER_KEYS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -161,41 +161,33 @@ def _forward_block(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """One block of keys. `BOUNDARY`: some of them may lie outside (with `HAS_MASK`, always looked after)."""
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    if HAS_MASK or BOUNDARY:
-        valid = valid_keys(caps_ptr, offs_n, k_len, HAS_MASK)
-    else:
-        valid = tl.full([BLOCK_N], 1, dtype=tl.int1)
-    k_ptrs = k_ptr + tl.cast(start_n, tl.int64) * stride_k_length + k_tile
-    v_ptrs = v_ptr + tl.cast(start_n, tl.int64) * stride_v_length + v_tile
+    """One block of keys without padding. `BOUNDARY`: it may reach beyond their last one."""
+    rows_n, valid = step_rows(keys_ptr, num_keys, start_n, GATHER_KEYS, BOUNDARY, BLOCK_N)
+    k_ptrs = step_pointers(k_ptr, k_tile, rows_n, start_n, stride_k_length, BLOCK_D, stride_k_dim, GATHER_KEYS)
+    v_ptrs = step_pointers(v_ptr, v_tile, rows_n, start_n, stride_v_length, BLOCK_DV, stride_v_dim, GATHER_KEYS)
     k = tl.load(k_ptrs, mask=tile_mask(valid, HEAD_DIM, BLOCK_D), other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    if HAS_MASK:
-        scores = tl.minimum(scores, tl.load(caps_ptr + offs_n)[None, :])
-    elif BOUNDARY:
+    if BOUNDARY:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))
     rescale = tl.exp2((row_max - new_max) * scale_log2)
     probs = tl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
     row_sum = row_sum * rescale + tl.sum(probs, axis=1)
     if DROPOUT:
-        keep = dropout_keep(seed, drop_threshold, head, offs_m, start_n, BLOCK_M, BLOCK_N)
+        keep = dropout_keep(seed, drop_threshold, head, rows_m, start_n, BLOCK_M, BLOCK_N)
         probs = tl.where(keep, probs, unknown_zero(drop_threshold))
-    # Padded rows of v count as zeros: 0 · NaN would be NaN.
     v = tl.load(v_ptrs, mask=tile_mask(valid, VALUE_DIM, BLOCK_DV), other=0.0)
     acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "num_blocks", "drop_threshold"])
+@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "drop_threshold"])
 def _attention_forward_kernel(
     q_ptr,  # [B, H, Lq, HEAD_DIM]
     k_ptr,  # [B, H, Lk, HEAD_DIM]
     v_ptr,  # [B, H, Lk, VALUE_DIM]
-    blocks_ptr,  # [B, 1 + num_blocks] int32 from _key_blocks_kernel, or None
-    caps_ptr,  # [B, num_blocks * BLOCK_N] float32 from _key_blocks_kernel, or None
-    rows_ptr,  # [B, 1 + Lq] int32 from _query_rows_kernel, or None
+    keys_ptr,  # [B, 1 + Lk] int32 from _valid_rows_kernel, or None
+    queries_ptr,  # [B, 1 + Lq] int32 from _valid_rows_kernel, or None
     seed_ptr,  # [1] int64, or None
     out_ptr,  # [B, H, Lq, VALUE_DIM]
     lse_ptr,  # [B, H, Lq] float32, contiguous
@@ -218,12 +210,11 @@ def _attention_forward_kernel(
     num_heads,
     q_len,
     k_len,
-    num_blocks,
     scale,
     drop_threshold,
     drop_scale,
-    HAS_MASK: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
+    GATHER_KEYS: tl.constexpr,
+    GATHER_QUERIES: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -239,22 +230,22 @@ def _attention_forward_kernel(
     batch = (image_head // num_heads).to(tl.int64)
     head = (image_head % num_heads).to(tl.int64)
     start_m = (tl.program_id(0) % tiles) * BLOCK_M
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < q_len
-    computed = mask_m
-    if HAS_ROWS:
-        rows_ptr += batch * (1 + q_len)
-        num_rows = tl.load(rows_ptr)
-        computed = offs_m < num_rows
-        offs_m = tl.load(rows_ptr + 1 + offs_m, mask=mask_m, other=0)
-    offs_n = tl.arange(0, BLOCK_N)
+    num_keys = k_len
+    if GATHER_KEYS:
+        keys_ptr += batch * (1 + k_len)
+        num_keys = tl.load(keys_ptr)
+    if GATHER_QUERIES:
+        queries_ptr += batch * (1 + q_len)
+    rows_m, exists, computed, num_queries = owned_rows(queries_ptr, q_len, start_m, GATHER_QUERIES, BLOCK_M)
+    if GATHER_QUERIES:  # no key for a tile of padding, whose rows are only filled
+        num_keys = tl.where(start_m < num_queries, num_keys, 0)
     q_ptr += batch * stride_q_batch + head * stride_q_head
     k_ptr += batch * stride_k_batch + head * stride_k_head
     v_ptr += batch * stride_v_batch + head * stride_v_head
     out_ptr += batch * stride_out_batch + head * stride_out_head
-    k_tile = tile_offsets(offs_n, stride_k_length, BLOCK_D, stride_k_dim)
-    v_tile = tile_offsets(offs_n, stride_v_length, BLOCK_DV, stride_v_dim)
-    q_ptrs = q_ptr + tile_offsets(offs_m, stride_q_length, BLOCK_D, stride_q_dim)
+    k_tile = tile_offsets(tl.arange(0, BLOCK_N), stride_k_length, BLOCK_D, stride_k_dim)
+    v_tile = tile_offsets(tl.arange(0, BLOCK_N), stride_v_length, BLOCK_DV, stride_v_dim)
+    q_ptrs = q_ptr + tile_offsets(rows_m, stride_q_length, BLOCK_D, stride_q_dim)
     q = tl.load(q_ptrs, mask=tile_mask(computed, HEAD_DIM, BLOCK_D), other=0.0)  # [BLOCK_M, BLOCK_D]
 
     seed = tl.load(seed_ptr) if DROPOUT else 0
@@ -262,48 +253,34 @@ def _attention_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    if HAS_MASK:
-        blocks_ptr += batch * (1 + num_blocks)
-        caps_ptr += batch * num_blocks * BLOCK_N
-        used = tl.load(blocks_ptr)
-        if HAS_ROWS:  # no block for a tile of padding, whose rows are only filled
-            used = tl.where(start_m < num_rows, used, 0)
-        for i in range(0, used):
-            start_n = tl.load(blocks_ptr + 1 + i) * BLOCK_N
-            acc, row_max, row_sum = _forward_block(
-                acc, row_max, row_sum, q, k_ptr, v_ptr, k_tile, v_tile, caps_ptr, stride_k_length, stride_v_length,
-                start_n, k_len, scale_log2, seed, drop_threshold, image_head, offs_m, True, True,
-                DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-    else:
-        if HAS_ROWS:
-            k_len = tl.where(start_m < num_rows, k_len, 0)
-        full = k_len // BLOCK_N
-        for i in range(0, full):
-            acc, row_max, row_sum = _forward_block(
-                acc, row_max, row_sum, q, k_ptr, v_ptr, k_tile, v_tile, caps_ptr, stride_k_length, stride_v_length,
-                i * BLOCK_N, k_len, scale_log2, seed, drop_threshold, image_head, offs_m, False, False,
-                DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-        if full * BLOCK_N < k_len:
-            acc, row_max, row_sum = _forward_block(
-                acc, row_max, row_sum, q, k_ptr, v_ptr, k_tile, v_tile, caps_ptr, stride_k_length, stride_v_length,
-                full * BLOCK_N, k_len, scale_log2, seed, drop_threshold, image_head, offs_m, False,
-                True, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
+    # Without tensor cores two copies of the body cost more in spilled registers than a boundary in every block.
+    ONE_BODY: tl.constexpr = PRECISION == "ieee"
+    full = tl.cdiv(num_keys, BLOCK_N) if ONE_BODY else num_keys // BLOCK_N
+    for i in range(0, full):
+        acc, row_max, row_sum = _forward_block(
+            acc, row_max, row_sum, q, k_ptr, v_ptr, k_tile, v_tile, keys_ptr, stride_k_length, stride_k_dim,
+            stride_v_length, stride_v_dim, i * BLOCK_N, num_keys, scale_log2, seed, drop_threshold, image_head, rows_m,
+            ONE_BODY, GATHER_KEYS, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    if not ONE_BODY and full * BLOCK_N < num_keys:
+        acc, row_max, row_sum = _forward_block(
+            acc, row_max, row_sum, q, k_ptr, v_ptr, k_tile, v_tile, keys_ptr, stride_k_length, stride_k_dim,
+            stride_v_length, stride_v_dim, full * BLOCK_N, num_keys, scale_log2, seed, drop_threshold, image_head,
+            rows_m, True, GATHER_KEYS, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
 
-    if HAS_ROWS:
+    if GATHER_QUERIES:
         row_sum = tl.where(computed, row_sum, 0.0)
         acc = tl.where(computed[:, None], acc, 0.0)
     no_key = row_sum == 0.0
     factor = tl.where(no_key, 0.0, 1.0 / tl.where(no_key, 1.0, row_sum))
     if DROPOUT:
         factor *= drop_scale
-    out_ptrs = out_ptr + tile_offsets(offs_m, stride_out_length, BLOCK_DV, stride_out_dim)
+    out_ptrs = out_ptr + tile_offsets(rows_m, stride_out_length, BLOCK_DV, stride_out_dim)
     out = (acc * factor[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptrs, out, mask=tile_mask(mask_m, VALUE_DIM, BLOCK_DV))
+    tl.store(out_ptrs, out, mask=tile_mask(exists, VALUE_DIM, BLOCK_DV))
     lse = tl.where(no_key, float("inf"), row_max * scale + tl.log(tl.where(no_key, 1.0, row_sum)))
-    tl.store(lse_ptr + image_head.to(tl.int64) * q_len + offs_m, lse, mask=mask_m)
+    tl.store(lse_ptr + image_head.to(tl.int64) * q_len + rows_m, lse, mask=exists)
 
 
 def attention_forward(
@@ -346,20 +323,18 @@ def attention_forward(
     batch, heads, q_len, head_dim = query.shape
     value_dim, k_len = value.shape[3], key.shape[2]
     block_d, block_dv = padded_head_dim(head_dim), padded_head_dim(value_dim)
-    blocks, caps = key_blocks(key_padding_mask)
-    rows = query_rows(query_padding_mask)
+    keys, queries = valid_rows(key_padding_mask, query_padding_mask)
     precision = input_precision(query.dtype)
     conditions = _configurations.attention_conditions(
-        query, key, value, precision, max(block_d, block_dv), blocks is not None, seed is not None
+        query, key, value, precision, max(block_d, block_dv), keys is not None, seed is not None
     )
     tile = _configurations.configuration("attention_forward", **conditions)
     _attention_forward_kernel[(batch * heads * triton.cdiv(q_len, tile["BLOCK_M"]),)](
         q_ptr=query,
         k_ptr=key,
         v_ptr=value,
-        blocks_ptr=blocks,
-        caps_ptr=caps,
-        rows_ptr=rows,
+        keys_ptr=keys,
+        queries_ptr=queries,
         seed_ptr=seed,
         out_ptr=out,
         lse_ptr=logsumexp,
@@ -367,12 +342,11 @@ def attention_forward(
         num_heads=heads,
         q_len=q_len,
         k_len=k_len,
-        num_blocks=0 if blocks is None else blocks.shape[1] - 1,
         scale=scale,
         drop_threshold=min(drop_threshold, 255),
         drop_scale=drop_scale,
-        HAS_MASK=blocks is not None,
-        HAS_ROWS=rows is not None,
+        GATHER_KEYS=keys is not None,
+        GATHER_QUERIES=queries is not None,
         DROPOUT=seed is not None,
         PRECISION=precision,
         HEAD_DIM=head_dim,
@@ -384,46 +358,30 @@ def attention_forward(
     )
 
 
-def key_blocks(key_padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """What the kernels read in place of the mask.
+def valid_rows(
+    key_padding_mask: torch.Tensor | None, query_padding_mask: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What the kernels read in place of the masks [B, Lk] and [B, Lq].
 
     Returns:
-        [B, 1 + blocks] int32: how many blocks of keys are not padding throughout, then which, in order; and
-        [B, blocks * BLOCK_N] float32: +inf for keys, -inf for padding and beyond the last key.
+        For each a list [B, 1 + L] int32: how many rows are no padding, then which, in order, then the others, which get
+        zeros. None for None; one list for one mask.
     """
-    if key_padding_mask is None:
-        return None, None
-    batch, k_len = key_padding_mask.shape
-    num_blocks = triton.cdiv(k_len, BLOCK_N)
-    blocks = torch.empty((batch, 1 + num_blocks), dtype=torch.int32, device=key_padding_mask.device)
-    caps = torch.empty((batch, num_blocks * BLOCK_N), dtype=torch.float32, device=key_padding_mask.device)
-    _key_blocks_kernel[(batch,)](
-        mask_ptr=key_padding_mask,
-        blocks_ptr=blocks,
-        caps_ptr=caps,
-        stride_mask_batch=key_padding_mask.stride(0),
-        stride_mask_key=key_padding_mask.stride(1),
-        k_len=k_len,
-        num_blocks=num_blocks,
-        BLOCK_N=BLOCK_N,
-        BLOCK_B=16,
-        num_warps=4,
-    )
-    return blocks, caps
+    keys = _valid_rows(key_padding_mask)
+    return keys, keys if query_padding_mask is key_padding_mask else _valid_rows(query_padding_mask)
 
 
-def query_rows(query_padding_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """[B, 1 + Lq] int32: how many queries are not padding, then which, in order, then the others, which get zeros."""
-    if query_padding_mask is None:
+def _valid_rows(mask: torch.Tensor | None) -> torch.Tensor | None:
+    if mask is None:
         return None
-    batch, q_len = query_padding_mask.shape
-    rows = torch.empty((batch, 1 + q_len), dtype=torch.int32, device=query_padding_mask.device)
-    _query_rows_kernel[(batch,)](
-        mask_ptr=query_padding_mask,
-        rows_ptr=rows,
-        stride_mask_batch=query_padding_mask.stride(0),
-        stride_mask_query=query_padding_mask.stride(1),
-        q_len=q_len,
+    batch, length = mask.shape
+    rows = torch.empty((batch, 1 + length), dtype=torch.int32, device=mask.device)
+    _valid_rows_kernel[(batch,)](
+        mask_ptr=mask,
+        list_ptr=rows,
+        stride_mask_batch=mask.stride(0),
+        stride_mask_length=mask.stride(1),
+        length=length,
         BLOCK=1024,
         num_warps=4,
     )

@@ -11,7 +11,8 @@ The second walks over the queries for each block of keys. Its P and dS have the 
 transposed through shared memory into the last two products: with keys as rows they would stay in registers, but then
 sm_90 runs all matrix products one by one, and dropout's bytes, dealt out along the keys, change owners. P is computed
 anew in both, from the forward's logsumexp: +inf there, for a row without keys, makes every gradient of that row zero
-without a branch. Of queries that are padding neither pass reads anything: tiles and steps are made of the others.
+without a branch. Of padding, in keys or queries, neither pass reads anything: tiles and steps are made of the others,
+as in the forward.
 
 Source: Dao 2023 (FlashAttention-2), algorithm 2.
 """
@@ -26,15 +27,16 @@ from detr_fast.kernels.attention import (
     LOG2_E,
     dropout_keep,
     input_precision,
-    key_blocks,
     needs_float32,
+    owned_rows,
     padded_head_dim,
-    query_rows,
+    step_pointers,
+    step_rows,
     strides,
     tile_mask,
     tile_offsets,
     unknown_zero,
-    valid_keys,
+    valid_rows,
 )
 
 
@@ -49,18 +51,20 @@ def _grad_query_block(
     v_ptr,
     k_tile,
     v_tile,
-    caps_ptr,
+    keys_ptr,
     stride_k_length,
+    stride_k_dim,
     stride_v_length,
+    stride_v_dim,
     start_n,
-    k_len,
+    num_keys,
     scale_log2,
     seed,
     drop_threshold,
     head,
-    offs_m,
-    HAS_MASK: tl.constexpr,
+    rows_m,
     BOUNDARY: tl.constexpr,
+    GATHER_KEYS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -71,38 +75,30 @@ def _grad_query_block(
     BLOCK_DV: tl.constexpr,
 ):
     """One block of keys; `BOUNDARY` as in the forward."""
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    if HAS_MASK or BOUNDARY:
-        valid = valid_keys(caps_ptr, offs_n, k_len, HAS_MASK)
-    else:
-        valid = tl.full([BLOCK_N], 1, dtype=tl.int1)
-    k_ptrs = k_ptr + tl.cast(start_n, tl.int64) * stride_k_length + k_tile
-    v_ptrs = v_ptr + tl.cast(start_n, tl.int64) * stride_v_length + v_tile
-    # Padded rows count as zeros: 0 · NaN would be NaN.
+    rows_n, valid = step_rows(keys_ptr, num_keys, start_n, GATHER_KEYS, BOUNDARY, BLOCK_N)
+    k_ptrs = step_pointers(k_ptr, k_tile, rows_n, start_n, stride_k_length, BLOCK_D, stride_k_dim, GATHER_KEYS)
+    v_ptrs = step_pointers(v_ptr, v_tile, rows_n, start_n, stride_v_length, BLOCK_DV, stride_v_dim, GATHER_KEYS)
     k = tl.load(k_ptrs, mask=tile_mask(valid, HEAD_DIM, BLOCK_D), other=0.0)
     v = tl.load(v_ptrs, mask=tile_mask(valid, VALUE_DIM, BLOCK_DV), other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    if HAS_MASK:
-        scores = tl.minimum(scores, tl.load(caps_ptr + offs_n)[None, :])
-    elif BOUNDARY:
+    if BOUNDARY:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     probs = tl.exp2(scores * scale_log2 - lse_log2[:, None])
     grad_probs = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if DROPOUT:
-        keep = dropout_keep(seed, drop_threshold, head, offs_m, start_n, BLOCK_M, BLOCK_N)
+        keep = dropout_keep(seed, drop_threshold, head, rows_m, start_n, BLOCK_M, BLOCK_N)
         grad_probs = tl.where(keep, grad_probs, 0.0)
     grad_scores = probs * (grad_probs - delta[:, None])
     return tl.dot(grad_scores.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "num_blocks", "drop_threshold"])
+@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "drop_threshold"])
 def _attention_grad_query_kernel(
     q_ptr,  # [B, H, Lq, HEAD_DIM]
     k_ptr,  # [B, H, Lk, HEAD_DIM]
     v_ptr,  # [B, H, Lk, VALUE_DIM]
-    blocks_ptr,  # [B, 1 + num_blocks] int32, or None
-    caps_ptr,  # [B, num_blocks * BLOCK_N] float32, or None
-    rows_ptr,  # [B, 1 + Lq] int32, or None
+    keys_ptr,  # [B, 1 + Lk] int32, or None
+    queries_ptr,  # [B, 1 + Lq] int32, or None
     seed_ptr,  # [1] int64, or None
     out_ptr,  # [B, H, Lq, VALUE_DIM]
     do_ptr,  # [B, H, Lq, VALUE_DIM], gradient of out
@@ -137,12 +133,11 @@ def _attention_grad_query_kernel(
     num_heads,
     q_len,
     k_len,
-    num_blocks,
     scale,
     drop_threshold,
     drop_scale,
-    HAS_MASK: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
+    GATHER_KEYS: tl.constexpr,
+    GATHER_QUERIES: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -158,85 +153,68 @@ def _attention_grad_query_kernel(
     batch = (image_head // num_heads).to(tl.int64)
     head = (image_head % num_heads).to(tl.int64)
     start_m = (tl.program_id(0) % tiles) * BLOCK_M
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < q_len
-    computed = mask_m
-    if HAS_ROWS:
-        rows_ptr += batch * (1 + q_len)
-        num_rows = tl.load(rows_ptr)
-        computed = offs_m < num_rows
-        offs_m = tl.load(rows_ptr + 1 + offs_m, mask=mask_m, other=0)
-    offs_n = tl.arange(0, BLOCK_N)
+    num_keys = k_len
+    if GATHER_KEYS:
+        keys_ptr += batch * (1 + k_len)
+        num_keys = tl.load(keys_ptr)
+    if GATHER_QUERIES:
+        queries_ptr += batch * (1 + q_len)
+    rows_m, exists, computed, num_queries = owned_rows(queries_ptr, q_len, start_m, GATHER_QUERIES, BLOCK_M)
+    if GATHER_QUERIES:
+        num_keys = tl.where(start_m < num_queries, num_keys, 0)
     q_ptr += batch * stride_q_batch + head * stride_q_head
     k_ptr += batch * stride_k_batch + head * stride_k_head
     v_ptr += batch * stride_v_batch + head * stride_v_head
     out_ptr += batch * stride_out_batch + head * stride_out_head
     do_ptr += batch * stride_do_batch + head * stride_do_head
     dq_ptr += batch * stride_dq_batch + head * stride_dq_head
-    k_tile = tile_offsets(offs_n, stride_k_length, BLOCK_D, stride_k_dim)
-    v_tile = tile_offsets(offs_n, stride_v_length, BLOCK_DV, stride_v_dim)
+    k_tile = tile_offsets(tl.arange(0, BLOCK_N), stride_k_length, BLOCK_D, stride_k_dim)
+    v_tile = tile_offsets(tl.arange(0, BLOCK_N), stride_v_length, BLOCK_DV, stride_v_dim)
     mask_q = tile_mask(computed, HEAD_DIM, BLOCK_D)
     mask_out = tile_mask(computed, VALUE_DIM, BLOCK_DV)
-    q = tl.load(q_ptr + tile_offsets(offs_m, stride_q_length, BLOCK_D, stride_q_dim), mask=mask_q, other=0.0)
-    out = tl.load(out_ptr + tile_offsets(offs_m, stride_out_length, BLOCK_DV, stride_out_dim), mask=mask_out, other=0.0)
-    do = tl.load(do_ptr + tile_offsets(offs_m, stride_do_length, BLOCK_DV, stride_do_dim), mask=mask_out, other=0.0)
+    q = tl.load(q_ptr + tile_offsets(rows_m, stride_q_length, BLOCK_D, stride_q_dim), mask=mask_q, other=0.0)
+    out = tl.load(out_ptr + tile_offsets(rows_m, stride_out_length, BLOCK_DV, stride_out_dim), mask=mask_out, other=0.0)
+    do = tl.load(do_ptr + tile_offsets(rows_m, stride_do_length, BLOCK_DV, stride_do_dim), mask=mask_out, other=0.0)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1)  # [BLOCK_M]
-    rows = image_head.to(tl.int64) * q_len + offs_m
+    offs_m = image_head.to(tl.int64) * q_len + rows_m
     if DROPOUT:  # so that the loops need not multiply by drop_scale, which is 0 if everything is dropped
         delta /= tl.where(drop_scale == 0, 1.0, drop_scale)
-    tl.store(delta_ptr + rows, delta, mask=computed)
-    lse_log2 = tl.load(lse_ptr + rows, mask=computed, other=float("inf")) * LOG2_E
-    tl.store(lse_log2_ptr + rows, lse_log2, mask=computed)
+    tl.store(delta_ptr + offs_m, delta, mask=computed)
+    lse_log2 = tl.load(lse_ptr + offs_m, mask=computed, other=float("inf")) * LOG2_E
+    tl.store(lse_log2_ptr + offs_m, lse_log2, mask=computed)
 
     seed = tl.load(seed_ptr) if DROPOUT else 0
     scale_log2 = scale * LOG2_E
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    if HAS_MASK:
-        blocks_ptr += batch * (1 + num_blocks)
-        caps_ptr += batch * num_blocks * BLOCK_N
-        used = tl.load(blocks_ptr)
-        if HAS_ROWS:
-            used = tl.where(start_m < num_rows, used, 0)
-        for i in range(0, used):
-            start_n = tl.load(blocks_ptr + 1 + i) * BLOCK_N
-            dq = _grad_query_block(
-                dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_tile, v_tile, caps_ptr, stride_k_length, stride_v_length,
-                start_n, k_len, scale_log2, seed, drop_threshold, image_head, offs_m, True,
-                True, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-    else:
-        if HAS_ROWS:
-            k_len = tl.where(start_m < num_rows, k_len, 0)
-        # In float32 two copies of the body cost more in spilled registers than looking after the boundary everywhere.
-        ONE_BODY: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-        full = tl.cdiv(k_len, BLOCK_N) if ONE_BODY else k_len // BLOCK_N
-        for i in range(0, full):
-            dq = _grad_query_block(
-                dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_tile, v_tile, caps_ptr, stride_k_length, stride_v_length,
-                i * BLOCK_N, k_len, scale_log2, seed, drop_threshold, image_head, offs_m,
-                False, ONE_BODY, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-        if not ONE_BODY and full * BLOCK_N < k_len:
-            dq = _grad_query_block(
-                dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_tile, v_tile, caps_ptr, stride_k_length, stride_v_length,
-                full * BLOCK_N, k_len, scale_log2, seed, drop_threshold, image_head,
-                offs_m, False, True, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-    dq_ptrs = dq_ptr + tile_offsets(offs_m, stride_dq_length, BLOCK_D, stride_dq_dim)
+    ONE_BODY: tl.constexpr = PRECISION == "ieee"  # as in the forward
+    full = tl.cdiv(num_keys, BLOCK_N) if ONE_BODY else num_keys // BLOCK_N
+    for i in range(0, full):
+        dq = _grad_query_block(
+            dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_tile, v_tile, keys_ptr, stride_k_length, stride_k_dim,
+            stride_v_length, stride_v_dim, i * BLOCK_N, num_keys, scale_log2, seed, drop_threshold, image_head, rows_m,
+            ONE_BODY, GATHER_KEYS, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    if not ONE_BODY and full * BLOCK_N < num_keys:
+        dq = _grad_query_block(
+            dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_tile, v_tile, keys_ptr, stride_k_length, stride_k_dim,
+            stride_v_length, stride_v_dim, full * BLOCK_N, num_keys, scale_log2, seed, drop_threshold, image_head,
+            rows_m, True, GATHER_KEYS, DROPOUT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    dq_ptrs = dq_ptr + tile_offsets(rows_m, stride_dq_length, BLOCK_D, stride_dq_dim)
     if DROPOUT:
         dq *= drop_scale
-    if HAS_ROWS:
+    if GATHER_QUERIES:
         dq = tl.where(computed[:, None], dq, 0.0)
-    tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=tile_mask(mask_m, HEAD_DIM, BLOCK_D))
+    tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=tile_mask(exists, HEAD_DIM, BLOCK_D))
 
 
-@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "num_blocks", "drop_threshold"])
+@triton.jit(do_not_specialize=["num_heads", "q_len", "k_len", "drop_threshold"])
 def _attention_grad_key_value_kernel(
     q_ptr,  # [B, H, Lq, HEAD_DIM]
     k_ptr,  # [B, H, Lk, HEAD_DIM]
     v_ptr,  # [B, H, Lk, VALUE_DIM]
-    caps_ptr,  # [B, num_blocks * BLOCK_N] float32, or None
-    rows_ptr,  # [B, 1 + Lq] int32, or None
+    keys_ptr,  # [B, 1 + Lk] int32, or None
+    queries_ptr,  # [B, 1 + Lq] int32, or None
     seed_ptr,  # [1] int64, or None
     do_ptr,  # [B, H, Lq, VALUE_DIM], gradient of out
     lse_log2_ptr,  # [B, H, Lq] float32, contiguous, from the first pass
@@ -270,12 +248,11 @@ def _attention_grad_key_value_kernel(
     num_heads,
     q_len,
     k_len,
-    num_blocks,
     scale,
     drop_threshold,
     drop_scale,
-    HAS_MASK: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
+    GATHER_KEYS: tl.constexpr,
+    GATHER_QUERIES: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -291,29 +268,28 @@ def _attention_grad_key_value_kernel(
     batch = (image_head // num_heads).to(tl.int64)
     head = (image_head % num_heads).to(tl.int64)
     start_n = (tl.program_id(0) % tiles) * BLOCK_N
-    offs_n = start_n + tl.arange(0, BLOCK_N)
+    if GATHER_KEYS:
+        keys_ptr += batch * (1 + k_len)
+    rows_n, exists, valid, num_keys = owned_rows(keys_ptr, k_len, start_n, GATHER_KEYS, BLOCK_N)
     q_ptr += batch * stride_q_batch + head * stride_q_head
     k_ptr += batch * stride_k_batch + head * stride_k_head
     v_ptr += batch * stride_v_batch + head * stride_v_head
     do_ptr += batch * stride_do_batch + head * stride_do_head
     dk_ptr += batch * stride_dk_batch + head * stride_dk_head
     dv_ptr += batch * stride_dv_batch + head * stride_dv_head
-    dk_ptrs = dk_ptr + tile_offsets(offs_n, stride_dk_length, BLOCK_D, stride_dk_dim)
-    dv_ptrs = dv_ptr + tile_offsets(offs_n, stride_dv_length, BLOCK_DV, stride_dv_dim)
-    dk_mask = tile_mask(offs_n < k_len, HEAD_DIM, BLOCK_D)
-    dv_mask = tile_mask(offs_n < k_len, VALUE_DIM, BLOCK_DV)
+    dk_ptrs = dk_ptr + tile_offsets(rows_n, stride_dk_length, BLOCK_D, stride_dk_dim)
+    dv_ptrs = dv_ptr + tile_offsets(rows_n, stride_dv_length, BLOCK_DV, stride_dv_dim)
+    dk_mask = tile_mask(exists, HEAD_DIM, BLOCK_D)
+    dv_mask = tile_mask(exists, VALUE_DIM, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
-    if HAS_MASK:
-        caps_ptr += batch * num_blocks * BLOCK_N
-    valid = valid_keys(caps_ptr, offs_n, k_len, HAS_MASK)
-    if tl.max(valid.to(tl.int32), axis=0) == 0:
+    if start_n >= num_keys:
         tl.store(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), mask=dk_mask)
         tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=dv_mask)
         return
 
-    k_ptrs = k_ptr + tile_offsets(offs_n, stride_k_length, BLOCK_D, stride_k_dim)
-    v_ptrs = v_ptr + tile_offsets(offs_n, stride_v_length, BLOCK_DV, stride_v_dim)
+    k_ptrs = k_ptr + tile_offsets(rows_n, stride_k_length, BLOCK_D, stride_k_dim)
+    v_ptrs = v_ptr + tile_offsets(rows_n, stride_v_length, BLOCK_DV, stride_v_dim)
     k = tl.load(k_ptrs, mask=tile_mask(valid, HEAD_DIM, BLOCK_D), other=0.0)  # [BLOCK_N, BLOCK_D]
     v = tl.load(v_ptrs, mask=tile_mask(valid, VALUE_DIM, BLOCK_DV), other=0.0)  # [BLOCK_N, BLOCK_DV]
     q_tile = tile_offsets(tl.arange(0, BLOCK_M), stride_q_length, BLOCK_D, stride_q_dim)
@@ -322,30 +298,26 @@ def _attention_grad_key_value_kernel(
     delta_ptr += image_head.to(tl.int64) * q_len
     seed = tl.load(seed_ptr) if DROPOUT else 0
     scale_log2 = scale * LOG2_E
-    num_rows = q_len
-    if HAS_ROWS:
-        rows_ptr += batch * (1 + q_len)
-        num_rows = tl.load(rows_ptr)
-    for start_m in range(0, num_rows, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < num_rows
-        first = tl.cast(start_m, tl.int64)
-        if HAS_ROWS:
-            offs_m = tl.load(rows_ptr + 1 + offs_m, mask=mask_m, other=0)
-            first = tl.cast(0, tl.int64)
-            q_tile = tile_offsets(offs_m, stride_q_length, BLOCK_D, stride_q_dim)
-            do_tile = tile_offsets(offs_m, stride_do_length, BLOCK_DV, stride_do_dim)
-        q = tl.load(q_ptr + first * stride_q_length + q_tile, mask=tile_mask(mask_m, HEAD_DIM, BLOCK_D), other=0.0)
-        do_ptrs = do_ptr + first * stride_do_length + do_tile
+    num_queries = q_len
+    if GATHER_QUERIES:
+        queries_ptr += batch * (1 + q_len)
+        num_queries = tl.load(queries_ptr)
+    for start_m in range(0, num_queries, BLOCK_M):
+        rows_m, mask_m = step_rows(queries_ptr, num_queries, start_m, GATHER_QUERIES, True, BLOCK_M)
+        q_ptrs = step_pointers(q_ptr, q_tile, rows_m, start_m, stride_q_length, BLOCK_D, stride_q_dim, GATHER_QUERIES)
+        q = tl.load(q_ptrs, mask=tile_mask(mask_m, HEAD_DIM, BLOCK_D), other=0.0)
+        do_ptrs = step_pointers(
+            do_ptr, do_tile, rows_m, start_m, stride_do_length, BLOCK_DV, stride_do_dim, GATHER_QUERIES
+        )
         do = tl.load(do_ptrs, mask=tile_mask(mask_m, VALUE_DIM, BLOCK_DV), other=0.0)
-        lse_log2 = tl.load(lse_log2_ptr + offs_m, mask=mask_m, other=float("inf"))
-        delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
+        lse_log2 = tl.load(lse_log2_ptr + rows_m, mask=mask_m, other=float("inf"))
+        delta = tl.load(delta_ptr + rows_m, mask=mask_m, other=0.0)
         # A padded key's own row may hold anything here: it is mixed with no other, and zeroed at the end.
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         probs = tl.exp2(scores * scale_log2 - lse_log2[:, None])
         grad_probs = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if DROPOUT:
-            keep = dropout_keep(seed, drop_threshold, image_head, offs_m, start_n, BLOCK_M, BLOCK_N)
+            keep = dropout_keep(seed, drop_threshold, image_head, rows_m, start_n, BLOCK_M, BLOCK_N)
             dropped = tl.where(keep, probs, unknown_zero(drop_threshold))
             grad_scores = dropped * grad_probs - probs * delta[:, None]
         else:
@@ -405,18 +377,17 @@ def attention_backward(
         return
     block_d, block_dv = padded_head_dim(head_dim), padded_head_dim(value_dim)
     delta, lse_log2 = torch.empty_like(logsumexp), torch.empty_like(logsumexp)
-    blocks, caps = key_blocks(key_padding_mask)
-    rows = query_rows(query_padding_mask)
+    keys, queries = valid_rows(key_padding_mask, query_padding_mask)
     precision = input_precision(query.dtype)
     conditions = _configurations.attention_conditions(
-        query, key, value, precision, max(block_d, block_dv), blocks is not None, seed is not None
+        query, key, value, precision, max(block_d, block_dv), keys is not None, seed is not None
     )
     shared = dict(
         q_ptr=query,
         k_ptr=key,
         v_ptr=value,
-        caps_ptr=caps,
-        rows_ptr=rows,
+        keys_ptr=keys,
+        queries_ptr=queries,
         seed_ptr=seed,
         do_ptr=grad_out,
         delta_ptr=delta,
@@ -425,12 +396,11 @@ def attention_backward(
         num_heads=heads,
         q_len=q_len,
         k_len=k_len,
-        num_blocks=0 if blocks is None else blocks.shape[1] - 1,
         scale=scale,
         drop_threshold=min(drop_threshold, 255),
         drop_scale=drop_scale,
-        HAS_MASK=blocks is not None,
-        HAS_ROWS=rows is not None,
+        GATHER_KEYS=keys is not None,
+        GATHER_QUERIES=queries is not None,
         DROPOUT=seed is not None,
         PRECISION=precision,
         HEAD_DIM=head_dim,
@@ -445,7 +415,6 @@ def attention_backward(
             out_ptr=out,
             dq_ptr=grad_query,
             lse_ptr=logsumexp,
-            blocks_ptr=blocks,
             **strides(out=out, dq=grad_query),
             **shared,
             **tile,

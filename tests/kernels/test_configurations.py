@@ -46,7 +46,7 @@ def test_every_launch_has_a_configuration(kernel):
         powers = [value for name, value in tile.items() if name != "num_stages"]
         assert all(value & (value - 1) == 0 < value for value in powers), tile
         # A matrix product has at least 16 rows; on sm_90 a warp group of 4 warps takes 64.
-        assert tile.get("BLOCK_M", 16) >= 16 and 1 <= tile.get("num_stages", 1) <= 4, tile
+        assert tile.get("BLOCK_M", 16) >= 16 and 1 <= tile.get("num_stages", 1) <= 5, tile
 
 
 @pytest.mark.parametrize("kernel", CONDITIONS)

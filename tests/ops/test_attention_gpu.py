@@ -62,7 +62,7 @@ def test_attention_matches_reference(dtype, dims, masked, p):
         inputs = make_inputs(dtype, 2, 2, q_len, k_len, *dims)
         mask = make_mask(2, k_len) if masked else None
         seed = torch.randint(0, 2**62, (1,), device="cuda")
-        keep = attention_dropout_mask(seed, 2, 2, q_len, k_len, p) if p else None
+        keep = attention_dropout_mask(seed, 2, 2, q_len, k_len, p, key_padding_mask=mask) if p else None
         out, _ = attention(*inputs, mask, p, seed=seed)
         grad = torch.randn(2, 2, q_len, 2 * out.shape[3], device="cuda").to(dtype)[..., ::2]
         results = (out, *torch.autograd.grad(out, inputs, grad))

@@ -132,7 +132,8 @@ def check(inputs, mask, dropout_p, scale, grad_kind, query_padding_mask=None):
     out, lse = attention(*inputs, mask, dropout_p, seed=seed, **options)
     grad = make_grad(grad_kind, out)
     grads = torch.autograd.grad(out, inputs, grad)
-    keep = attention_dropout_mask(seed, batch, heads, q_len, key.shape[2], dropout_p) if dropout_p else None
+    sizes = batch, heads, q_len, key.shape[2]
+    keep = attention_dropout_mask(seed, *sizes, dropout_p, key_padding_mask=mask) if dropout_p else None
 
     exact = [x.detach().double().requires_grad_() for x in inputs]
     exact_out, exact_lse = attention_reference(*exact, mask, dropout_p, keep, **options)
@@ -214,7 +215,7 @@ def test_attention_computes_no_tile_of_padding(monkeypatch):
     )
     inputs = [make_tensor(1, 2, 300, 16, "blhd", torch.float32).requires_grad_() for _ in range(3)]
     rows = padded_map(15, 20, 9, 10)  # 90 of 300: three tiles of ten
-    for mask, blocks in ((None, 5), (rows, 3)):
+    for mask, blocks in ((None, 5), (rows, 2)):
         passes.clear()
         out, _ = attention(*inputs, mask, query_padding_mask=rows)
         assert len(passes) == 2 * 3 * blocks
@@ -222,12 +223,12 @@ def test_attention_computes_no_tile_of_padding(monkeypatch):
         assert len(passes) == 4 * 3 * blocks
 
 
-@pytest.mark.parametrize("q_len", [0, 1, 43, 1023, 1024, 1025, 2500])
-def test_query_rows(q_len):
-    """The list of valid queries, of masks with any strides."""
-    from detr_fast.kernels.attention import query_rows
+@pytest.mark.parametrize("length", [0, 1, 43, 1023, 1024, 1025, 2500])
+def test_valid_rows(length):
+    """The lists of rows without padding, of masks with any strides."""
+    from detr_fast.kernels.attention import valid_rows
 
-    drawn = torch.rand(3, q_len) < 0.5
+    drawn = torch.rand(3, length) < 0.5
     drawn[1], drawn[2] = True, False
     for mask in (
         drawn,
@@ -235,26 +236,27 @@ def test_query_rows(q_len):
         torch.stack((drawn, ~drawn), dim=2)[..., 0],
         drawn[:1].expand(3, -1),
     ):
-        for row, image in zip(query_rows(mask).tolist(), mask, strict=True):
-            valid = (~image).nonzero().flatten().tolist()
-            assert row[: 1 + len(valid)] == [len(valid), *valid]
-            assert row[1 + len(valid) :] == image.nonzero().flatten().flip(0).tolist()
-    assert query_rows(None) is None
+        for of_mask in (valid_rows(mask, None)[0], valid_rows(None, mask)[1]):
+            for row, image in zip(of_mask.tolist(), mask, strict=True):
+                valid = (~image).nonzero().flatten().tolist()
+                assert row[: 1 + len(valid)] == [len(valid), *valid]
+                assert row[1 + len(valid) :] == image.nonzero().flatten().flip(0).tolist()
+    assert valid_rows(None, None) == (None, None)
+    keys, queries = valid_rows(drawn, drawn)
+    assert keys is queries
 
 
 def test_shares_of_work_in_a_coco_batch():
     """What benchmarks/NOTES.md counts: tiles of 128 queries times blocks of 64 keys, as shares of all of them."""
     from detr_fast.benchmarks.shapes import typical_real_batch
-    from detr_fast.kernels.attention import BLOCK_N, key_blocks, query_rows
+    from detr_fast.kernels.attention import BLOCK_N, valid_rows
 
     mask = typical_real_batch("R50", 16).key_padding_mask()
     blocks, tiles = -(-mask.shape[1] // BLOCK_N), -(-mask.shape[1] // 128)
-    used_blocks = key_blocks(mask)[0][:, 0].double() / blocks
-    gathered_tiles = (query_rows(mask)[:, 0].double() / 128).ceil() / tiles
-    in_tiles = torch.nn.functional.pad(mask, (0, tiles * 128 - mask.shape[1]), value=True).unflatten(1, (tiles, 128))
-    used_tiles = (~in_tiles).any(dim=2).double().mean(dim=1)
-    shares = [(used_blocks * of_tiles).mean().item() for of_tiles in (1, used_tiles, gathered_tiles)]
-    assert shares == pytest.approx([0.72, 0.53, 0.395], abs=0.005)
+    valid = valid_rows(mask, None)[0][:, 0].double()
+    used_blocks, used_tiles = (valid / BLOCK_N).ceil() / blocks, (valid / 128).ceil() / tiles
+    shares = [(used_blocks * of_tiles).mean().item() for of_tiles in (1, used_tiles)]
+    assert shares == pytest.approx([0.533, 0.298], abs=0.001)
 
 
 def test_attention_padded_queries_reach_nothing():
@@ -353,15 +355,16 @@ def test_attention_writes_every_element(rows):
     assert all(x.isfinite().all() for x in (out, lse, *grads))
 
 
-def test_dropout_mask_of_the_kernel_is_the_helpers():
+@pytest.mark.parametrize("kind", ["none", "interleaved", "random"])
+def test_dropout_mask_of_the_kernel_is_the_helpers(kind):
     """Bit for bit: with v the identity and equal scores, the output shows the mask itself."""
     q_len, k_len = 70, 128
-    seed = torch.tensor([2**61 + 12345678901])
+    seed, mask = torch.tensor([2**61 + 12345678901]), make_mask(kind, 2, k_len)
     out, _ = attention(
-        torch.zeros(2, 2, q_len, 16), torch.zeros(2, 2, k_len, 16), torch.eye(k_len).expand(2, 2, -1, -1), None, 0.3,
+        torch.zeros(2, 2, q_len, 16), torch.zeros(2, 2, k_len, 16), torch.eye(k_len).expand(2, 2, -1, -1), mask, 0.3,
         seed=seed,
     )  # fmt: skip
-    assert torch.equal(out != 0, attention_dropout_mask(seed, 2, 2, q_len, k_len, 0.3))
+    assert torch.equal(out != 0, attention_dropout_mask(seed, 2, 2, q_len, k_len, 0.3, key_padding_mask=mask))
 
 
 def test_dropout_mask_does_not_depend_on_the_rows():
