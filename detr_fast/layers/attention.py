@@ -14,8 +14,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     `attn_mask` or a float `key_padding_mask`, computes the [Lq, Lk] matrix in plain PyTorch. A row without any key
     gives zeros before the output projection, where `nn.MultiheadAttention` gives NaN. Fused, the attention dropout is
     applied at the multiple of 1/256 nearest to `dropout` (`detr_fast.ops.applied_dropout`). A `query_padding_mask`
-    saves the time of the padded queries' rows, which `nn.MultiheadAttention`, and so DETR, computes: the models here do
-    not pass one.
+    saves the time of the padded queries' rows, which `nn.MultiheadAttention` computes; the detectors here pass one
+    where nobody reads those rows.
 
     Args:
         embed_dim: E, width of the queries and of the output; a multiple of `num_heads`.

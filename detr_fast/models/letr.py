@@ -43,9 +43,11 @@ _CHANNELS = (256, 512, 1024, 2048)
 class Transformer(detr_transformer.Transformer):
     """DETR's transformer, returning the memory as LETR does: [L, B, C]."""
 
-    def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor, *, padded_memory: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """As `detr_fast.models.Transformer.forward`; returns hs [layers, B, Q, C] and memory [h*w, B, C]."""
-        hs, memory = super().forward(src, mask, query_embed, pos_embed)
+        hs, memory = super().forward(src, mask, query_embed, pos_embed, padded_memory=padded_memory)
         return hs, memory.flatten(2).permute(2, 0, 1)
 
 
@@ -53,12 +55,19 @@ class StackTransformer(Transformer):
     """The second stage's transformer, whose queries differ from image to image."""
 
     def forward(
-        self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor, *, need_weights: bool = False
+        self,
+        src: Tensor,
+        mask: Tensor,
+        query_embed: Tensor,
+        pos_embed: Tensor,
+        *,
+        need_weights: bool = False,
+        padded_memory: bool = True,
     ) -> tuple[Tensor, Tensor, list[Tensor] | None]:
         """As `Transformer.forward`, and attention weights.
 
         Args:
-            src, mask, pos_embed: as there.
+            src, mask, pos_embed, padded_memory: as there.
             query_embed: [B, Q, C], one embedding for each query of each image.
             need_weights: return the decoder's attention to the memory, which takes the slower reference path.
 
@@ -67,14 +76,14 @@ class StackTransformer(Transformer):
             heads; None without `need_weights`.
         """
         if not need_weights:
-            return *super().forward(src, mask, query_embed, pos_embed), None
+            return *super().forward(src, mask, query_embed, pos_embed, padded_memory=padded_memory), None
         weights, handles = [], []
         for layer in self.decoder.layers:
             attention = layer.multihead_attn
             handles.append(attention.register_forward_pre_hook(_with_weights, with_kwargs=True))
             handles.append(attention.register_forward_hook(lambda module, args, out: weights.append(out[1])))
         try:
-            hs, memory = super().forward(src, mask, query_embed, pos_embed)
+            hs, memory = super().forward(src, mask, query_embed, pos_embed, padded_memory=padded_memory)
         finally:
             for handle in handles:
                 handle.remove()
@@ -92,7 +101,7 @@ class LETR(nn.Module):
         backbone: NestedTensor → (features, positions) of all levels, as `Joiner` of a `Backbone` with
             ``return_interm_layers=True``. A level's channels are those of the backbone's `num_channels_per_level`, or,
             where it has none, 256, 512, 1024 and 2048.
-        transformer: as `Transformer`, with attributes `d_model` and `nhead`.
+        transformer: as `Transformer`, with attributes `d_model` and `nhead`. Its memory is not read; see `DETR`.
         num_classes: number of classes without no-object; LETR's is 1.
         num_queries: the most lines that can be found in one image.
         args: `layer1_num`, the level to read, 0..3.
@@ -152,7 +161,7 @@ class LETR(nn.Module):
         """The decoder's outputs [layers, B, Q, C] from the backbone's levels."""
         src, mask = features[self.args.layer1_num].decompose()
         position = positions[self.args.layer1_num]
-        return self.transformer(self.input_proj(src), mask, self.query_embed.weight, position)[0]
+        return detr_transformer.decoded(self.transformer, self.input_proj(src), mask, self.query_embed.weight, position)
 
 
 class LETRstack(nn.Module):
@@ -217,7 +226,7 @@ class LETRstack(nn.Module):
         query_embed = self.letr.decode(features, positions)[-1]
         src, mask = features[self.args.layer2_num].decompose()
         position = positions[self.args.layer2_num]
-        hs = self.transformer(self.input_proj(src), mask, query_embed, position)[0]
+        hs = detr_transformer.decoded(self.transformer, self.input_proj(src), mask, query_embed, position)
         return head_outputs(hs, self.class_embed, self.lines_embed, "pred_lines", self.aux_loss), None
 
 

@@ -63,18 +63,22 @@ class Transformer(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor, *, padded_memory: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Encodes a feature map and decodes the queries from it.
 
         A channels-last `src` and `pos_embed` are read in place; others are copied once. Pixels under the mask are
-        never attended to, but computed like any other and returned in `memory`. An image that is all padding gives
-        attention outputs of zero.
+        never attended to, but computed like any other and returned in `memory`, unless `padded_memory` is False. An
+        image that is all padding gives attention outputs of zero.
 
         Args:
             src: [B, C, h, w], C = d_model.
             mask: [B, h, w] bool, True = padding.
             query_embed: [Q, C], one embedding per query; or [B, Q, C], each image's own.
             pos_embed: [B, C, h, w].
+            padded_memory: False leaves the pixels under the mask out of the encoder's attention, which saves their
+                time: what `memory` holds there is unspecified then. All else is the same.
 
         Returns:
             hs [layers, B, Q, C] (one layer without `return_intermediate_dec`) and memory [B, C, h, w].
@@ -98,7 +102,9 @@ class Transformer(nn.Module):
         query_pos_BQC = query_embed.expand(batch, *query_embed.shape[-2:])
         tgt_BQC = query_embed.new_zeros(query_pos_BQC.shape)
 
-        memory_LBC = self.encoder(src_LBC, src_key_padding_mask=key_padding_mask, pos=pos_LBC)
+        query_padding_mask = None if padded_memory else key_padding_mask
+        query_padding = supported(self.encoder, src_query_padding_mask=query_padding_mask)
+        memory_LBC = self.encoder(src_LBC, src_key_padding_mask=key_padding_mask, pos=pos_LBC, **query_padding)
         hs = self.decoder(
             tgt_BQC.transpose(0, 1),
             memory_LBC,
@@ -107,6 +113,20 @@ class Transformer(nn.Module):
             query_pos=query_pos_BQC.transpose(0, 1),
         )
         return hs.transpose(1, 2), memory_LBC.permute(1, 2, 0).unflatten(2, (height, width))
+
+
+def decoded(transformer: nn.Module, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor) -> Tensor:
+    """hs of a transformer, ours or another's, whose memory nobody reads; arguments as `Transformer.forward`."""
+    return transformer(src, mask, query_embed, pos_embed, **supported(transformer, padded_memory=False))[0]
+
+
+def supported(module: nn.Module, **options) -> dict:
+    """Those of the options that are keyword-only arguments of the module's forward.
+
+    A part may be another's, or a subclass's, whose forward has the original's arguments alone.
+    """
+    known = getattr(module.forward, "__kwdefaults__", None) or ()
+    return {name: value for name, value in options.items() if name in known}
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -135,11 +155,14 @@ class TransformerEncoder(nn.Module):
         mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         pos: Tensor | None = None,
+        *,
+        src_query_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Arguments as `TransformerEncoderLayer.forward` (`mask` is its `src_mask`); returns [L, B, C]."""
         output = src
         for layer in self.layers:
-            output = layer(output, src_mask=mask, src_key_padding_mask=src_key_padding_mask, pos=pos)
+            query_padding = supported(layer, src_query_padding_mask=src_query_padding_mask)
+            output = layer(output, src_mask=mask, src_key_padding_mask=src_key_padding_mask, pos=pos, **query_padding)
         if self.norm is not None:
             output = _batch_first(self.norm, output)
         return output
@@ -239,6 +262,8 @@ class TransformerEncoderLayer(nn.Module):
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         pos: Tensor | None = None,
+        *,
+        src_query_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """One layer.
 
@@ -247,23 +272,28 @@ class TransformerEncoderLayer(nn.Module):
             src_mask: attention mask, as `MultiheadAttention`'s attn_mask (takes the reference path).
             src_key_padding_mask: [B, L] bool, True = padding.
             pos: [L, B, C], added to queries and keys, not to values.
+            src_query_padding_mask: [B, L] bool, True = padding, whose rows the attention leaves out. For tokens that
+                nobody reads: what comes out for them is unspecified.
 
         Returns:
             [L, B, C].
         """
         src = src.transpose(0, 1)
         pos = _transposed(pos)
+        query_padding = supported(self.self_attn, query_padding_mask=src_query_padding_mask)
+
+        def self_attention(x: Tensor) -> Tensor:
+            q = k = self.with_pos_embed(x, pos)
+            masks = dict(attn_mask=src_mask, key_padding_mask=src_key_padding_mask, **query_padding)
+            return self.self_attn(q, k, x, **masks)[0]
+
         if self.normalize_before:
-            src = src + self.dropout1(self._self_attention(self.norm1(src), src_mask, src_key_padding_mask, pos))
+            src = src + self.dropout1(self_attention(self.norm1(src)))
             src = src + self.dropout2(self._feed_forward(self.norm2(src)))
         else:
-            src = self.norm1(src + self.dropout1(self._self_attention(src, src_mask, src_key_padding_mask, pos)))
+            src = self.norm1(src + self.dropout1(self_attention(src)))
             src = self.norm2(src + self.dropout2(self._feed_forward(src)))
         return src.transpose(0, 1)
-
-    def _self_attention(self, x: Tensor, attn_mask, key_padding_mask, pos: Tensor | None) -> Tensor:
-        q = k = self.with_pos_embed(x, pos)
-        return self.self_attn(q, k, x, attn_mask=attn_mask, key_padding_mask=key_padding_mask)[0]
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.linear2(self.dropout(self.activation(self.linear1(x))))
