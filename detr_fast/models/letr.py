@@ -22,6 +22,7 @@ from detr_fast.models.backbone import Joiner
 from detr_fast.models.build import build_backbone, build_transformer
 from detr_fast.models.detr import as_nested, head_outputs
 from detr_fast.models.segmentation import keep_batch_norm_statistics
+from detr_fast.models.transformer import without_padded_memory
 from detr_fast.nested_tensor import NestedTensor
 
 __all__ = [
@@ -161,7 +162,8 @@ class LETR(nn.Module):
         """The decoder's outputs [layers, B, Q, C] from the backbone's levels."""
         src, mask = features[self.args.layer1_num].decompose()
         position = positions[self.args.layer1_num]
-        return detr_transformer.decoded(self.transformer, self.input_proj(src), mask, self.query_embed.weight, position)
+        query_embed = self.query_embed.weight
+        return without_padded_memory(self.transformer, self.input_proj(src), mask, query_embed, position)[0]
 
 
 class LETRstack(nn.Module):
@@ -226,7 +228,7 @@ class LETRstack(nn.Module):
         query_embed = self.letr.decode(features, positions)[-1]
         src, mask = features[self.args.layer2_num].decompose()
         position = positions[self.args.layer2_num]
-        hs = detr_transformer.decoded(self.transformer, self.input_proj(src), mask, query_embed, position)
+        hs = without_padded_memory(self.transformer, self.input_proj(src), mask, query_embed, position)[0]
         return head_outputs(hs, self.class_embed, self.lines_embed, "pred_lines", self.aux_loss), None
 
 

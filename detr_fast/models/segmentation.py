@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from detr_fast.models.backbone import Joiner
 from detr_fast.models.detr import DETR, as_nested
+from detr_fast.models.transformer import without_padded_memory
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.ops import joint_softmax
 
@@ -75,7 +76,9 @@ class DETRsegm(nn.Module):
         features, positions = backbone(samples, **options)
         src, mask = features[-1].decompose()
         src = self.detr.input_proj(src)
-        hs, memory = self.detr.transformer(src, mask, self.detr.query_embed.weight, positions[-1])
+        query_embed = self.detr.query_embed.weight
+        # The attention map masks the memory as every attention does, and the convolutions read `src`.
+        hs, memory = without_padded_memory(self.detr.transformer, src, mask, query_embed, positions[-1])
         out = self.detr.outputs(hs)
         bbox_mask = self.bbox_attention(hs[-1], memory, mask=mask)
         levels = [feature.tensors for feature in _three(features)]

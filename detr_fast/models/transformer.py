@@ -115,9 +115,14 @@ class Transformer(nn.Module):
         return hs.transpose(1, 2), memory_LBC.permute(1, 2, 0).unflatten(2, (height, width))
 
 
-def decoded(transformer: nn.Module, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor) -> Tensor:
-    """hs of a transformer, ours or another's, whose memory nobody reads; arguments as `Transformer.forward`."""
-    return transformer(src, mask, query_embed, pos_embed, **supported(transformer, padded_memory=False))[0]
+def without_padded_memory(
+    transformer: nn.Module, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor
+) -> tuple[Tensor, ...]:
+    """What a transformer, ours or another's, returns to those who read no memory under the mask.
+
+    Arguments as `Transformer.forward`.
+    """
+    return transformer(src, mask, query_embed, pos_embed, **supported(transformer, padded_memory=False))
 
 
 def supported(module: nn.Module, **options) -> dict:

@@ -55,8 +55,7 @@ def attention(
         query_padding_mask: [B, Lq] bool, any strides, True = padding; None for no padding. The rows of padded queries
             are not computed, which saves their time: they give zeros and a log-sum-exp of +inf and take no gradient,
             and what they and their `grad_out` hold, NaN included, reaches nothing. The others are what they are
-            without it, dropout included. DETR computes rows for padded queries, so that nothing in this package sets
-            it unless asked to.
+            without it, dropout included. The detectors here set it in the encoder, whose padded rows nobody reads.
 
     Returns:
         out [B, H, Lq, Dv] in the inputs' dtype, a view of [B, Lq, H, Dv]-contiguous memory; and the natural
