@@ -36,8 +36,10 @@ Tile = dict[str, int]
 MARGIN = 0.02
 
 
-def _attention_tiles(*tiles: tuple[int, int, int]) -> list[Tile]:
-    return [dict(zip(("BLOCK_M", "num_warps", "num_stages"), tile, strict=True)) for tile in tiles]
+def _attention_tiles(*tiles: tuple[int, ...]) -> list[Tile]:
+    """Of BLOCK_M, warps and stages, and BLOCK_N where that is not 64."""
+    names = ("BLOCK_M", "num_warps", "num_stages", "BLOCK_N")
+    return [dict(zip(names, tile if len(tile) == 4 else (*tile, 64), strict=True)) for tile in tiles]
 
 
 def _tiles(names: tuple[str, str], *tiles: tuple[int, int, int]) -> list[Tile]:
@@ -50,22 +52,24 @@ CANDIDATES: dict[tuple[str, str], list[Tile]] = {
         (64, 4, 2), (64, 4, 3), (64, 4, 5), (128, 4, 2), (128, 4, 3), (128, 4, 5), (128, 8, 2), (128, 8, 3)
     ),
     ("attention_forward", "few"): _attention_tiles(
-        (16, 1, 2), (16, 2, 2), (16, 4, 2), (32, 2, 2), (32, 4, 2), (64, 4, 2), (64, 4, 3), (128, 8, 2)
+        (16, 1, 2), (16, 2, 2), (16, 4, 2), (32, 2, 2), (32, 4, 2), (64, 4, 2), (64, 4, 3), (64, 4, 5), (128, 8, 2),
+        (16, 4, 1, 128), (64, 4, 1, 128), (128, 8, 1, 128),
     ),
     ("attention_forward", "float32"): _attention_tiles(
-        (16, 4, 1), (32, 4, 1), (32, 4, 2), (32, 8, 1), (32, 8, 2), (64, 8, 1), (64, 8, 2)
+        (16, 4, 1), (16, 8, 3), (32, 4, 1), (32, 4, 2), (32, 8, 1), (32, 8, 2), (32, 8, 3), (64, 8, 1), (64, 8, 2)
     ),
     ("attention_grad_query", "many"): _attention_tiles(
-        (64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 1), (128, 8, 2)
+        (64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 4, 5), (64, 8, 2), (128, 8, 1), (128, 8, 2)
     ),
     ("attention_grad_query", "few"): _attention_tiles(
-        (16, 1, 2), (16, 2, 2), (16, 4, 2), (32, 2, 2), (32, 4, 2), (64, 4, 1), (64, 4, 2), (64, 8, 2)
+        (16, 1, 2), (16, 2, 2), (16, 4, 2), (32, 2, 2), (32, 4, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2),
+        (16, 4, 1, 128), (64, 4, 1, 128), (128, 8, 1, 128),
     ),
     ("attention_grad_query", "float32"): _attention_tiles(
         (16, 4, 1), (16, 8, 1), (16, 8, 2), (32, 4, 1), (32, 8, 1), (64, 8, 1)
     ),
     ("attention_grad_key_value", "many"): _attention_tiles(
-        (16, 4, 2), (32, 4, 2), (32, 4, 3), (32, 8, 2), (64, 4, 1), (64, 4, 2), (64, 8, 2), (128, 8, 1)
+        (16, 4, 2), (32, 4, 2), (32, 4, 3), (32, 8, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 1)
     ),
     ("attention_grad_key_value", "few"): _attention_tiles(
         (16, 4, 2), (32, 4, 2), (32, 8, 2), (64, 4, 1), (64, 4, 2), (64, 8, 2), (128, 8, 1)
@@ -113,7 +117,10 @@ class Class:
 def _attention(spec: Spec, forward_only: bool = False) -> list[Class]:
     backward = dataclasses.replace(spec, mode="backward")
     kernels = [] if forward_only else ["attention_grad_query", "attention_grad_key_value"]
-    return [Class("attention_forward", spec)] + [Class(kernel, backward) for kernel in kernels]
+    # The encoder as the detectors ask for it.
+    skipped = spec.kind == "encoder" and spec.padding != "none"
+    provider = "detr_fast, padded queries skipped" if skipped else "detr_fast"
+    return [Class("attention_forward", spec, provider)] + [Class(kernel, backward, provider) for kernel in kernels]
 
 
 def classes(quick: bool) -> list[Class]:

@@ -19,7 +19,8 @@ Conditions of the attention kernels:
     dropout     whether there is dropout
     lengths     "few x few", "few x many" or "many": queries x keys, few being at most 128
 
-BLOCK_M is queries per tile (forward, gradient of queries) or per step (gradient of keys and values).
+BLOCK_M is queries per tile (forward, gradient of queries) or per step (gradient of keys and values). BLOCK_N is keys
+per block, a multiple of 64, since dropout's bytes are dealt out over 64 columns.
 
 Conditions of pad_collate: family, source_bytes and batch_bytes (sizes of an element), channels_last. Conditions of
 sine_position: family, bytes (of the embedding's element), tokens.
@@ -44,13 +45,15 @@ MEASURED: tuple[Entry, ...] = ()
 _FORWARD, _GRAD_QUERY, _GRAD_KEY_VALUE = "attention_forward", "attention_grad_query", "attention_grad_key_value"
 
 
-def _tile(block_m: int, warps: int, stages: int) -> dict[str, int]:
-    return {"BLOCK_M": block_m, "num_warps": warps, "num_stages": stages}
+def _tile(block_m: int, warps: int, stages: int, block_n: int = 64) -> dict[str, int]:
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
 # Families whose 16-bit matrix products are whole warp groups' (wgmma, tcgen05) and take at least 64 rows.
 _WARP_GROUPS = ("sm_90", "sm_100")
 _MANY = {"family": _WARP_GROUPS, "block_d": (16, 32), "ragged": False, "lengths": "many"}
+# The decoder's self-attention: all keys in one block, so that nothing is done twice one after the other.
+_FEW = {"family": _WARP_GROUPS, "precision": "16-bit", "block_d": (16, 32), "ragged": False, "lengths": "few x few"}
 
 # A condition's value may be a tuple: any of them. Chosen by what the compiler makes of the kernels: no spills if there
 # is a way, warp groups' products, few registers. Nothing here has been timed. Loads that look after the last columns
@@ -68,6 +71,7 @@ RULES: tuple[Entry, ...] = (
     # Where keys are gathered, five stages fetch them a step ahead, as three do otherwise, and their rows another one.
     (_FORWARD, _MANY | {"mask": True}, _tile(128, 4, 5)),
     (_FORWARD, _MANY, _tile(128, 4, 3)),
+    (_FORWARD, _FEW, _tile(64, 4, 1, block_n=128)),
     (_FORWARD, {"mask": True}, _tile(64, 4, 5)),
     (_FORWARD, {}, _tile(64, 4, 3)),
     #
@@ -75,6 +79,7 @@ RULES: tuple[Entry, ...] = (
     (_GRAD_QUERY, {"precision": "tf32"}, _tile(16, 8, 1)),
     (_GRAD_QUERY, {"precision": "ieee", "block_d": (64, 128)}, _tile(16, 8, 1)),
     (_GRAD_QUERY, {"precision": "ieee"}, _tile(32, 8, 1)),
+    (_GRAD_QUERY, _FEW, _tile(64, 4, 1, block_n=128)),
     (_GRAD_QUERY, {"family": _WARP_GROUPS, "block_d": 128}, _tile(64, 8, 2)),
     (_GRAD_QUERY, {"family": _WARP_GROUPS, "block_d": 64, "ragged": True}, _tile(64, 8, 2)),
     (_GRAD_QUERY, {"family": _WARP_GROUPS}, _tile(64, 4, 2)),

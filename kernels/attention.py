@@ -23,9 +23,6 @@ import triton.language as tl
 from detr_fast.kernels import _configurations
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-# Keys per block, a multiple of 64: dropout's bytes are dealt out over 64 columns.
-BLOCK_N = 64
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -351,7 +348,6 @@ def attention_forward(
         PRECISION=precision,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
-        BLOCK_N=BLOCK_N,
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
         **tile,

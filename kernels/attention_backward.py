@@ -23,7 +23,6 @@ import triton.language as tl
 
 from detr_fast.kernels import _configurations
 from detr_fast.kernels.attention import (
-    BLOCK_N,
     LOG2_E,
     dropout_keep,
     input_precision,
@@ -405,7 +404,6 @@ def attention_backward(
         PRECISION=precision,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
-        BLOCK_N=BLOCK_N,
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
     )
@@ -419,11 +417,12 @@ def attention_backward(
             **shared,
             **tile,
         )
+    tile = _configurations.configuration("attention_grad_key_value", **conditions)
     if k_len:
-        _attention_grad_key_value_kernel[(batch * heads * triton.cdiv(k_len, BLOCK_N),)](
+        _attention_grad_key_value_kernel[(batch * heads * triton.cdiv(k_len, tile["BLOCK_N"]),)](
             dk_ptr=grad_key,
             dv_ptr=grad_value,
             **strides(dk=grad_key, dv=grad_value),
             **shared,
-            **_configurations.configuration("attention_grad_key_value", **conditions),
+            **tile,
         )

@@ -39,14 +39,19 @@ def _launches(kernel):
 
 @pytest.mark.parametrize("kernel", CONDITIONS)
 def test_every_launch_has_a_configuration(kernel):
-    blocks = {"attention": {"BLOCK_M", "num_stages"}, "pad": {"BLOCK_H", "BLOCK_W"}, "sine": {"BLOCK_T", "BLOCK_F"}}
+    blocks = {
+        "attention": {"BLOCK_M", "BLOCK_N", "num_stages"},
+        "pad": {"BLOCK_H", "BLOCK_W"},
+        "sine": {"BLOCK_T", "BLOCK_F"},
+    }
     for conditions in _launches(kernel):
         tile = configuration(kernel, **conditions)
         assert tile.keys() == {"num_warps", *blocks[kernel.split("_")[0]]}, (conditions, tile)
         powers = [value for name, value in tile.items() if name != "num_stages"]
         assert all(value & (value - 1) == 0 < value for value in powers), tile
         # A matrix product has at least 16 rows; on sm_90 a warp group of 4 warps takes 64.
-        assert tile.get("BLOCK_M", 16) >= 16 and 1 <= tile.get("num_stages", 1) <= 5, tile
+        assert tile.get("BLOCK_M", 16) >= 16 and tile.get("BLOCK_N", 64) % 64 == 0, tile
+        assert 1 <= tile.get("num_stages", 1) <= 5, tile
 
 
 @pytest.mark.parametrize("kernel", CONDITIONS)

@@ -210,9 +210,8 @@ def test_attention_computes_no_tile_of_padding(monkeypatch):
 
     for module, name in ((attention_forward, "_forward_block"), (attention_backward, "_grad_query_block")):
         monkeypatch.setattr(module, name, counted(getattr(module, name)))
-    monkeypatch.setattr(
-        _configurations, "configuration", lambda *_, **__: {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1}
-    )
+    tile = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(_configurations, "configuration", lambda *_, **__: tile)
     inputs = [make_tensor(1, 2, 300, 16, "blhd", torch.float32).requires_grad_() for _ in range(3)]
     rows = padded_map(15, 20, 9, 10)  # 90 of 300: three tiles of ten
     for mask, blocks in ((None, 5), (rows, 2)):
@@ -249,12 +248,12 @@ def test_valid_rows(length):
 def test_shares_of_work_in_a_coco_batch():
     """What benchmarks/NOTES.md counts: tiles of 128 queries times blocks of 64 keys, as shares of all of them."""
     from detr_fast.benchmarks.shapes import typical_real_batch
-    from detr_fast.kernels.attention import BLOCK_N, valid_rows
+    from detr_fast.kernels.attention import valid_rows
 
     mask = typical_real_batch("R50", 16).key_padding_mask()
-    blocks, tiles = -(-mask.shape[1] // BLOCK_N), -(-mask.shape[1] // 128)
+    blocks, tiles = -(-mask.shape[1] // 64), -(-mask.shape[1] // 128)
     valid = valid_rows(mask, None)[0][:, 0].double()
-    used_blocks, used_tiles = (valid / BLOCK_N).ceil() / blocks, (valid / 128).ceil() / tiles
+    used_blocks, used_tiles = (valid / 64).ceil() / blocks, (valid / 128).ceil() / tiles
     shares = [(used_blocks * of_tiles).mean().item() for of_tiles in (1, used_tiles)]
     assert shares == pytest.approx([0.533, 0.298], abs=0.001)
 
