@@ -112,7 +112,7 @@ def test_attention_dropout_is_the_helpers_mask():
     inputs = make_inputs()
     for p in (0.1, 0.5, 1.0):
         for mask in (None, make_mask()):
-            keep = attention_dropout_mask(SEED, 2, 3, 5, 70, p)
+            keep = attention_dropout_mask(SEED, 2, 3, 5, 70, p, key_padding_mask=mask)
             out, _ = attention(*inputs, mask, p, seed=SEED)
             want, _ = attention_reference(*inputs, mask, p, keep)
             grad = torch.randn_like(out)
@@ -146,7 +146,7 @@ def test_attention_padded_queries(dtype, masked, p, dims):
             torch.testing.assert_close(out, want.masked_fill(padding, 0), **close)
             torch.testing.assert_close(lse, want_lse.masked_fill(rows[:, None], math.inf))
             torch.testing.assert_close(grads, wants, **close)
-            keep = attention_dropout_mask(SEED, 2, 3, 5, 70, p) if p else None
+            keep = attention_dropout_mask(SEED, 2, 3, 5, 70, p, key_padding_mask=mask) if p else None
             reference, reference_lse = attention_reference(*dirty, mask, p, keep, query_padding_mask=rows)
             torch.testing.assert_close(lse, reference_lse)
             grads = torch.autograd.grad(reference, dirty, grad.masked_fill(padding, garbage))
@@ -166,7 +166,7 @@ def test_attention_in_chunks(scores, monkeypatch):
 
     monkeypatch.setattr(_attention_chunked, "_CPU_CHUNK", scores)
     inputs, mask = make_inputs(), make_mask()
-    keep = attention_dropout_mask(SEED, 2, 3, 5, 70, 0.3)
+    keep = attention_dropout_mask(SEED, 2, 3, 5, 70, 0.3, key_padding_mask=mask)
     for rows in (None, make_rows()):
         out, lse = attention(*inputs, mask, 0.3, seed=SEED, query_padding_mask=rows)
         want, want_lse = attention_reference(*inputs, mask, 0.3, keep, query_padding_mask=rows)
