@@ -18,8 +18,9 @@ from detr_fast.ops._dropout_bits import dropout_bytes
 _CPU_CHUNK, _GPU_CHUNK = 2**20, 2**28
 # Scores up to which the backward takes over the forward's two matrices: 2 MiB in float32, whatever the lengths.
 _REMEMBERED = 2**18
-# Scores of an image from which a CPU computes a padded image by itself: fewer take less time than starting that.
-_ONE_IMAGE = 2**18
+# Scores of an image, without and with dropout, from which a CPU computes images with padding one at a time: with fewer,
+# starting on each takes longer than its padding.
+_ONE_IMAGE, _ONE_IMAGE_WITH_DROPOUT = 2**17, 2**16
 
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -54,13 +55,13 @@ def chunked_forward(
     if seed is None or sum(group.scores(query, key) for group in groups) > _REMEMBERED:
         remember = None
     for group in groups:
-        q, k, v, bias = group.inputs(query, key, value)
+        q, k, v = group.inputs(query, key, value)
         if _has_fused(q, k, v, seed):
-            result, lse = _fused_forward(q, k, v, attn_mask=bias, scale=scale)
+            result, lse = _fused_forward(q, k, v, attn_mask=group.bias, scale=scale)
         else:
             result, lse = _zeros(q, v.shape[3]), q.new_full(q.shape[:3], torch.inf)
             flat_result, flat_lse = result.flatten(0, 1), lse.flatten(0, 1)
-            q, k, v, bias = _flat(q * scale, k, v if seed is None else v * drop_scale, bias)
+            q, k, v, bias = _flat(q * scale, k, v if seed is None else v * drop_scale, group.bias)
             for s, r in _chunks(q, k):
                 scores = torch.baddbmm(bias[s], q[s, r], k[s].mT)
                 probs = torch.softmax(scores, dim=-1)
@@ -109,15 +110,15 @@ def chunked_backward(
     """
     heads, known = query.shape[1], iter(remembered)
     for group in _groups(query, key, key_padding_mask, query_padding_mask, seed):
-        q, k, v, bias = group.inputs(query, key, value)
+        q, k, v = group.inputs(query, key, value)
         grad = _zero_where(group.idle, group.take(grad_out, group.queries).to(q.dtype))
         if _has_fused(q, k, v, seed) and out.dtype == q.dtype:  # not from an `out` that was rounded to 16 bits
             saved = (group.take(x, group.queries) for x in (out, logsumexp))
-            grads = _fused_backward(grad, q, k, v, *saved, 0.0, False, attn_mask=bias, scale=scale)
+            grads = _fused_backward(grad, q, k, v, *saved, 0.0, False, attn_mask=group.bias, scale=scale)
         else:
             grads = [_zeros(x, x.shape[3]) for x in (q, k, v)]
             grad_q, grad_k, grad_v = (x.flatten(0, 1) for x in grads)
-            q, k, v, bias = _flat(q * scale, k, v if seed is None else v * drop_scale, bias)
+            q, k, v, bias = _flat(q * scale, k, v if seed is None else v * drop_scale, group.bias)
             grad = grad.flatten(0, 1)
             for s, r in _chunks(q, k):
                 if remembered:
@@ -144,16 +145,16 @@ def chunked_backward(
             group.put(target, group.keys, _zero_where(group.key_padding, x), 0)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Group:
-    """Images that are computed together, the queries and keys of theirs that take part, and which of those are padding.
+    """Images that are computed together.
 
     Attributes:
         image: the only one, or None for the whole batch.
-        queries: [n] int64, positions of the only image's queries that take part; None for all.
-        keys: [n] int64 for one image, [B, n] for the batch, positions of the keys that take part; None for all.
+        queries, keys: [n] int64, positions of the only image's queries and keys that take part; None for all.
         idle: [B, Lq or 1] bool, True = a query that gives zeros and takes no gradient; None for none.
-        key_padding: [B, n] bool, True = padding among `keys`; None for none.
+        key_padding: [B, Lk] bool, True = a key that takes no part; None for none.
+        bias: [B, 1, 1, Lk], what is added to the scores for that: 0 or -inf; None with `key_padding`.
     """
 
     image: int | None = None
@@ -161,52 +162,41 @@ class _Group:
     keys: torch.Tensor | None = None
     idle: torch.Tensor | None = None
     key_padding: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
     def scores(self, query: torch.Tensor, key: torch.Tensor) -> int:
         """How many there are."""
         batch, heads, q_len, _ = query.shape
         q_len = q_len if self.queries is None else len(self.queries)
-        k_len = key.shape[2] if self.keys is None else self.keys.shape[-1]
+        k_len = key.shape[2] if self.keys is None else len(self.keys)
         return (batch if self.image is None else 1) * heads * q_len * k_len
 
     def inputs(self, query, key, value):
-        """Query, key and value that take part, promoted, zero where padded; and what is added to the scores
-        [B, 1, 1, n] or None."""
+        """What takes part of query, key and value, promoted to float32 or wider, zero where padded."""
         dtype = torch.promote_types(query.dtype, torch.float32)
-        q, k, v = (
-            _zero_where(padding, self.take(x, positions).to(dtype))  # 0 · NaN is NaN
-            for x, positions, padding in (
-                (query, self.queries, self.idle),
-                (key, self.keys, self.key_padding),
-                (value, self.keys, self.key_padding),
-            )
+        # 0 · NaN is NaN.
+        return (
+            _zero_where(self.idle, self.take(query, self.queries).to(dtype)),
+            _zero_where(self.key_padding, self.take(key, self.keys).to(dtype)),
+            _zero_where(self.key_padding, self.take(value, self.keys).to(dtype)),
         )
-        if self.key_padding is None:
-            return q, k, v, None
-        # Without any key the scores stay finite here; the rows of such an image are idle.
-        hidden = self.key_padding & ~self.key_padding.all(dim=-1, keepdim=True)
-        bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-        return q, k, v, bias[:, None, None]
 
     def take(self, tensor: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        """What stands at `positions` of the group's images in a tensor [B, H, L, ...]."""
-        tensor = self._of_images(tensor)
-        if positions is None:
-            return tensor
-        rows = tensor.transpose(1, 2)
-        taken = rows.index_select(1, positions) if positions.dim() == 1 else rows[_images(positions), positions]
-        return taken.transpose(1, 2)
+        """The group's part of a tensor [B, H, L, ...]: what stands at `positions` of dimension 2."""
+        tensor = self._images(tensor)
+        # Rows of all heads lie next to each other in what a projection gives.
+        return tensor if positions is None else tensor.transpose(1, 2).index_select(1, positions).transpose(1, 2)
 
     def put(self, target: torch.Tensor, positions: torch.Tensor | None, source: torch.Tensor, rest: float) -> None:
-        """The opposite of `take`; what is not at `positions` becomes `rest`."""
-        target = self._of_images(target)
+        """Write what `take` would read; the images' other positions become `rest`."""
+        target = self._images(target)
         if positions is None:
             target.copy_(source)
         else:
             target.fill_(rest)
-            target.transpose(1, 2)[_images(positions), positions] = source.transpose(1, 2).to(target.dtype)
+            target.transpose(1, 2)[:, positions] = source.transpose(1, 2).to(target.dtype)
 
-    def _of_images(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _images(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.image is None else tensor[self.image : self.image + 1]
 
     def keep(self, seed, heads: int, s: slice, r: slice, probs: torch.Tensor, drop_threshold: int) -> torch.Tensor:
@@ -217,46 +207,47 @@ class _Group:
         slices = torch.arange(first + s.start, first + s.stop, device=seed.device)
         rows = torch.arange(r.start, r.stop, device=seed.device) if self.queries is None else self.queries[r]
         drawn = dropout_bytes(seed, slices, rows, probs.shape[-1])
+        if self.key_padding is not None:
+            # A key's column is its place among its image's keys without padding. What padded ones get meets zeros.
+            columns = (~self.key_padding).cumsum(dim=1).sub_(1).clamp_(min=0)
+            drawn = drawn.gather(2, columns[slices // heads][:, None].expand(drawn.shape))
         # Comparing into floats is several times faster than into bools that are then multiplied.
         return torch.ge(drawn, drop_threshold, out=torch.empty_like(probs))
 
 
 def _groups(query, key, key_padding_mask, query_padding_mask, seed) -> list[_Group]:
-    """What is computed together: on a CPU every padded image by itself if it is much, else the batch."""
+    """What is computed together: on a CPU each image by itself if there is padding and it is much, else the batch."""
     batch, heads, q_len, _ = query.shape
     on_cpu = query.device.type == "cpu"  # elsewhere reading a mask would wait
+    may_lack_keys = True
     if on_cpu:
-        key_padding_mask = None if key_padding_mask is None or not key_padding_mask.any() else key_padding_mask
-        query_padding_mask = None if query_padding_mask is None or not query_padding_mask.any() else query_padding_mask
-    if key_padding_mask is None and query_padding_mask is None:
-        return [_Group()]
-    if on_cpu and heads * q_len * key.shape[2] >= _ONE_IMAGE:
-        masks = (query_padding_mask, key_padding_mask)
-        return [_Group(i, *(None if mask is None else _valid(mask[i]) for mask in masks)) for i in range(batch)]
+        if query_padding_mask is not None and not query_padding_mask.any():
+            query_padding_mask = None
+        if key_padding_mask is not None:
+            counts = key_padding_mask.sum(dim=1).tolist()
+            may_lack_keys = key.shape[2] in counts
+            if not any(counts):
+                key_padding_mask = None
+        padded = key_padding_mask is not None or query_padding_mask is not None
+        much = _ONE_IMAGE if seed is None else _ONE_IMAGE_WITH_DROPOUT
+        if padded and heads * q_len * key.shape[2] >= much:
+            masks = (query_padding_mask, key_padding_mask)
+            return [_Group(i, *(None if mask is None else _valid(mask[i]) for mask in masks)) for i in range(batch)]
     if key_padding_mask is None:
         return [_Group(idle=query_padding_mask)]
-    idle, keys = query_padding_mask, None
-    no_key = key_padding_mask.all(dim=1, keepdim=True)
-    if not on_cpu or no_key.any():
+    idle, hidden = query_padding_mask, key_padding_mask
+    if may_lack_keys:
+        no_key = key_padding_mask.all(dim=1, keepdim=True)
         idle = no_key if idle is None else idle | no_key
-    if seed is not None:
-        # A key's column in the dropout is its place among those without padding.
-        keys = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)
-        if on_cpu:
-            keys = keys[:, : int((~key_padding_mask).sum(dim=1).max())]
-        key_padding_mask = key_padding_mask.gather(1, keys)
-    return [_Group(keys=keys, idle=idle, key_padding=key_padding_mask)]
+        hidden = hidden & ~no_key  # the scores of such an image stay finite
+    bias = torch.where(hidden, -torch.inf, 0.0).to(torch.promote_types(query.dtype, torch.float32))
+    return [_Group(idle=idle, key_padding=key_padding_mask, bias=bias[:, None, None])]
 
 
 def _valid(mask: torch.Tensor) -> torch.Tensor | None:
     """Positions without padding [n] int64; None for all."""
     positions = (~mask).nonzero()[:, 0]
     return None if len(positions) == len(mask) else positions
-
-
-def _images(positions: torch.Tensor) -> torch.Tensor:
-    """Indices of the images beside which `positions` are indices."""
-    return torch.arange(len(positions), device=positions.device)[:, None] if positions.dim() == 2 else slice(None)
 
 
 def _zero_where(padding: torch.Tensor | None, tensor: torch.Tensor) -> torch.Tensor:
