@@ -139,7 +139,7 @@ def chunked_backward(
             grad_q.mul_(scale)
             if seed is not None:
                 grad_v.mul_(drop_scale)
-        # A padded row's own NaN must not come back as 0 · NaN.
+        # What is infinite elsewhere must not reach padded rows as 0 · NaN.
         group.put(grad_query, group.queries, _zero_where(group.idle, grads[0]), 0)
         for target, x in ((grad_key, grads[1]), (grad_value, grads[2])):
             group.put(target, group.keys, _zero_where(group.key_padding, x), 0)
@@ -235,12 +235,11 @@ def _groups(query, key, key_padding_mask, query_padding_mask, seed) -> list[_Gro
             return [_Group(i, *(None if mask is None else _valid(mask[i]) for mask in masks)) for i in range(batch)]
     if key_padding_mask is None:
         return [_Group(idle=query_padding_mask)]
-    idle, hidden = query_padding_mask, key_padding_mask
-    if may_lack_keys:
+    idle = query_padding_mask
+    if may_lack_keys:  # the NaN that comes of it stays in rows that are set to zero
         no_key = key_padding_mask.all(dim=1, keepdim=True)
         idle = no_key if idle is None else idle | no_key
-        hidden = hidden & ~no_key  # the scores of such an image stay finite
-    bias = torch.where(hidden, -torch.inf, 0.0).to(torch.promote_types(query.dtype, torch.float32))
+    bias = torch.where(key_padding_mask, -torch.inf, 0.0).to(torch.promote_types(query.dtype, torch.float32))
     return [_Group(idle=idle, key_padding=key_padding_mask, bias=bias[:, None, None])]
 
 
