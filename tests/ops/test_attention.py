@@ -251,6 +251,21 @@ def test_attention_computes_the_valid_pairs_alone(p, dims, monkeypatch):
     assert computed == [3 * 2 * 12 * 12]  # little work
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_attention_in_chunks_reads_no_mask_on_a_gpu(p):
+    """Reading one would wait for the GPU; a fake tensor raises when it is read, and has every other property."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        inputs = [x.detach().to("cuda") for x in make_inputs(torch.float64, 2, 8, 300, 300)]
+        mask = torch.zeros(2, 300, dtype=torch.bool, device="cuda")
+        settings = (mask, torch.zeros(1, dtype=torch.int64, device="cuda") if p else None, 77, 1.4, 0.5, mask)
+        out, logsumexp = torch.empty_like(inputs[2]), inputs[0].new_empty(2, 8, 300)
+        _attention_chunked.chunked_forward(*inputs, *settings, out=out, logsumexp=logsumexp)
+        grads = {f"grad_{name}": x.clone() for name, x in zip(("query", "key", "value"), inputs, strict=True)}
+        _attention_chunked.chunked_backward(out, *inputs, out, logsumexp, *settings, **grads)
+
+
 @pytest.mark.parametrize("scores", [1, 70, 150, 350, 700])
 def test_attention_in_chunks(scores, grouping, monkeypatch):
     """Whatever number of scores is computed at once: single rows, some rows, whole heads, several heads."""
