@@ -1,12 +1,14 @@
 """Attention and its gradients in plain PyTorch, a few rows at a time: what runs where there is no kernel.
 
 The formulas are the kernels'. Chunks of scores that stay in a CPU's cache cost a third of the whole matrix at once, and
-the matrix of all of them never exists. Without dropout a CPU has PyTorch's own fused attention.
+the matrix of all of them never exists. Without dropout a CPU has PyTorch's own fused attention. And on a CPU only the
+queries and keys without padding are read where that is less work.
 
 Source: Rabe and Staats 2021 (attention in chunks).
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,46 +18,67 @@ from detr_fast.ops._dropout_bits import dropout_bytes
 _CPU_CHUNK, _GPU_CHUNK = 2**20, 2**28
 # Scores up to which the backward takes over the forward's two matrices: 2 MiB in float32, whatever the lengths.
 _REMEMBERED = 2**18
+# Scores of an image, without and with dropout, from which a CPU computes images with padding one at a time: with fewer,
+# starting on each takes longer than its padding.
+_ONE_IMAGE, _ONE_IMAGE_WITH_DROPOUT = 2**17, 2**16
 
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def chunked_forward(
-    query, key, value, key_padding_mask, seed, drop_threshold, drop_scale, scale, remember: list | None = None
+    query,
+    key,
+    value,
+    key_padding_mask,
+    seed,
+    drop_threshold,
+    drop_scale,
+    scale,
+    query_padding_mask=None,
+    remember: list | None = None,
+    *,
+    out,
+    logsumexp,
 ):
-    """`attention` of checked arguments: out [B, H, Lq, Dv] and logsumexp [B, H, Lq], both promoted to float32 or wider.
+    """`attention` of checked arguments, written into out [B, H, Lq, Dv] and logsumexp [B, H, Lq].
 
     Args:
-        query, key, value, key_padding_mask, seed, scale: as `attention`'s; no seed means no dropout.
+        query, key, value, key_padding_mask, seed, scale, query_padding_mask: as `attention`'s; without a seed there is
+            no dropout.
         drop_threshold: 0..256; an element whose byte is below is dropped.
         drop_scale: multiplies what is kept.
         remember: takes what the backward need not compute again, if there is dropout and it is little.
     """
-    q, k, v, bias, no_key = _promoted(query, key, value, key_padding_mask)
-    if _has_fused(q, k, v, seed):
-        out, logsumexp = _fused_forward(q, k, v, attn_mask=bias, scale=scale)
-    else:
-        out, logsumexp = _zeros(q, v.shape[3]), q.new_full(q.shape[:3], torch.inf)
-        flat_out, flat_logsumexp = out.flatten(0, 1), logsumexp.flatten(0, 1)
-        q, k, v, bias = _flat(q * scale, k, v if seed is None else v * drop_scale, bias)
-        for s, r in _chunks(q, k):
-            scores = torch.baddbmm(bias[s], q[s, r], k[s].mT)
-            probs = torch.softmax(scores, dim=-1)
-            # The largest probability is 1 / Σ exp(score - largest score).
-            flat_logsumexp[s, r] = scores.amax(dim=-1) - probs.amax(dim=-1).log_()
-            if seed is not None:
-                keep = _keep(seed, s, r, probs, drop_threshold)
-                if remember is not None and logsumexp.numel() * k.shape[1] <= min(_REMEMBERED, probs.numel()):
-                    remember += probs, keep
-                    probs = probs * keep
-                else:
-                    probs.mul_(keep)
-            torch.bmm(probs, v[s], out=flat_out[s, r])
-    if no_key is not None:
-        out = out.masked_fill(no_key[:, None, None, None], 0)
-        logsumexp = logsumexp.masked_fill(no_key[:, None, None], torch.inf)
-    return out, logsumexp
+    heads = query.shape[1]
+    groups = _groups(query, key, key_padding_mask, query_padding_mask, seed)
+    if seed is None or sum(group.scores(query, key) for group in groups) > _REMEMBERED:
+        remember = None
+    for group in groups:
+        q, k, v = group.inputs(query, key, value)
+        if _has_fused(q, k, v, seed):
+            result, lse = _fused_forward(q, k, v, attn_mask=group.bias, scale=scale)
+        else:
+            result, lse = _zeros(q, v.shape[3]), q.new_full(q.shape[:3], torch.inf)
+            flat_result, flat_lse = result.flatten(0, 1), lse.flatten(0, 1)
+            q, k, v, bias = _flat(q * scale, k, v if seed is None else v * drop_scale, group.bias)
+            for s, r in _chunks(q, k):
+                scores = torch.baddbmm(bias[s], q[s, r], k[s].mT)
+                probs = torch.softmax(scores, dim=-1)
+                # The largest probability is 1 / Σ exp(score - largest score).
+                flat_lse[s, r] = scores.amax(dim=-1) - probs.amax(dim=-1).log_()
+                if seed is not None:
+                    keep = group.keep(seed, heads, s, r, probs, drop_threshold)
+                    if remember is None:
+                        probs.mul_(keep)
+                    else:
+                        remember += probs, keep
+                        probs = probs * keep
+                torch.bmm(probs, v[s], out=flat_result[s, r])
+        group.put(out, group.queries, _zero_where(group.idle, result), 0)
+        if group.idle is not None:
+            lse = lse.masked_fill(group.idle[:, None], torch.inf)
+        group.put(logsumexp, group.queries, lse, torch.inf)
 
 
 def chunked_backward(
@@ -70,9 +93,14 @@ def chunked_backward(
     drop_threshold,
     drop_scale,
     scale,
+    query_padding_mask=None,
     remembered: Sequence[torch.Tensor] = (),
+    *,
+    grad_query,
+    grad_key,
+    grad_value,
 ):
-    """Gradients of query, key and value, promoted to float32 or wider.
+    """Gradients of query, key and value, written into the last three.
 
     Args:
         grad_out: [B, H, Lq, Dv].
@@ -80,56 +108,151 @@ def chunked_backward(
         remembered: what `chunked_forward` remembered.
         The others: as `chunked_forward`'s.
     """
-    q, k, v, bias, _ = _promoted(query, key, value, key_padding_mask)
-    grad_out = grad_out.to(q.dtype)
-    if _has_fused(q, k, v, seed) and out.dtype == q.dtype:  # not from an `out` that was rounded to 16 bits
-        grads = _fused_backward(grad_out, q, k, v, out, logsumexp, 0.0, False, attn_mask=bias, scale=scale)
-    else:
-        grads = [_zeros(x, x.shape[3]) for x in (q, k, v)]
-        grad_q, grad_k, grad_v = (x.flatten(0, 1) for x in grads)
-        q, k, v, bias = _flat(q * scale, k, v if seed is None else v * drop_scale, bias)
-        grad_out = grad_out.flatten(0, 1)
-        for s, r in _chunks(q, k):
-            if remembered:
-                probs, keep = remembered
-            else:
-                probs = torch.softmax(torch.baddbmm(bias[s], q[s, r], k[s].mT), dim=-1)
-                keep = None if seed is None else _keep(seed, s, r, probs, drop_threshold)
-            grad_probs = torch.bmm(grad_out[s, r], v[s].mT)
-            dropped = probs
-            if keep is not None:
-                grad_probs.mul_(keep)
-                dropped = probs * keep
-            grad_v[s].baddbmm_(dropped.mT, grad_out[s, r])
-            # probs ∘ (grad_probs - Σ probs ∘ grad_probs)
-            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-            torch.bmm(grad_scores, k[s], out=grad_q[s, r])
-            grad_k[s].baddbmm_(grad_scores.mT, q[s, r])
-        grad_q.mul_(scale)
-        if seed is not None:
-            grad_v.mul_(drop_scale)
-    if key_padding_mask is None:
-        return grads
-    # A padded key's own NaN must not come back as 0 · NaN.
-    padding = key_padding_mask[:, None, :, None]
-    return grads[0], *(torch.where(padding, 0.0, grad) for grad in grads[1:])
+    heads, known = query.shape[1], iter(remembered)
+    for group in _groups(query, key, key_padding_mask, query_padding_mask, seed):
+        q, k, v = group.inputs(query, key, value)
+        grad = _zero_where(group.idle, group.take(grad_out, group.queries).to(q.dtype))
+        if _has_fused(q, k, v, seed) and out.dtype == q.dtype:  # not from an `out` that was rounded to 16 bits
+            saved = (group.take(x, group.queries) for x in (out, logsumexp))
+            grads = _fused_backward(grad, q, k, v, *saved, 0.0, False, attn_mask=group.bias, scale=scale)
+        else:
+            grads = [_zeros(x, x.shape[3]) for x in (q, k, v)]
+            grad_q, grad_k, grad_v = (x.flatten(0, 1) for x in grads)
+            q, k, v, bias = _flat(q * scale, k, v if seed is None else v * drop_scale, group.bias)
+            grad = grad.flatten(0, 1)
+            for s, r in _chunks(q, k):
+                if remembered:
+                    probs, keep = next(known), next(known)
+                else:
+                    probs = torch.softmax(torch.baddbmm(bias[s], q[s, r], k[s].mT), dim=-1)
+                    keep = None if seed is None else group.keep(seed, heads, s, r, probs, drop_threshold)
+                grad_probs = torch.bmm(grad[s, r], v[s].mT)
+                dropped = probs
+                if keep is not None:
+                    grad_probs.mul_(keep)
+                    dropped = probs * keep
+                grad_v[s].baddbmm_(dropped.mT, grad[s, r])
+                # probs ∘ (grad_probs - Σ probs ∘ grad_probs)
+                grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+                torch.bmm(grad_scores, k[s], out=grad_q[s, r])
+                grad_k[s].baddbmm_(grad_scores.mT, q[s, r])
+            grad_q.mul_(scale)
+            if seed is not None:
+                grad_v.mul_(drop_scale)
+        # What is infinite elsewhere must not reach padded rows as 0 · NaN.
+        group.put(grad_query, group.queries, _zero_where(group.idle, grads[0]), 0)
+        for target, x in ((grad_key, grads[1]), (grad_value, grads[2])):
+            group.put(target, group.keys, _zero_where(group.key_padding, x), 0)
 
 
-def _promoted(query, key, value, key_padding_mask):
-    """Promoted query, key and value, the latter two zero where padded; what is added to the scores [B, 1, 1, Lk]; and
-    which images have no key [B]. A mask of None gives None for both."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+@dataclass(slots=True)
+class _Group:
+    """Images that are computed together.
+
+    Attributes:
+        image: the only one, or None for the whole batch.
+        queries, keys: [n] int64, positions of the only image's queries and keys that take part; None for all.
+        idle: [B, Lq or 1] bool, True = a query that gives zeros and takes no gradient; None for none.
+        key_padding: [B, Lk] bool, True = a key that takes no part; None for none.
+        bias: [B, 1, 1, Lk], what is added to the scores for that: 0 or -inf; None with `key_padding`.
+    """
+
+    image: int | None = None
+    queries: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    idle: torch.Tensor | None = None
+    key_padding: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    def scores(self, query: torch.Tensor, key: torch.Tensor) -> int:
+        """How many there are."""
+        batch, heads, q_len, _ = query.shape
+        q_len = q_len if self.queries is None else len(self.queries)
+        k_len = key.shape[2] if self.keys is None else len(self.keys)
+        return (batch if self.image is None else 1) * heads * q_len * k_len
+
+    def inputs(self, query, key, value):
+        """What takes part of query, key and value, promoted to float32 or wider, zero where padded."""
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        # 0 · NaN is NaN.
+        return (
+            _zero_where(self.idle, self.take(query, self.queries).to(dtype)),
+            _zero_where(self.key_padding, self.take(key, self.keys).to(dtype)),
+            _zero_where(self.key_padding, self.take(value, self.keys).to(dtype)),
+        )
+
+    def take(self, tensor: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """The group's part of a tensor [B, H, L, ...]: what stands at `positions` of dimension 2."""
+        tensor = self._images(tensor)
+        # Rows of all heads lie next to each other in what a projection gives.
+        return tensor if positions is None else tensor.transpose(1, 2).index_select(1, positions).transpose(1, 2)
+
+    def put(self, target: torch.Tensor, positions: torch.Tensor | None, source: torch.Tensor, rest: float) -> None:
+        """Write what `take` would read; the images' other positions become `rest`."""
+        target = self._images(target)
+        if positions is None:
+            target.copy_(source)
+        else:
+            target.fill_(rest)
+            target.transpose(1, 2)[:, positions] = source.transpose(1, 2).to(target.dtype)
+
+    def _images(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.image is None else tensor[self.image : self.image + 1]
+
+    def keep(self, seed, heads: int, s: slice, r: slice, probs: torch.Tensor, drop_threshold: int) -> torch.Tensor:
+        """1 where dropout keeps, 0 where it drops, in the dtype of `probs`: rows r of slices s of the group."""
+        if drop_threshold > 255:  # beyond a byte
+            return torch.zeros_like(probs)
+        first = (self.image or 0) * heads
+        slices = torch.arange(first + s.start, first + s.stop, device=seed.device)
+        rows = torch.arange(r.start, r.stop, device=seed.device) if self.queries is None else self.queries[r]
+        drawn = dropout_bytes(seed, slices, rows, probs.shape[-1])
+        if self.key_padding is not None:
+            # A key's column is its place among its image's keys without padding. What padded ones get meets zeros.
+            columns = (~self.key_padding).cumsum(dim=1).sub_(1).clamp_(min=0)
+            drawn = drawn.gather(2, columns[slices // heads][:, None].expand(drawn.shape))
+        # Comparing into floats is several times faster than into bools that are then multiplied.
+        return torch.ge(drawn, drop_threshold, out=torch.empty_like(probs))
+
+
+def _groups(query, key, key_padding_mask, query_padding_mask, seed) -> list[_Group]:
+    """What is computed together: on a CPU each image by itself if there is padding and it is much, else the batch."""
+    batch, heads, q_len, _ = query.shape
+    on_cpu = query.device.type == "cpu"  # elsewhere reading a mask would wait
+    may_lack_keys = True
+    if on_cpu:
+        if query_padding_mask is not None and not query_padding_mask.any():
+            query_padding_mask = None
+        if key_padding_mask is not None:
+            counts = key_padding_mask.sum(dim=1).tolist()
+            may_lack_keys = key.shape[2] in counts
+            if not any(counts):
+                key_padding_mask = None
+        padded = key_padding_mask is not None or query_padding_mask is not None
+        much = _ONE_IMAGE if seed is None else _ONE_IMAGE_WITH_DROPOUT
+        if padded and heads * q_len * key.shape[2] >= much:
+            masks = (query_padding_mask, key_padding_mask)
+            return [_Group(i, *(None if mask is None else _valid(mask[i]) for mask in masks)) for i in range(batch)]
     if key_padding_mask is None:
-        return query, key, value, None, None
-    padding = key_padding_mask[:, None, :, None]
-    # 0 · NaN is NaN. On a CPU this takes half of masked_fill's time.
-    key, value = torch.where(padding, 0.0, key), torch.where(padding, 0.0, value)
-    no_key = key_padding_mask.all(dim=-1)
-    # Without any key the scores stay finite here; the caller looks after such rows.
-    hidden = key_padding_mask & ~no_key[:, None]
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-    return query, key, value, bias[:, None, None], no_key
+        return [_Group(idle=query_padding_mask)]
+    idle = query_padding_mask
+    if may_lack_keys:  # the NaN that comes of it stays in rows that are set to zero
+        no_key = key_padding_mask.all(dim=1, keepdim=True)
+        idle = no_key if idle is None else idle | no_key
+    bias = torch.where(key_padding_mask, -torch.inf, 0.0).to(torch.promote_types(query.dtype, torch.float32))
+    return [_Group(idle=idle, key_padding=key_padding_mask, bias=bias[:, None, None])]
+
+
+def _valid(mask: torch.Tensor) -> torch.Tensor | None:
+    """Positions without padding [n] int64; None for all."""
+    positions = (~mask).nonzero()[:, 0]
+    return None if len(positions) == len(mask) else positions
+
+
+def _zero_where(padding: torch.Tensor | None, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` [B, H, L, D] with zeros in rows of padding [B, L or 1]."""
+    # On a CPU this takes half of masked_fill's time.
+    return tensor if padding is None else torch.where(padding[:, None, :, None], 0.0, tensor)
 
 
 def _has_fused(q, k, v, seed) -> bool:
@@ -165,13 +288,3 @@ def _chunks(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice]]:
     for first in range(0, slices, together):
         for row in range(0, q_len, rows):
             yield slice(first, min(first + together, slices)), slice(row, min(row + rows, q_len))
-
-
-def _keep(seed, s, r, probs, drop_threshold):
-    """1 where dropout keeps, 0 where it drops, in the dtype of `probs`."""
-    if drop_threshold > 255:  # beyond a byte
-        return torch.zeros_like(probs)
-    slices, rows = (torch.arange(x.start, x.stop, device=seed.device) for x in (s, r))
-    drawn = dropout_bytes(seed, slices, rows, probs.shape[-1])
-    # Comparing into floats is several times faster than into bools that are then multiplied.
-    return torch.ge(drawn, drop_threshold, out=torch.empty_like(probs))

@@ -279,20 +279,15 @@ def _empty_blhd(batch, heads, length, head_dim, like: torch.Tensor) -> torch.Ten
 def _forward(query, key, value, key_padding_mask, dropout_p, seed, scale, query_padding_mask=None, remember=None):
     out, logsumexp = _forward_fake(query, key, value, key_padding_mask, dropout_p, seed, scale)
     dropout = (_dropout_threshold(dropout_p), _dropout_scale(dropout_p))
-    inputs = (key, value, key_padding_mask, seed, *dropout, scale)
+    inputs = (query, key, value, key_padding_mask, seed, *dropout, scale, query_padding_mask)
     if _on_kernel(query, value):
         from detr_fast.kernels.attention import attention_forward
 
         with torch.cuda.device_of(query):
-            attention_forward(query, *inputs, query_padding_mask, out=out, logsumexp=logsumexp)
-        return out, logsumexp
-    with torch.autocast(query.device.type, enabled=False):
-        result = chunked_forward(zero_rows(query, query_padding_mask), *inputs, remember)
-    out.copy_(result[0])
-    logsumexp.copy_(result[1])
-    if query_padding_mask is not None:
-        out.masked_fill_(query_padding_mask[:, None, :, None], 0)
-        logsumexp.masked_fill_(query_padding_mask[:, None], torch.inf)
+            attention_forward(*inputs, out=out, logsumexp=logsumexp)
+    else:
+        with torch.autocast(query.device.type, enabled=False):
+            chunked_forward(*inputs, remember, out=out, logsumexp=logsumexp)
     return out, logsumexp
 
 
@@ -307,22 +302,20 @@ def _backward(
     remembered=(),
 ):  # fmt: skip
     grads = _backward_fake(grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale)
-    rest = (key_padding_mask, seed, _dropout_threshold(dropout_p), _dropout_scale(dropout_p), scale)
+    dropout = (_dropout_threshold(dropout_p), _dropout_scale(dropout_p))
+    inputs = (
+        grad_out, query, key, value, out, logsumexp, key_padding_mask, seed, *dropout, scale, query_padding_mask
+    )  # fmt: skip
+    outputs = dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=True))
     if _on_kernel(query, value):
         from detr_fast.kernels.attention_backward import attention_backward
 
         with torch.cuda.device_of(query):
-            attention_backward(
-                grad_out, query, key, value, out, logsumexp, *rest, query_padding_mask,
-                grad_query=grads[0], grad_key=grads[1], grad_value=grads[2],
-            )  # fmt: skip
-        return grads
-    # What is zero gives nothing and gets nothing.
-    grad_out, query = zero_rows(grad_out, query_padding_mask), zero_rows(query, query_padding_mask)
-    with torch.autocast(query.device.type, enabled=False):
-        results = chunked_backward(grad_out, query, key, value, out, logsumexp, *rest, remembered)
-    results = (zero_rows(results[0], query_padding_mask), *results[1:])
-    return tuple(grad.copy_(result) for grad, result in zip(grads, results, strict=True))
+            attention_backward(*inputs, **outputs)
+    else:
+        with torch.autocast(query.device.type, enabled=False):
+            chunked_backward(*inputs, remembered, **outputs)
+    return grads
 
 
 def _backward_fake(

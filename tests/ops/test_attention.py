@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from detr_fast.ops import applied_dropout, attention, attention_dropout_mask, attention_reference
+from detr_fast.ops import _attention_chunked, applied_dropout, attention, attention_dropout_mask, attention_reference
 
 SEED = torch.tensor([12345678901234567])
 
@@ -33,6 +33,15 @@ def make_mask(k_len=70, all_padded=True):
     if all_padded:
         mask[1] = True
     return mask
+
+
+@pytest.fixture(params=["one_image", "batch"])
+def grouping(request, monkeypatch):
+    """Images with padding one at a time, as a CPU computes much work, or the whole batch together."""
+    scores = 0 if request.param == "one_image" else 2**60
+    monkeypatch.setattr(_attention_chunked, "_ONE_IMAGE", scores)
+    monkeypatch.setattr(_attention_chunked, "_ONE_IMAGE_WITH_DROPOUT", scores)
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -112,7 +121,7 @@ def test_attention_dropout_is_the_helpers_mask():
     inputs = make_inputs()
     for p in (0.1, 0.5, 1.0):
         for mask in (None, make_mask()):
-            keep = attention_dropout_mask(SEED, 2, 3, 5, 70, p)
+            keep = attention_dropout_mask(SEED, 2, 3, 5, 70, p, key_padding_mask=mask)
             out, _ = attention(*inputs, mask, p, seed=SEED)
             want, _ = attention_reference(*inputs, mask, p, keep)
             grad = torch.randn_like(out)
@@ -127,7 +136,7 @@ def test_attention_dropout_is_the_helpers_mask():
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_attention_padded_queries(dtype, masked, p, dims):
+def test_attention_padded_queries(dtype, masked, p, dims, grouping):
     """Zeros and +inf in their rows, whatever they hold; the rest is what it is without a mask of queries."""
     inputs, mask = make_inputs(dtype, dim=dims[0], value_dim=dims[1]), make_mask() if masked else None
     for rows in (make_rows(), torch.tensor([[True], [False]]).expand(2, 5), torch.ones(5, 2, dtype=torch.bool).t()):
@@ -146,7 +155,7 @@ def test_attention_padded_queries(dtype, masked, p, dims):
             torch.testing.assert_close(out, want.masked_fill(padding, 0), **close)
             torch.testing.assert_close(lse, want_lse.masked_fill(rows[:, None], math.inf))
             torch.testing.assert_close(grads, wants, **close)
-            keep = attention_dropout_mask(SEED, 2, 3, 5, 70, p) if p else None
+            keep = attention_dropout_mask(SEED, 2, 3, 5, 70, p, key_padding_mask=mask) if p else None
             reference, reference_lse = attention_reference(*dirty, mask, p, keep, query_padding_mask=rows)
             torch.testing.assert_close(lse, reference_lse)
             grads = torch.autograd.grad(reference, dirty, grad.masked_fill(padding, garbage))
@@ -159,20 +168,117 @@ def test_attention_padded_queries(dtype, masked, p, dims):
         assert (out.masked_select(padding) == 0).all() and (grad_query.masked_select(padding) == 0).all()
 
 
-@pytest.mark.parametrize("scores", [1, 70, 150, 350, 700])
-def test_attention_in_chunks(scores, monkeypatch):
-    """Whatever number of scores is computed at once: single rows, some rows, whole heads, several heads."""
-    from detr_fast.ops import _attention_chunked
+def padding_masks(length):
+    """[3, length] masks by name: padding at the end, anywhere, of whole images, of none of a mask's images."""
+    valid = {
+        "suffix": (length, length // 2, 1),
+        "anywhere": (length // 3, length, length // 2),
+        "image": (0, length, 2),
+    }
+    masks = {"none": None, "unused": torch.zeros(3, length, dtype=torch.bool)}
+    for name, counts in valid.items():
+        masks[name] = torch.arange(length) >= torch.tensor(counts)[:, None]
+        if name != "suffix":
+            masks[name] = masks[name][:, torch.randperm(length)]
+    masks["everything"] = torch.ones(length, 3, dtype=torch.bool).t()
+    return masks
 
+
+KINDS = ["none", "unused", "suffix", "anywhere", "image", "everything"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dims", [(4, 6), (8, 8)], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("queries", KINDS)
+@pytest.mark.parametrize("keys", KINDS)
+def test_attention_without_padding(keys, queries, p, dims, dtype, grouping):
+    """Whatever the padding holds: output and gradients are the reference's in float64 of inputs with zeros there."""
+    q_len, k_len = 13, 70
+    mask, rows = padding_masks(k_len)[keys], padding_masks(q_len)[queries]
+    clean = [x.detach() for x in make_inputs(dtype, 3, 2, q_len, k_len, *dims)]
+    grad = torch.randn(3, 2, q_len, dims[1]).to(dtype)
+
+    def filled(value):
+        return [
+            x if padding is None else x.masked_fill(padding[:, None, :, None], value)
+            for x, padding in zip((*clean, grad), (rows, mask, mask, rows), strict=True)
+        ]
+
+    *inputs, grad_out = filled(math.nan)
+    inputs = [x.requires_grad_() for x in inputs]
+    out, lse = attention(*inputs, mask, p, seed=SEED, query_padding_mask=rows)
+    results = (out, lse, *torch.autograd.grad(out, inputs, grad_out))
+
+    *exact, exact_grad = (x.double() for x in filled(0.0))
+    exact = [x.requires_grad_() for x in exact]
+    keep = attention_dropout_mask(SEED, 3, 2, q_len, k_len, p, key_padding_mask=mask) if p else None
+    want, want_lse = attention_reference(*exact, mask, p, keep, query_padding_mask=rows)
+    wants = (want, want_lse, *torch.autograd.grad(want, exact, exact_grad))
+    unit = torch.finfo(dtype).eps
+    for result, exact_result in zip(results, wants, strict=True):
+        tolerance = {"rtol": 4e-7, "atol": 4e-7} if result is lse else {"rtol": 4 * unit, "atol": 16 * unit}
+        torch.testing.assert_close(result.double(), exact_result, **tolerance)
+
+
+@pytest.mark.parametrize("dims", [(4, 6), (8, 8)], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_attention_computes_the_valid_pairs_alone(p, dims, monkeypatch):
+    """Where an image is much work, its scores in either pass are its queries times its keys without padding."""
+    for name in ("_ONE_IMAGE", "_ONE_IMAGE_WITH_DROPOUT"):
+        monkeypatch.setattr(_attention_chunked, name, 2 * 13 * 70)
+    computed, has_fused = [], _attention_chunked._has_fused
+
+    def count(q, k, v, seed):
+        computed.append(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
+        return has_fused(q, k, v, seed)
+
+    monkeypatch.setattr(_attention_chunked, "_has_fused", count)
+    inputs = make_inputs(torch.float32, 3, 2, 13, 70, *dims)
+    for keys in KINDS:
+        for queries in KINDS:
+            mask, rows = padding_masks(70)[keys], padding_masks(13)[queries]
+            key_counts = torch.full((3,), 70) if mask is None else (~mask).sum(dim=1)
+            query_counts = torch.full((3,), 13) if rows is None else (~rows).sum(dim=1)
+            computed.clear()
+            out, _ = attention(*inputs, mask, p, seed=SEED, query_padding_mask=rows)
+            assert sum(computed) == 2 * (query_counts * key_counts).sum()
+            assert len(computed) == (1 if {keys, queries} <= {"none", "unused"} else 3)
+            torch.autograd.grad(out, inputs, torch.ones_like(out))
+            assert sum(computed) == 4 * (query_counts * key_counts).sum()
+    computed.clear()
+    attention(*(x[:, :, :12] for x in inputs), padding_masks(12)["suffix"], p, seed=SEED)
+    assert computed == [3 * 2 * 12 * 12]  # little work
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_attention_in_chunks_reads_no_mask_on_a_gpu(p):
+    """Reading one would wait for the GPU; a fake tensor raises when it is read, and has every other property."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        inputs = [x.detach().to("cuda") for x in make_inputs(torch.float64, 2, 8, 300, 300)]
+        mask = torch.zeros(2, 300, dtype=torch.bool, device="cuda")
+        settings = (mask, torch.zeros(1, dtype=torch.int64, device="cuda") if p else None, 77, 1.4, 0.5, mask)
+        out, logsumexp = torch.empty_like(inputs[2]), inputs[0].new_empty(2, 8, 300)
+        _attention_chunked.chunked_forward(*inputs, *settings, out=out, logsumexp=logsumexp)
+        grads = {f"grad_{name}": x.clone() for name, x in zip(("query", "key", "value"), inputs, strict=True)}
+        _attention_chunked.chunked_backward(out, *inputs, out, logsumexp, *settings, **grads)
+
+
+@pytest.mark.parametrize("scores", [1, 70, 150, 350, 700])
+def test_attention_in_chunks(scores, grouping, monkeypatch):
+    """Whatever number of scores is computed at once: single rows, some rows, whole heads, several heads."""
     monkeypatch.setattr(_attention_chunked, "_CPU_CHUNK", scores)
-    inputs, mask = make_inputs(), make_mask()
-    keep = attention_dropout_mask(SEED, 2, 3, 5, 70, 0.3)
-    for rows in (None, make_rows()):
-        out, lse = attention(*inputs, mask, 0.3, seed=SEED, query_padding_mask=rows)
-        want, want_lse = attention_reference(*inputs, mask, 0.3, keep, query_padding_mask=rows)
-        grad = torch.randn_like(out)
-        torch.testing.assert_close((out, lse), (want, want_lse))
-        torch.testing.assert_close(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(want, inputs, grad))
+    inputs = make_inputs()
+    for mask in (make_mask(), make_mask(all_padded=False)):
+        keep = attention_dropout_mask(SEED, 2, 3, 5, 70, 0.3, key_padding_mask=mask)
+        for rows in (None, make_rows()):
+            out, lse = attention(*inputs, mask, 0.3, seed=SEED, query_padding_mask=rows)
+            want, want_lse = attention_reference(*inputs, mask, 0.3, keep, query_padding_mask=rows)
+            grad = torch.randn_like(out)
+            torch.testing.assert_close((out, lse), (want, want_lse))
+            torch.testing.assert_close(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(want, inputs, grad))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -204,13 +310,11 @@ def test_attention_with_and_without_the_dispatcher(p, masked):
     assert not alone[1].requires_grad and not watched[1].requires_grad
 
 
-def test_attention_remembers_small_dropout(monkeypatch):
+def test_attention_remembers_small_dropout(grouping, monkeypatch):
     """A backward that takes over the forward's matrices gives what one gives that computes them again; twice."""
-    from detr_fast.ops import _attention_chunked
-
-    inputs, mask, drawn = make_inputs(), make_mask(), []
-    keep = _attention_chunked._keep
-    monkeypatch.setattr(_attention_chunked, "_keep", lambda *args: drawn.append(args) or keep(*args))
+    inputs, mask, drawn = make_inputs(), make_mask(all_padded=False), []
+    draw = _attention_chunked.dropout_bytes
+    monkeypatch.setattr(_attention_chunked, "dropout_bytes", lambda *args: drawn.append(args) or draw(*args))
 
     def grads():
         drawn.clear()
@@ -218,10 +322,11 @@ def test_attention_remembers_small_dropout(monkeypatch):
         return [torch.autograd.grad(out, inputs, torch.ones_like(out), retain_graph=True) for _ in range(2)]
 
     first, second = grads()
-    assert len(drawn) == 1
+    groups = 2 if grouping == "one_image" else 1
+    assert len(drawn) == groups
     monkeypatch.setattr(_attention_chunked, "_REMEMBERED", 0)
     anew, _ = grads()
-    assert len(drawn) == 3
+    assert len(drawn) == 3 * groups
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close(first, anew)
 
@@ -290,6 +395,19 @@ def test_dropout_mask_does_not_depend_on_the_lengths():
     whole = attention_dropout_mask(SEED, 2, 3, 70, 200, 0.4)
     assert torch.equal(attention_dropout_mask(SEED, 2, 3, 43, 65, 0.4), whole[:, :, :43, :65])
     assert torch.equal(attention_dropout_mask(SEED, 1, 3, 70, 200, 0.4), whole[:1])
+
+
+def test_dropout_mask_of_padding():
+    """A key's column is its place among its image's keys without padding; padded ones are not kept."""
+    mask = padding_masks(70)["anywhere"]
+    plain = attention_dropout_mask(SEED, 3, 2, 5, 70, 0.3)
+    keep = attention_dropout_mask(SEED, 3, 2, 5, 70, 0.3, key_padding_mask=mask)
+    for image, valid in enumerate(~mask):
+        assert torch.equal(keep[image][..., valid], plain[image, ..., : valid.sum()])
+        assert not keep[image][..., ~valid].any()
+    for shape in ((3, 69), (2, 70), (70,), (3, 1)):
+        with pytest.raises(ValueError, match=r"expected \[3, 70\]"):
+            attention_dropout_mask(SEED, 3, 2, 5, 70, 0.3, key_padding_mask=torch.zeros(shape, dtype=torch.bool))
 
 
 def test_applied_dropout():
