@@ -135,6 +135,45 @@ def cpu_training(results: Path) -> str:
     return "\n".join(parts).rstrip() or "No CPU has been measured; `python -m benchmarks train --device cpu` does it."
 
 
+def padding_share(results: Path) -> str:
+    """Markdown: attention's time with the padding of real batches, as a share of its time without, on every device."""
+    lines = []
+    for record in load(results):
+        if record["suite"] != "attention":
+            continue
+        rows = [row for row in record["rows"] if row["status"] == "ok" and row["shape"]["kind"] == "encoder"]
+
+        def case(row: dict, padding: str, provider: str = "detr_fast") -> tuple:
+            shape = row["shape"] | {"padding": padding, "valid": None}
+            return provider, row["precision"], row["mode"], row["launch"], repr(sorted(shape.items()))
+
+        times = {case(row, row["shape"]["padding"], row["provider"]): row["median_ms"] for row in rows}
+        for row in rows:
+            dense = times.get(case(row, "coco-dense"))
+            if row["provider"] != "detr_fast" or row["shape"]["padding"] != "coco" or dense is None:
+                continue
+            skipped = times.get(case(row, "coco", "detr_fast, padded queries skipped"))
+            parts = (f"{x:.4g} ({x / dense:.0%})" if x else "–" for x in (row["median_ms"], skipped))
+            shape, where = row["shape"], record["provenance"]
+            name = (
+                f"{shape['q_len']} tokens, batch {shape['batch']}, {row['precision']}, {row['mode']}, {row['launch']}"
+            )
+            name += f", p={shape['dropout']:g}" if shape["dropout"] else ""
+            cells = (
+                where["device"],
+                name,
+                f"{shape['valid']['pairs']:.0%}",
+                f"{dense:.4g}",
+                *parts,
+                _commits([record]),
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    if not lines:
+        return "Not measured."
+    head = "| device | encoder | valid pairs | without padding, ms | keys left out | queries, too | |"
+    return "\n".join([head, "|---" * 7 + "|", *lines])
+
+
 def same_training(results: Path) -> str:
     """Markdown: what `python -m benchmarks.same_training --save` has found, on every device."""
     parts = []

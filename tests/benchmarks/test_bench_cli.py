@@ -15,7 +15,7 @@ from detr_fast.benchmarks import PRECISIONS, SUITES, ceilings, plan
 from detr_fast.benchmarks.cli import main
 from detr_fast.benchmarks.plots import plot_suite
 from detr_fast.benchmarks.provenance import slug
-from detr_fast.benchmarks.report import cpu_training, table, update_readme
+from detr_fast.benchmarks.report import cpu_training, padding_share, table, update_readme
 from detr_fast.benchmarks.results import load_record, save
 
 ROOT = Path(__file__).parents[2]
@@ -239,6 +239,30 @@ def test_report_of_the_training_step(device_type, tmp_path):
     ]
     assert "tuned stock: unavailable, no compiler" in lines and "commit 012345678, 2030-01-02" in text
     assert "detr_fast" not in other.replace("detr_fast train", "")
+
+
+def test_report_of_what_padding_leaves(tmp_path):
+    """Shares of the dense time of the same case: other dropout, precision or launch does not count as such."""
+
+    def row(provider, padding, median_ms, dropout=0.1, **changes):
+        shape = {"kind": "encoder", "batch": 16, "q_len": 950, "padding": padding, "dropout": dropout}
+        shape["valid"] = {"pairs": 0.29 if padding == "coco" else 1.0}
+        return dict(provider=provider, shape=shape, median_ms=median_ms, precision="bf16", mode="both", launch="eager",
+                    status="ok") | changes  # fmt: skip
+
+    assert padding_share(tmp_path) == "Not measured."
+    where = {"device": "Some GPU", "git_sha": "0123456789ab", "git_dirty": False, "date": "2030-01-02T00:00:00+00:00"}
+    rows = [row("detr_fast", "coco", 0.05), row("detr_fast, padded queries skipped", "coco", 0.03)]
+    rows += [row("detr_fast", "coco-dense", 7.0, dropout=0.0), row("detr_fast", "coco-dense", 7.0, precision="fp32")]
+    rows += [row("detr_fast", "coco-dense", 7.0, launch="graph"), row("SDPA", "coco-dense", 7.0)]
+    save({"suite": "attention", "provenance": where, "rows": rows}, tmp_path / "some")
+    assert padding_share(tmp_path) == "Not measured."
+    rows.append(row("detr_fast", "coco-dense", 0.1))
+    save({"suite": "attention", "provenance": where, "rows": rows}, tmp_path / "some")
+    assert padding_share(tmp_path).splitlines()[2:] == [
+        "| Some GPU | 950 tokens, batch 16, bf16, both, eager, p=0.1 | 29% | 0.1 | 0.05 (50%) | 0.03 (30%) | "
+        "commit 012345678, 2030-01-02 |"
+    ]
 
 
 def test_report_is_idempotent_and_leaves_the_rest(results, tmp_path):
