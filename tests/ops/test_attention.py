@@ -187,12 +187,20 @@ def padding_masks(length):
 KINDS = ["none", "unused", "suffix", "anywhere", "image", "everything"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dims", [(4, 6), (8, 8)], ids=str)
-@pytest.mark.parametrize("p", [0.0, 0.3])
+# Without dropout, one head dimension and two make the difference between PyTorch's fused attention and ours.
+@pytest.mark.parametrize(
+    ("dtype", "dims", "p"),
+    [
+        (torch.float64, (4, 6), 0.3),
+        (torch.float32, (8, 8), 0.0),
+        (torch.float32, (4, 6), 0.0),
+        (torch.bfloat16, (8, 8), 0.3),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("queries", KINDS)
 @pytest.mark.parametrize("keys", KINDS)
-def test_attention_without_padding(keys, queries, p, dims, dtype, grouping):
+def test_attention_without_padding(keys, queries, dtype, dims, p, grouping):
     """Whatever the padding holds: output and gradients are the reference's in float64 of inputs with zeros there."""
     q_len, k_len = 13, 70
     mask, rows = padding_masks(k_len)[keys], padding_masks(q_len)[queries]
