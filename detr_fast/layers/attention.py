@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr_fast.ops.attention import attention, zero_rows
+from detr_fast.ops._attention_chunked import zero_rows
+from detr_fast.ops.attention import attention
 
 
 class MultiheadAttention(nn.MultiheadAttention):

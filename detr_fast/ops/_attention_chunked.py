@@ -75,7 +75,7 @@ def chunked_forward(
                         remember += probs, keep
                         probs = probs * keep
                 torch.bmm(probs, v[s], out=flat_result[s, r])
-        group.put(out, group.queries, _zero_where(group.idle, result), 0)
+        group.put(out, group.queries, zero_rows(result, group.idle), 0)
         if group.idle is not None:
             lse = lse.masked_fill(group.idle[:, None], torch.inf)
         group.put(logsumexp, group.queries, lse, torch.inf)
@@ -111,7 +111,7 @@ def chunked_backward(
     heads, known = query.shape[1], iter(remembered)
     for group in _groups(query, key, key_padding_mask, query_padding_mask, seed):
         q, k, v = group.inputs(query, key, value)
-        grad = _zero_where(group.idle, group.take(grad_out, group.queries).to(q.dtype))
+        grad = zero_rows(group.take(grad_out, group.queries).to(q.dtype), group.idle)
         if _has_fused(q, k, v, seed) and out.dtype == q.dtype:  # not from an `out` that was rounded to 16 bits
             saved = (group.take(x, group.queries) for x in (out, logsumexp))
             grads = _fused_backward(grad, q, k, v, *saved, 0.0, False, attn_mask=group.bias, scale=scale)
@@ -140,9 +140,9 @@ def chunked_backward(
             if seed is not None:
                 grad_v.mul_(drop_scale)
         # What is infinite elsewhere must not reach padded rows as 0 · NaN.
-        group.put(grad_query, group.queries, _zero_where(group.idle, grads[0]), 0)
+        group.put(grad_query, group.queries, zero_rows(grads[0], group.idle), 0)
         for target, x in ((grad_key, grads[1]), (grad_value, grads[2])):
-            group.put(target, group.keys, _zero_where(group.key_padding, x), 0)
+            group.put(target, group.keys, zero_rows(x, group.key_padding), 0)
 
 
 @dataclass(slots=True)
@@ -176,9 +176,9 @@ class _Group:
         dtype = torch.promote_types(query.dtype, torch.float32)
         # 0 · NaN is NaN.
         return (
-            _zero_where(self.idle, self.take(query, self.queries).to(dtype)),
-            _zero_where(self.key_padding, self.take(key, self.keys).to(dtype)),
-            _zero_where(self.key_padding, self.take(value, self.keys).to(dtype)),
+            zero_rows(self.take(query, self.queries).to(dtype), self.idle),
+            zero_rows(self.take(key, self.keys).to(dtype), self.key_padding),
+            zero_rows(self.take(value, self.keys).to(dtype), self.key_padding),
         )
 
     def take(self, tensor: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
@@ -249,7 +249,7 @@ def _valid(mask: torch.Tensor) -> torch.Tensor | None:
     return None if len(positions) == len(mask) else positions
 
 
-def _zero_where(padding: torch.Tensor | None, tensor: torch.Tensor) -> torch.Tensor:
+def zero_rows(tensor: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
     """`tensor` [B, H, L, D] with zeros in rows of padding [B, L or 1]."""
     # On a CPU this takes half of masked_fill's time.
     return tensor if padding is None else torch.where(padding[:, None, :, None], 0.0, tensor)

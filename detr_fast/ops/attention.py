@@ -14,7 +14,7 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-from detr_fast.ops._attention_chunked import chunked_backward, chunked_forward
+from detr_fast.ops._attention_chunked import chunked_backward, chunked_forward, zero_rows
 from detr_fast.ops._dispatch import is_plain_eager, refuse_transforms, use_kernel
 from detr_fast.ops._dropout_bits import dropout_bytes
 
@@ -260,11 +260,6 @@ def _probabilities(query, key, value, key_padding_mask, scale):
     no_key = key_padding_mask.all(dim=-1)[:, None, None, None]
     probs = torch.softmax(scores.masked_fill(no_key, 0), dim=-1).masked_fill(no_key, 0)
     return probs, value, _no_keys_at_inf(torch.logsumexp(scores.detach(), dim=-1))
-
-
-def zero_rows(tensor: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-    """`tensor` [B, H, L, D] with zeros in rows of padding [B, L]."""
-    return tensor if padding is None else tensor.masked_fill(padding[:, None, :, None], 0)
 
 
 def _no_keys_at_inf(logsumexp: torch.Tensor) -> torch.Tensor:
