@@ -5,9 +5,9 @@ import argparse
 import torch
 
 from detr_fast.data.shapes import make_shapes_dataset
+from detr_fast.distributed import is_main_process
 from detr_fast.predict import predict
 from detr_fast.training.config import UsageError, choose_device, get_args_parser, make_output_dir
-from detr_fast.training.distributed import is_main_process
 from detr_fast.training.trainer import train
 
 # A detector from scratch: batch norm instead of frozen statistics, one learning rate for all, read at stride 8.

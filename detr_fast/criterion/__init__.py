@@ -1,6 +1,10 @@
 """Boxes, bipartite matching, losses and post-processing."""
 
-from detr_fast.criterion.boxes import (
+from detr_fast.criterion.losses import SetCriterion, accuracy, dice_loss, sigmoid_focal_loss
+from detr_fast.criterion.matcher import HungarianMatcher
+from detr_fast.criterion.postprocess import PostProcess
+from detr_fast.criterion.segmentation import PostProcessPanoptic, PostProcessSegm
+from detr_fast.geometry.boxes import (
     box_cxcywh_to_xyxy,
     box_iou,
     box_xyxy_to_cxcywh,
@@ -8,11 +12,7 @@ from detr_fast.criterion.boxes import (
     masks_to_boxes,
     paired_generalized_box_iou,
 )
-from detr_fast.criterion.losses import SetCriterion, accuracy, dice_loss, sigmoid_focal_loss
-from detr_fast.criterion.matcher import HungarianMatcher
-from detr_fast.criterion.panoptic_ids import id2rgb, rgb2id
-from detr_fast.criterion.postprocess import PostProcess
-from detr_fast.criterion.segmentation import PostProcessPanoptic, PostProcessSegm
+from detr_fast.geometry.segment_ids import id2rgb, rgb2id
 
 __all__ = [
     "HungarianMatcher",

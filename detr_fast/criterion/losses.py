@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr_fast.criterion.boxes import box_cxcywh_to_xyxy, paired_generalized_box_iou
 from detr_fast.criterion.matcher import (
     HungarianMatcher,
     as_float,
@@ -27,6 +26,8 @@ from detr_fast.criterion.packing import (
     pack_targets,
     pairs_from_indices,
 )
+from detr_fast.distributed import get_world_size
+from detr_fast.geometry.boxes import box_cxcywh_to_xyxy, paired_generalized_box_iou
 from detr_fast.nested_tensor import nested_tensor_from_tensor_list
 
 
@@ -392,9 +393,9 @@ def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list
 def _average_over_ranks(count: int, device: torch.device) -> Tensor:
     """Mean of the ranks' counts, at least 1; 0-dimensional float32 on the device, made without waiting for it."""
     total = torch.full([], float(count), device=device)
-    if dist.is_available() and dist.is_initialized():
+    if get_world_size() > 1:
         dist.all_reduce(total)
-        total = total / dist.get_world_size()
+        total = total / get_world_size()
     return total.clamp(min=1)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from detr_fast.criterion.boxes import box_cxcywh_to_xyxy
 from detr_fast.criterion.matcher import as_float, check_predictions
+from detr_fast.geometry.boxes import box_cxcywh_to_xyxy
 
 
 class PostProcess(nn.Module):

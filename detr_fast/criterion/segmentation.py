@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from detr_fast.criterion.matcher import as_float, check_predictions
-from detr_fast.criterion.panoptic_ids import id2rgb
+from detr_fast.geometry.segment_ids import id2rgb
 
 # Segments of so few pixels are taken out of a panoptic picture.
 _SMALLEST_AREA = 4

@@ -23,7 +23,6 @@ from PIL import Image, ImageDraw
 
 from detr_fast.data.categories import Categories
 from detr_fast.data.coco import CocoDetection, check_content, dataset_paths, read_json
-from detr_fast.data.line_geometry import ordered_ends
 from detr_fast.data.shapes import _ASPECT_RATIOS, _background, _place
 from detr_fast.data.transforms import (
     Compose,
@@ -38,6 +37,7 @@ from detr_fast.data.transforms import (
     ToTensor,
     image_size,
 )
+from detr_fast.geometry.lines import ordered_ends
 
 LINES_MEAN = (0.538, 0.494, 0.453)
 LINES_STD = (0.257, 0.263, 0.273)

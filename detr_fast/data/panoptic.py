@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from detr_fast.criterion.boxes import masks_to_boxes
-from detr_fast.criterion.panoptic_ids import rgb2id
 from detr_fast.data.categories import Categories
 from detr_fast.data.coco import CorruptImageError, MissingImageError, load_image, load_image_tensor
 from detr_fast.data.transforms import can_draw, make_coco_transforms
+from detr_fast.geometry.boxes import masks_to_boxes
+from detr_fast.geometry.segment_ids import rgb2id
 
 
 class CocoPanoptic(Dataset):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from detr_fast.criterion.panoptic_ids import id2rgb
+from detr_fast.geometry.segment_ids import id2rgb
 
 SHAPES = ("circle", "square", "triangle")
 STUFF = ("sky", "ground")

@@ -32,8 +32,8 @@ import torchvision.transforms as T
 import torchvision.transforms.functional as F
 from PIL import Image
 
-from detr_fast.criterion.boxes import box_xyxy_to_cxcywh
-from detr_fast.data.line_geometry import crop_lines, hflip_lines, vflip_lines
+from detr_fast.geometry.boxes import box_xyxy_to_cxcywh
+from detr_fast.geometry.lines import crop_lines, hflip_lines, vflip_lines
 
 Target = dict[str, Any] | None
 Img = Image.Image | torch.Tensor

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
+
+from detr_fast.distributed import all_gather, is_main_process
 
 IOU_TYPES = ("bbox", "segm")
 
@@ -84,7 +85,7 @@ class CocoEvaluator:
             ValueError: if no process has seen an image.
         """
         merged = {}
-        for predictions in _all_gather(self._predictions):
+        for predictions in all_gather(self._predictions):
             for image_id, prediction in predictions.items():
                 merged.setdefault(image_id, prediction)
         if not merged:
@@ -117,7 +118,7 @@ class CocoEvaluator:
         Raises:
             RuntimeError: if :meth:`accumulate` has not been called.
         """
-        is_main = not _is_distributed() or dist.get_rank() == 0
+        is_main = is_main_process()
         for iou_type, coco_eval in self.coco_eval.items():
             if not coco_eval.eval:
                 raise RuntimeError("call accumulate() before summarize()")
@@ -200,15 +201,3 @@ def _results(image_id: int, prediction: dict, iou_type: str) -> Iterator[dict]:
     for score, label, shape in zip(prediction["scores"], prediction["labels"], shapes, strict=True):
         shape = shape.tolist() if iou_type == "bbox" else dict(shape)
         yield {"image_id": image_id, "category_id": int(label), key: shape, "score": float(score)}
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _all_gather(predictions: dict) -> list[dict]:
-    if not _is_distributed():
-        return [predictions]
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, predictions)
-    return gathered

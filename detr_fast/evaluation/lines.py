@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from detr_fast.evaluation.coco import _all_gather
+from detr_fast.distributed import all_gather
 
 GRID = 128
 THRESHOLDS = (5, 10, 15)
@@ -70,7 +70,7 @@ class LineEvaluator:
             ValueError: if no process has seen an image.
         """
         self._merged = {}
-        for predictions in _all_gather(self._predictions):
+        for predictions in all_gather(self._predictions):
             for image_id, prediction in predictions.items():
                 self._merged.setdefault(image_id, prediction)
         if not self._merged:

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from PIL import Image
 
-from detr_fast.criterion.panoptic_ids import rgb2id
 from detr_fast.data.panoptic import load_segment_ids, read_panoptic
+from detr_fast.distributed import all_gather, is_main_process
+from detr_fast.geometry.segment_ids import rgb2id
 
 # The id of pixels that belong to no segment.
 VOID = 0
@@ -275,7 +275,7 @@ class PanopticEvaluator:
     def synchronize_between_processes(self) -> None:
         """Brings all processes' counts together; every process then holds the same."""
         merged, predictions = {}, []
-        for tallies, listed in _all_gather((self._tallies, self.predictions)):
+        for tallies, listed in all_gather((self._tallies, self.predictions)):
             predictions += [p for p in listed if p["image_id"] not in merged]
             merged = {**tallies, **merged}
         self._tallies, self.predictions = merged, predictions
@@ -291,7 +291,7 @@ class PanopticEvaluator:
         """
         if not self._tallies:
             raise ValueError("there is nothing to evaluate: update() has seen no image")
-        if _rank() != 0:
+        if not is_main_process():
             return None
         if self.output_dir is not None:
             (self.output_dir / "predictions.json").write_text(json.dumps({"annotations": self.predictions}))
@@ -305,15 +305,3 @@ class PanopticEvaluator:
             row = results[name]
             print(f"{name:8} | {100 * row['pq']:5.1f} {100 * row['sq']:5.1f} {100 * row['rq']:5.1f}  {row['n']:10}")
         return results
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _all_gather(data) -> list:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [data]
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, data)
-    return gathered

@@ -3,6 +3,8 @@
 Neither has `num_batches_tracked` in its state, so that the same state dict loads with strict=True into both.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,3 +62,16 @@ class BatchNorm2d(nn.BatchNorm2d):
         state_dict.pop(prefix + "num_batches_tracked", None)
         # Past nn.BatchNorm2d's own version, which adds num_batches_tracked to a state dict that has none.
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+
+
+def frozen_affines(norms: Sequence[FrozenBatchNorm2d]) -> list[tuple[Tensor, Tensor]]:
+    """Scale and bias [C] of each norm, in float32 or float64, computed for all norms at once (few launches)."""
+    sizes = [len(norm.weight) for norm in norms]
+    dtype = torch.promote_types(norms[0].weight.dtype, torch.float32)
+    weight, bias, mean, var = (
+        torch.cat([getattr(norm, name) for norm in norms]).to(dtype)
+        for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale = weight * (var + EPS).rsqrt()
+    bias = torch.addcmul(bias, mean, scale, value=-1)
+    return list(zip(scale.split(sizes), bias.split(sizes), strict=True))

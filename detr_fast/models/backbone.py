@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d, PositionEmbeddingLearned, PositionEmbeddingSine
-from detr_fast.layers.fused_conv import Affine, folded_conv, frozen_affines
+from detr_fast.layers.norm import frozen_affines
 from detr_fast.models.weights import load_file, load_url
 from detr_fast.nested_tensor import NestedTensor
+from detr_fast.ops.folded_conv import Affine, folded_conv
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 _TRAINED_STAGES = STAGES[1:]
@@ -48,7 +49,7 @@ class ResNetBody(nn.Module):
     """The layers of a torchvision ResNet up to a stage, under their names, returning some of the stages.
 
     With frozen batch norm throughout, each convolution is computed together with the norm, the residual and the ReLU
-    after it (`detr_fast.layers.fused_conv`), on CUDA in channels-last memory, without calling the modules. They are
+    after it (`detr_fast.ops.folded_conv`), on CUDA in channels-last memory, without calling the modules. They are
     called one by one, with the same results up to rounding, where a norm is trained, where a module has a hook or is
     somebody else's, under torch.compile and torch.export (which fuse on their own terms), and with `fused` False.
 

@@ -4,28 +4,12 @@ import argparse
 import http.client
 import os
 import pickle
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-
-@contextmanager
-def first_process_first():
-    """Runs the body in each machine's first process before all others, so that one downloads and the rest read."""
-    if not (dist.is_available() and dist.is_initialized()):
-        yield
-        return
-    is_first = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
-    if not is_first:
-        dist.barrier()
-    try:
-        yield
-    finally:
-        if is_first:
-            dist.barrier()
+from detr_fast.distributed import first_process_first
 
 
 def load_url(url: str, otherwise: str):

@@ -1,6 +1,6 @@
 """Training and evaluation loops, checkpoints, processes, logs and configuration."""
 
-from detr_fast.training.distributed import (
+from detr_fast.distributed import (
     all_gather,
     barrier,
     get_rank,

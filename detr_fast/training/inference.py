@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from detr_fast.data.categories import Categories
 from detr_fast.data.coco import build_dataset, read_annotations
+from detr_fast.distributed import is_main_process, say
 from detr_fast.evaluation import LineEvaluator
 from detr_fast.training.checkpoint import DETECTOR, has_masks, load_model, read_checkpoint, save_checkpoint
 from detr_fast.training.config import (
@@ -22,7 +23,6 @@ from detr_fast.training.config import (
     make_output_dir,
     usage_errors,
 )
-from detr_fast.training.distributed import is_main_process, say
 from detr_fast.training.engine import evaluate
 from detr_fast.training.regions import compile_regions
 from detr_fast.training.setup import MODEL_ARGS, box_annotations, build, loader_for, start

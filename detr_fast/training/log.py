@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from detr_fast.training.distributed import get_world_size, is_main_process
+from detr_fast.distributed import get_world_size, is_main_process
 
 try:
     import resource

@@ -1,7 +1,7 @@
 """torch.compile by regions: the parts that repeat and hold many small operations, each compiled once for all sizes.
 
 Compiled are the encoder's and the decoder's layers and the box head. The backbone is not: its convolutions
-are fused already (`detr_fast.layers.fused_conv`), and nothing of it is left for the compiler.
+are fused already (`detr_fast.ops.folded_conv`), and nothing of it is left for the compiler.
 """
 
 from collections.abc import Callable

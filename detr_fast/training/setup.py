@@ -15,10 +15,10 @@ from detr_fast.data.coco import CocoDetection, build_dataset
 from detr_fast.data.lines import LineDetection
 from detr_fast.data.loader import EpochLoader, PackedCollate, build_loader
 from detr_fast.data.panoptic import CocoPanoptic
+from detr_fast.distributed import get_rank, init_distributed_mode, say
 from detr_fast.models.build import build_model
 from detr_fast.models.segmentation import DETRsegm
 from detr_fast.training.config import UsageError, choose_device
-from detr_fast.training.distributed import get_rank, init_distributed_mode, say
 from detr_fast.training.engine import PRECISIONS
 
 # The arguments that define the model and how it sees images: a checkpoint brings them along.

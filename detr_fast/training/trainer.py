@@ -19,6 +19,7 @@ from detr_fast.data.coco import CocoDetection, build_dataset
 from detr_fast.data.lines import LineDetection, make_line_transforms
 from detr_fast.data.panoptic import CocoPanoptic
 from detr_fast.data.transforms import Compose, RandomHorizontalFlip, make_coco_transforms
+from detr_fast.distributed import all_gather, barrier, get_rank, is_main_process, say
 from detr_fast.models.letr import LETRstack, load_first_stage
 from detr_fast.training.checkpoint import (
     load_model,
@@ -30,7 +31,6 @@ from detr_fast.training.checkpoint import (
     set_rng_state,
 )
 from detr_fast.training.config import UsageError, check_train_args, make_output_dir, usage_errors
-from detr_fast.training.distributed import all_gather, barrier, get_rank, is_main_process, say
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.engine import evaluate, train_one_epoch
 from detr_fast.training.inference import save_evaluation

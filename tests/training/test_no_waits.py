@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from detr_fast.data import PackedCollate
-from detr_fast.layers import fused_conv
 from detr_fast.models import build_model
+from detr_fast.ops import folded_conv as folded_conv_module
 from detr_fast.training.config import get_args_parser
 from detr_fast.training.engine import train_one_epoch
 
@@ -46,7 +46,7 @@ def fake_cuda():
         for patch in (
             mock.patch.object(torch.Tensor, "pin_memory", lambda self: self),
             # cuDNN is not there, either.
-            mock.patch.object(fused_conv, "_cudnn", lambda *args: None),
+            mock.patch.object(folded_conv_module, "_cudnn", lambda *args: None),
             # A model of fake tensors cannot be moved; it is made where it belongs.
             mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self),
         ):

@@ -14,32 +14,16 @@ The weights are folded in float32 (float64 for float64) and rounded once to the 
 """
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from detr_fast.layers.norm import EPS, FrozenBatchNorm2d
-
 Affine = tuple[Tensor, Tensor | None]
 
 # What cuDNN has no fused kernel for on this machine: then the steps are computed one by one.
 _REFUSED: set[tuple] = set()
-
-
-def frozen_affines(norms: Sequence[FrozenBatchNorm2d]) -> list[Affine]:
-    """Scale and bias [C] of each norm, in float32 or float64, computed for all norms at once (few launches)."""
-    sizes = [len(norm.weight) for norm in norms]
-    dtype = torch.promote_types(norms[0].weight.dtype, torch.float32)
-    weight, bias, mean, var = (
-        torch.cat([getattr(norm, name) for norm in norms]).to(dtype)
-        for name in ("weight", "bias", "running_mean", "running_var")
-    )
-    scale = weight * (var + EPS).rsqrt()
-    bias = torch.addcmul(bias, mean, scale, value=-1)
-    return list(zip(scale.split(sizes), bias.split(sizes), strict=True))
 
 
 def folded_conv(

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from detr_fast.layers import FrozenBatchNorm2d, fused_conv
-from detr_fast.layers.fused_conv import folded_conv, folded_conv_reference, frozen_affines
+from detr_fast.layers import FrozenBatchNorm2d
+from detr_fast.layers.norm import frozen_affines
+from detr_fast.ops import folded_conv as folded_conv_module
+from detr_fast.ops.folded_conv import folded_conv, folded_conv_reference
 
 CASES = {
     "1x1": dict(kernel=1),
@@ -150,14 +152,14 @@ def test_frozen_affines_are_the_norms(dtype):
 def test_refused_by_cudnn_is_told_once_and_computed_all_the_same(monkeypatch):
     """On the CPU cuDNN's operators refuse everything: what `_forward` does then on a GPU."""
     monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda x: True)
-    monkeypatch.setattr(fused_conv, "_REFUSED", set())
+    monkeypatch.setattr(folded_conv_module, "_REFUSED", set())
     x, folded, geometry = torch.randn(1, 4, 3, 3), torch.randn(6, 4, 1, 1), ((1, 1), (0, 0), (1, 1), 1)
     for residual in (None, torch.randn(1, 6, 3, 3)):
         with pytest.warns(UserWarning, match="cuDNN has no fused convolution"):
-            assert fused_conv._cudnn(x, folded, None, residual, geometry) is None
+            assert folded_conv_module._cudnn(x, folded, None, residual, geometry) is None
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert fused_conv._cudnn(x, folded, None, residual, geometry) is None
+            assert folded_conv_module._cudnn(x, folded, None, residual, geometry) is None
 
 
 def check_against_float64(name, dtype, device):

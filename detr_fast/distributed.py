@@ -5,6 +5,7 @@ Every function also works in a single process without torchrun, where it does th
 
 import argparse
 import os
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,22 @@ def barrier() -> None:
     """Wait until every process has come here."""
     if is_dist_avail_and_initialized():
         dist.barrier()
+
+
+@contextmanager
+def first_process_first():
+    """Runs the body in each machine's first process before all others, so that one downloads and the rest read."""
+    if not is_dist_avail_and_initialized():
+        yield
+        return
+    is_first = int(os.environ.get("LOCAL_RANK", get_rank())) == 0
+    if not is_first:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if is_first:
+            dist.barrier()
 
 
 def all_gather(data) -> list:

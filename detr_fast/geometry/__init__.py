@@ -1,0 +1,1 @@
+"""Boxes, line segments and segment ids: pure functions without state."""
