@@ -56,7 +56,7 @@ gpu: $(READY)
 	  "--tolerance 1" "--control --tolerance 1" \
 	  $(if $(COCO_PATH),"--resync --image-size 320 400 --coco_path $(COCO_PATH)" \
 	    "--resync --bf16 --image-size 320 400 --coco_path $(COCO_PATH)"); do \
-	  timeout 60 $(PY) -m benchmarks.same_training --save $$way || same=$$?; \
+	  timeout 60 $(PY) -m benchmarks.studies.same_training --save $$way || same=$$?; \
 	done;) \
 	echo "make gpu: GPU tests exit $$tests, benchmarks exit $$suites$(if $(TUNING),; tuning exit $$tuned)$(if $(SAMENESS),; the same training exit $$same)"; \
 	exit $$(( tests != 0 || suites != 0 || tuned != 0 || same != 0 ))

@@ -1,8 +1,9 @@
-"""Microbenchmarks of the fused ops against their peers and the physical limit.
+"""Benchmarks of the fused ops against their peers and the physical limit.
 
-``python -m benchmarks attention`` or ``detr-fast bench attention``; NOTES.md holds the predictions, results/ what was
-measured. Reached as `detr_fast.benchmarks`, too, so that an installed package can measure itself.
+`python -m benchmarks attention` or `detr-fast bench attention`. `suites/` has one file per op, `harness/` what they are
+measured with, `studies/` questions larger than one op; NOTES.md explains the figures, `results/` holds them. Importable
+as `detr_fast.benchmarks`, too, so that an installed package can measure itself.
 """
 
-SUITES = ("collate", "position", "attention", "mha")
+SUITES = ("pad_collate", "sine_position", "attention", "multihead_attention")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")

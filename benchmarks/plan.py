@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from . import attention, collate, mha, position
-from .case import Case, Provider
+from .harness.case import Case, Provider
 from .shapes import BatchShape, nominal_batch, shrunk_batch, typical_real_batch
+from .suites import attention, multihead_attention, pad_collate, sine_position
 
-KINDS = {"attention": ("encoder", "cross", "decoder"), "mha": ("encoder", "cross", "decoder"), "collate": collate.TASKS}
+ATTENTION = ("attention", "multihead_attention")
+KINDS = {suite: ("encoder", "cross", "decoder") for suite in ATTENTION} | {"pad_collate": pad_collate.TASKS}
 PADDINGS = ("none", "coco", "coco-dense")
 
 
@@ -56,7 +57,7 @@ def _both_modes(*specs: Spec) -> list[Spec]:
 def gpu_plan(suite: str, quick: bool) -> list[Spec]:
     """The cases for a GPU at full size."""
     S = Spec
-    if suite == "collate":
+    if suite == "pad_collate":
         specs = [S(suite, task, padding=padding) for task in ("uint8", "packed") for padding in ("none", "coco")]
         specs += [S(suite, "float", padding=padding, precision="fp32") for padding in ("none", "coco")]
         if quick:
@@ -67,7 +68,7 @@ def gpu_plan(suite: str, quick: bool) -> list[Spec]:
         ]
         specs += [S(suite, "uint8", precision=precision) for precision in ("fp16", "fp32")]
         return specs + [S(suite, "uint8", batch=batch) for batch in (1, 2, 4, 8, 32, 64)]
-    if suite == "position":
+    if suite == "sine_position":
         specs = [S(suite, model=m, padding=p, precision="fp32") for m in ("R50", "DC5") for p in ("none", "coco")]
         if quick:
             return specs
@@ -103,7 +104,7 @@ def cpu_plan(suite: str, quick: bool) -> list[Spec]:
     if quick:
         return specs
     specs += [dataclasses.replace(s, padding="none") for s in specs]
-    if suite in ("attention", "mha"):
+    if suite in ATTENTION:
         specs += [dataclasses.replace(s, mode="both") for s in specs]
         specs.append(Spec(suite, "encoder", batch=2, precision="fp32", mode="both", dropout=0.1))
     return specs
@@ -112,10 +113,10 @@ def cpu_plan(suite: str, quick: bool) -> list[Spec]:
 def interpreter_plan(suite: str) -> list[Spec]:
     """Tiny cases for the kernels through Triton's interpreter: correctness only."""
     specs = [Spec(suite, kind, "DC5", 2, "valid60", "fp32") for kind in KINDS.get(suite, ("",))]
-    if suite in ("attention", "mha"):
+    if suite in ATTENTION:
         specs += [dataclasses.replace(s, mode="both") for s in specs]
         specs.append(dataclasses.replace(specs[0], dropout=0.1))
-    if suite in ("collate", "position"):
+    if suite in ("pad_collate", "sine_position"):
         specs += [dataclasses.replace(s, precision="fp16") for s in specs]
     return specs
 
@@ -137,12 +138,9 @@ def chosen_plan(suite: str, base: list[Spec], chosen: dict[str, list]) -> list[S
         if not kinds:
             return []
         chosen = chosen | {"kind": kinds}
-    modes_apply = suite in ("attention", "mha") or (suite == "collate" and chosen.get("kind") == ["float"])
-    chosen = {
-        name: values
-        for name, values in chosen.items()
-        if not (name == "dropout" and suite not in ("attention", "mha")) and not (name == "mode" and not modes_apply)
-    }
+    modes_apply = suite in ATTENTION or (suite == "pad_collate" and chosen.get("kind") == ["float"])
+    idle = {"dropout": suite not in ATTENTION, "mode": not modes_apply}
+    chosen = {name: values for name, values in chosen.items() if not idle.get(name)}
     combinations = itertools.product(*chosen.values())
     return [dataclasses.replace(base[0], **dict(zip(chosen, values, strict=True))) for values in combinations]
 
@@ -164,13 +162,13 @@ def build(spec: Spec, scale: Scale, device: torch.device, *, compile: bool, quic
 
 def _build(spec, scale, device, *, compile, quick) -> tuple[Case, list[Provider]]:
     shape = shape_of(spec, scale)
-    if spec.suite == "collate":
-        return collate.case(spec.kind, shape, spec.precision, spec.mode, device), collate.providers(spec.kind)
-    if spec.suite == "position":
-        return position.case(shape, spec.precision, device, compile=compile), position.providers()
+    if spec.suite == "pad_collate":
+        return pad_collate.case(spec.kind, shape, spec.precision, spec.mode, device), pad_collate.providers(spec.kind)
+    if spec.suite == "sine_position":
+        return sine_position.case(shape, spec.precision, device, compile=compile), sine_position.providers()
     arguments = (spec.kind, shape, spec.precision, spec.mode, spec.dropout, device)
-    if spec.suite == "mha":
-        return mha.case(*arguments), mha.providers()
+    if spec.suite == "multihead_attention":
+        return multihead_attention.case(*arguments), multihead_attention.providers()
     case = attention.case(*arguments, heads=scale.heads, head_dim=spec.head_dim, compile=compile)
     # Autotuning takes half a minute per shape: for the two batches that the README quotes, not for the sweeps.
     tuned = (

@@ -155,7 +155,7 @@ def _roofline(record: dict, path: Path) -> Path | None:
 def plot_suite(record: dict, folder: Path) -> list[Path]:
     """Writes the pictures that `record` has the numbers for; returns their paths."""
     suite = record["suite"]
-    unit = "pixels" if suite == "collate" else "tokens"
+    unit = "pixels" if suite == "pad_collate" else "tokens"
 
     def by_size(row):
         return f"{_what(row)}\npadding: {row['shape']['padding']}"

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from .markers import replace_between
-from .results import load
+from .harness.markers import replace_between
+from .harness.results import load
 
 # What the README quotes: suite, kind or task, model, padding, precision, mode, dropout; batch 16.
 QUOTED = [
-    ("collate", "uint8", "R50", "none", "bf16", "forward", None),
-    ("collate", "uint8", "R50", "coco", "bf16", "forward", None),
-    ("collate", "float", "R50", "coco", "fp32", "forward", None),
-    ("position", None, "R50", "coco", "fp32", "forward", None),
-    ("position", None, "DC5", "coco", "fp32", "forward", None),
+    ("pad_collate", "uint8", "R50", "none", "bf16", "forward", None),
+    ("pad_collate", "uint8", "R50", "coco", "bf16", "forward", None),
+    ("pad_collate", "float", "R50", "coco", "fp32", "forward", None),
+    ("sine_position", None, "R50", "coco", "fp32", "forward", None),
+    ("sine_position", None, "DC5", "coco", "fp32", "forward", None),
     ("attention", "encoder", "R50", "none", "bf16", "forward", 0.0),
     ("attention", "encoder", "R50", "none", "bf16", "forward", 0.1),
     ("attention", "encoder", "R50", "none", "bf16", "both", 0.1),
@@ -21,13 +21,18 @@ QUOTED = [
     ("attention", "encoder", "DC5", "coco", "bf16", "both", 0.1),
     ("attention", "cross", "R50", "coco", "bf16", "forward", 0.1),
     ("attention", "decoder", "R50", "coco", "bf16", "forward", 0.1),
-    ("mha", "encoder", "R50", "coco", "bf16", "both", 0.1),
+    ("multihead_attention", "encoder", "R50", "coco", "bf16", "both", 0.1),
 ]
-SHIPPED = {"collate": "original loop", "position": "original, eager", "attention": "as shipped", "mha": "as shipped"}
+SHIPPED = {
+    "pad_collate": "original loop",
+    "sine_position": "original, eager",
+    "attention": "as shipped",
+    "multihead_attention": "as shipped",
+}
 # Peers that answer less than the question: no padding, no mask, or inputs packed for free.
 PARTIAL = {"SDPA flash, no mask", "flash varlen, packed", "torchvision batch_images"}
 
-# The ways in which `python -m benchmarks.same_training` asks.
+# The ways in which `python -m benchmarks.studies.same_training` asks.
 QUESTIONS = {
     "free": "ours against the reference, both train freely",
     "resync": "ours against the reference, from the same weights in every step",
@@ -175,7 +180,7 @@ def padding_share(results: Path) -> str:
 
 
 def same_training(results: Path) -> str:
-    """Markdown: what `python -m benchmarks.same_training --save` has found, on every device."""
+    """Markdown: what `python -m benchmarks.studies.same_training --save` has found, on every device."""
     parts = []
     for record in load(results):
         if record["suite"] != "same_training":
@@ -196,7 +201,7 @@ def same_training(results: Path) -> str:
             cells = (question, images, found["dtype"], str(found["steps"]), answer, (found["commit"] or "unknown")[:9])
             parts.append("| " + " | ".join(cells) + " |")
         parts.append("")
-    return "\n".join(parts).rstrip() or "Not yet asked; `python -m benchmarks.same_training --save` does it."
+    return "\n".join(parts).rstrip() or "Not yet asked; `python -m benchmarks.studies.same_training --save` does it."
 
 
 def table(results: Path) -> str:

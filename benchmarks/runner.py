@@ -13,18 +13,18 @@ import torch
 from detr_fast.ops._dispatch import use_kernel
 
 from . import plan
-from .case import Row, Settings
-from .ceilings import measure_ceilings
-from .harness import run_case
-from .markers import replace_between
-from .provenance import device_name, provenance, slug
-from .results import load, load_record, save, suite_record
-from .table import print_case, print_ceilings
+from .harness.case import Row, Settings
+from .harness.ceilings import measure_ceilings
+from .harness.markers import NOTES, replace_between
+from .harness.measure import run_case
+from .harness.provenance import device_name, provenance, slug
+from .harness.results import load, load_record, save, suite_record
+from .harness.table import print_case, print_ceilings
 
 # Shares of a whole run's time budget (of what the training step leaves), and the seconds a process takes before it
 # measures.
 TRAIN_SHARE = 0.3
-SHARES = {"collate": 0.15, "position": 0.12, "attention": 0.48, "mha": 0.25}
+SHARES = {"pad_collate": 0.15, "sine_position": 0.12, "attention": 0.48, "multihead_attention": 0.25}
 START_UP = 6.0
 CHOICES = ("precision", "mode", "batch", "model", "padding", "kind", "dropout")
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.suite == "report":
         return _report(args)
     if args.suite == "static":
-        from .static import run_static
+        from .studies.static import run_static
 
         return run_static(not args.no_save)
     if args.suite == "train" and args.interpret:
@@ -53,23 +53,22 @@ def run(args: argparse.Namespace) -> int:
     if args.suite == "all":
         return _run_all(args)
     if args.suite == "tune":
-        from .tune import run_tune
+        from .studies.tune import run_tune
 
         return run_tune(args, _device(args))
     if args.suite == "train":
-        from .train import run_train
+        from .studies.train import run_train
 
         return run_train(args, _device(args))
     return _run_suite(args)
 
 
 def _report(args: argparse.Namespace) -> int:
-    from . import predictions
+    from . import goals
     from .report import cpu_training, padding_share, same_training, update_readme
-    from .static import NOTES
 
     results = args.output or Path("benchmarks/results")
-    notes = replace_between(NOTES, "predictions", predictions.table(load(results)))
+    notes = replace_between(NOTES, "predictions", goals.table(load(results)))
     notes = replace_between(NOTES, "padding-share", padding_share(results)) and notes
     notes = replace_between(NOTES, "cpu-training", cpu_training(results)) and notes
     notes = replace_between(NOTES, "same-training", same_training(results)) and notes

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from detr_fast.benchmarks.case import Case, Provider, Settings
-from detr_fast.benchmarks.ceilings import Ceilings, Work
+from detr_fast.benchmarks.harness.case import Case, Provider, Settings
+from detr_fast.benchmarks.harness.ceilings import Ceilings, Work
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr_fast.benchmarks import PRECISIONS, SUITES, ceilings, plan
+from detr_fast.benchmarks import PRECISIONS, SUITES, plan
 from detr_fast.benchmarks.cli import main
+from detr_fast.benchmarks.harness import ceilings
+from detr_fast.benchmarks.harness.provenance import slug
+from detr_fast.benchmarks.harness.results import load_record, save
 from detr_fast.benchmarks.plots import plot_suite
-from detr_fast.benchmarks.provenance import slug
 from detr_fast.benchmarks.report import cpu_training, padding_share, table, update_readme
-from detr_fast.benchmarks.results import load_record, save
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--quick", "--device", "cpu", "--batch", "1", "--precision", "fp32"]
@@ -24,7 +25,7 @@ TINY = ["--quick", "--device", "cpu", "--batch", "1", "--precision", "fp32"]
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_suite_runs_on_a_cpu(suite, tmp_path, capsys):
-    kind = {"collate": ["float"], "position": []}.get(suite, ["decoder"])
+    kind = {"pad_collate": ["float"], "sine_position": []}.get(suite, ["decoder"])
     chosen = ["--kind", *kind] if kind else []
     assert main([suite, *TINY, *chosen, "--output", str(tmp_path), "--no-plots"]) == 0
     record = load_record(tmp_path / f"{suite}.json")
@@ -55,10 +56,10 @@ def test_gradients_and_dropout_on_a_cpu(capsys):
 
 
 def test_a_wrong_op_makes_the_run_fail(monkeypatch, capsys):
-    from detr_fast.benchmarks import position
+    from detr_fast.benchmarks.suites import sine_position
 
-    monkeypatch.setattr(position, "sine_position", lambda *a, **k: tuple(-t for t in _true_position(*a, **k)))
-    assert main(["position", *TINY, "--check-only"]) == 1
+    monkeypatch.setattr(sine_position, "sine_position", lambda *a, **k: tuple(-t for t in _true_position(*a, **k)))
+    assert main(["sine_position", *TINY, "--check-only"]) == 1
     assert "WRONG" in capsys.readouterr().out
 
 
@@ -70,10 +71,11 @@ def _true_position(*args, **options):
 
 
 def test_budget_lists_what_was_left_out(tmp_path, capsys):
-    assert main(["position", *TINY, "--batch", "1", "2", "--budget", "0", "--output", str(tmp_path), "--no-plots"]) == 0
-    record = load_record(tmp_path / "position.json")
+    arguments = ["--batch", "1", "2", "--budget", "0", "--output", str(tmp_path), "--no-plots"]
+    assert main(["sine_position", *TINY, *arguments]) == 0
+    record = load_record(tmp_path / "sine_position.json")
     assert record["rows"] == [] and len(record["not_measured"]) == 2
-    assert "not measured: position R50 B2" in capsys.readouterr().out
+    assert "not measured: sine_position R50 B2" in capsys.readouterr().out
 
 
 def test_device_that_is_not_there(capsys):
@@ -125,8 +127,8 @@ def test_chosen_options_multiply():
     assert len(specs) == 4 and {spec.mode for spec in specs} == {"both"}
     assert plan.chosen_plan("attention", base, {"kind": ["float"]}) == []
     # Options that a suite does not have leave it as it is.
-    position = plan.gpu_plan("position", True)
-    assert len(plan.chosen_plan("position", position, {"dropout": [0.1], "mode": ["both"]})) == 1
+    position = plan.gpu_plan("sine_position", True)
+    assert len(plan.chosen_plan("sine_position", position, {"dropout": [0.1], "mode": ["both"]})) == 1
 
 
 @pytest.mark.interpret

@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import data, padding
 from benchmarks.shapes import coco_sizes
+from benchmarks.studies import data, padding
 
 
 def test_padding_table_shows_what_grouping_saves(tmp_path, capsys):

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from detr_fast.benchmarks.case import Provider, Row, Settings, Unavailable
-from detr_fast.benchmarks.ceilings import Ceilings, Work, measure_ceilings, set_precision
-from detr_fast.benchmarks.check import judge
-from detr_fast.benchmarks.harness import input_copies, run_case
-from detr_fast.benchmarks.timing import WallClock, interleave, quantiles
+from detr_fast.benchmarks.harness.case import Provider, Row, Settings, Unavailable
+from detr_fast.benchmarks.harness.ceilings import Ceilings, Work, measure_ceilings, set_precision
+from detr_fast.benchmarks.harness.check import judge
+from detr_fast.benchmarks.harness.measure import input_copies, run_case
+from detr_fast.benchmarks.harness.timing import WallClock, interleave, quantiles
 
 
 def _by_provider(rows: list[Row]) -> dict[str, Row]:

@@ -4,10 +4,9 @@ import os
 
 import pytest
 
-from detr_fast.benchmarks.markers import replace_between
-from detr_fast.benchmarks.static import (
+from detr_fast.benchmarks.harness.markers import replace_between
+from detr_fast.benchmarks.studies.static import (
     Loop,
-    load_gate,
     loops,
     markdown,
     measure,
@@ -69,9 +68,10 @@ def test_occupancy(chip, registers, shared, warps, expected):
 @pytest.mark.skipif(INTERPRET, reason="needs Triton's compiler")
 def test_the_gates_kernels_are_read():
     pytest.importorskip("triton")
-    gate = load_gate()
-    cases = [case for case in gate.CASES if case.name.startswith("sine_position fp32 nchw") and case.detr][:1]
-    (row,) = measure(gate, cases, (90,))
+    from detr_fast.benchmarks.compile_gate.cases import CASES
+
+    cases = [case for case in CASES if case.name.startswith("sine_position fp32 nchw") and case.detr][:1]
+    (row,) = measure(cases, (90,))
     assert "sine_position" in row.kernel and row.registers > 8 and row.spills == 0 and 0 < row.occupancy <= 1
     text = markdown([row], "9.9")
     assert "triton 9.9" in text and f"| sm_90 | `{row.kernel}` | {row.case} |" in text
@@ -83,7 +83,7 @@ def test_the_exp_ceiling_is_nothing_but_exponentials():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from detr_fast.benchmarks.ceilings import _exp_rate_kernel
+    from detr_fast.benchmarks.harness.ceilings import _exp_rate_kernel
 
     signature = {"out_ptr": "*fp32", "REPEATS": "constexpr", "BLOCK": "constexpr"}
     source = ASTSource(_exp_rate_kernel, signature, {(1,): 64, (2,): 1024})

@@ -6,12 +6,12 @@ import functools
 import pytest
 import torch
 
-from detr_fast.benchmarks import same_training, train
-from detr_fast.benchmarks.ceilings import Ceilings
 from detr_fast.benchmarks.cli import main
+from detr_fast.benchmarks.harness.ceilings import Ceilings
+from detr_fast.benchmarks.harness.results import load_record
 from detr_fast.benchmarks.report import same_training as report_of_same_training
-from detr_fast.benchmarks.results import load_record
 from detr_fast.benchmarks.shapes import nominal_batch
+from detr_fast.benchmarks.studies import same_training, train
 from detr_fast.data import make_shapes_dataset
 
 CPU = torch.device("cpu")

@@ -8,11 +8,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from detr_fast.benchmarks import harness, tune  # noqa: E402
-from detr_fast.benchmarks.case import Provider, Settings  # noqa: E402
 from detr_fast.benchmarks.cli import add_arguments, main  # noqa: E402
-from detr_fast.benchmarks.provenance import ROOT  # noqa: E402
-from detr_fast.benchmarks.results import load_record  # noqa: E402
+from detr_fast.benchmarks.harness import measure  # noqa: E402
+from detr_fast.benchmarks.harness.case import Provider, Settings  # noqa: E402
+from detr_fast.benchmarks.harness.provenance import ROOT  # noqa: E402
+from detr_fast.benchmarks.harness.results import load_record  # noqa: E402
+from detr_fast.benchmarks.studies import tune  # noqa: E402
 from detr_fast.kernels import _configurations  # noqa: E402
 from detr_fast.kernels._configurations import configuration  # noqa: E402
 
@@ -56,7 +57,7 @@ def op(table, monkeypatch):
             function()
             return self.seconds[f"BLOCK_M={used[-1]['BLOCK_M']}"]
 
-    monkeypatch.setattr(harness, "clock_for", lambda device: Clock)
+    monkeypatch.setattr(measure, "clock_for", lambda device: Clock)
     monkeypatch.setattr(Clock, "time", classmethod(Clock.time))
     return Provider("detr_fast", "", run, ours=True), Clock
 

@@ -25,8 +25,8 @@ from triton.compiler import ASTSource
 heard = []
 triton.knobs.compilation.listener = lambda *, src, cache_hit, **rest: heard.append((src.fn.__name__, cache_hit))
 
-from tests.kernels import gate
-from tests.kernels.cases import CASES
+from detr_fast.benchmarks.compile_gate import gate
+from detr_fast.benchmarks.compile_gate.cases import CASES
 
 launches, problems = gate.record([c for c in CASES if c.name in ("joint_softmax fp32 H8", "joint_softmax fp16 H8")], 90)
 assert not problems, problems

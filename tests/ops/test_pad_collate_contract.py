@@ -119,8 +119,8 @@ def test_pad_collate_compiles_dynamic(options):
 @pytest.mark.skipif(INTERPRET or not HAS_TRITON, reason="needs Triton's compiler")
 def test_pad_collate_kernels_compile_once():
     """The same two kernels for any number and sizes of images, as the JIT's key for them tells without a GPU."""
-    from tests.kernels.cases import Case
-    from tests.kernels.gate import record
+    from detr_fast.benchmarks.compile_gate.cases import Case
+    from detr_fast.benchmarks.compile_gate.gate import record
 
     def run():
         for height, width in ((5, 9), (16, 43), (33, 301), (64, 1063)):

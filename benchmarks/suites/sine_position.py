@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from detr_fast.ops import sine_position, sine_position_reference
 
-from .case import Case, Inputs, Outputs, Provider, Unavailable
-from .ceilings import PRECISIONS, Work
-from .shapes import BatchShape
+from ..harness.case import Case, Inputs, Outputs, Provider, Unavailable
+from ..harness.ceilings import PRECISIONS, Work
+from ..shapes import BatchShape
 
 FEATURES, TEMPERATURE = 128, 10000
 
@@ -95,7 +95,7 @@ def case(shape: BatchShape, precision: str, device: torch.device, *, compile: bo
     cells = shape.batch * shape.tokens
     height, width = shape.padded
     return Case(
-        suite="position",
+        suite="sine_position",
         name=shape.name,
         precision=precision,
         mode="forward",

@@ -1,4 +1,4 @@
-"""What one CPU core loads: the original's transforms against ours, `python -m benchmarks.data --coco_path DIR`.
+"""What one CPU core loads: the original's transforms against ours, `python -m benchmarks.studies.data --coco_path DIR`.
 
 Both take the same images with the same draws to what a worker hands to the training process:
 
@@ -125,7 +125,7 @@ def markdown(table: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.data", description=__doc__.split("\n")[0])
     parser.add_argument("--coco_path", type=Path, help="COCO's layout; default: generated images of COCO's size")
     parser.add_argument("--images", type=int, default=80, help="images to measure (default %(default)s)")
     parser.add_argument("--batch", type=int, default=16)

@@ -1,4 +1,4 @@
-"""How much of a training batch is padding, in the original's order and grouped: `python -m benchmarks.padding`.
+"""How much of a training batch is padding, in the original's order and grouped: `python -m benchmarks.studies.padding`.
 
 Nothing is timed and no image is read: the augmentation is drawn for the sizes of COCO images, and batches are formed by
 the package's own samplers. Rows: random order, as the original trains; grouped by the files' aspect ratio, as
@@ -16,7 +16,7 @@ import torch
 from detr_fast.data import SizeGroupedBatchSampler, make_coco_transforms
 from detr_fast.data.grouping import WINDOW, SizePlanner, valid_shares
 
-from .shapes import coco_sizes
+from ..shapes import coco_sizes
 
 ORDERS = ("random", "aspect ratio", "planned size")
 
@@ -85,7 +85,7 @@ def markdown(table: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.padding", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.padding", description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=118_000, help="images in an epoch (default %(default)s)")
     parser.add_argument(
         "--ann", type=Path, nargs="+", help="COCO jsons to take sizes from; default: a committed sample"

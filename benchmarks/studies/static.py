@@ -1,21 +1,16 @@
 """What the compiler alone shows, without a GPU: registers, spills, occupancy, and issue slots per score element.
 
-The kernels are those that the compile gate (`tests/kernels/gate.py`) records: the launchers' own configurations for
-DETR's shapes. `python -m benchmarks static` prints the table and writes it into NOTES.md.
+The kernels are those of the compile gate (`benchmarks/compile_gate`): the launchers' own configurations for DETR's
+shapes. `python -m benchmarks static` prints the table and writes it into NOTES.md.
 """
 
-import importlib
 import os
 import re
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-from .markers import replace_between
-from .provenance import ROOT
+from ..harness.markers import NOTES, replace_between
 
 CHIP = 90  # what the goals are set for; the gate watches the other chips
-NOTES = Path(__file__).resolve().parent / "NOTES.md"
 
 
 @dataclass(frozen=True)
@@ -116,14 +111,6 @@ class StaticRow:
     slots: float | None
 
 
-def load_gate():
-    if not (ROOT / "tests" / "kernels" / "gate.py").is_file():
-        raise ValueError("static: needs a checkout of the repository (tests/kernels/gate.py)")
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    return importlib.import_module("tests.kernels.gate")
-
-
 def _disassembled(kernel) -> str:
     """The kernel's SASS, without nvdisasm's warning about formats on stderr."""
     saved = os.dup(2)
@@ -136,7 +123,7 @@ def _disassembled(kernel) -> str:
             os.close(saved)
 
 
-def measure(gate, cases: list, chips: tuple[int, ...]) -> list[StaticRow]:
+def measure(cases: list, chips: tuple[int, ...]) -> list[StaticRow]:
     """Compiles the gate's `cases` for `chips` and reads the result.
 
     Raises:
@@ -145,6 +132,8 @@ def measure(gate, cases: list, chips: tuple[int, ...]) -> list[StaticRow]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from ..compile_gate import gate
 
     rows = []
     for chip in chips:
@@ -203,11 +192,12 @@ def run_static(save: bool = True) -> int:
     """Prints the table and, with `save`, writes it into NOTES.md."""
     import triton
 
-    gate = load_gate()
+    from ..compile_gate.cases import CASES
+
     if triton.knobs.runtime.interpret:
         raise ValueError("static: needs Triton's compiler; unset TRITON_INTERPRET")
     # fp16 compiles to what bf16 does.
-    cases = [case for case in gate.CASES if case.detr and "fp16" not in case.name]
-    text = markdown(measure(gate, cases, (CHIP,)), triton.__version__)
+    cases = [case for case in CASES if case.detr and "fp16" not in case.name]
+    text = markdown(measure(cases, (CHIP,)), triton.__version__)
     print(text)
     return 0 if not save or replace_between(NOTES, "static", text) else 1

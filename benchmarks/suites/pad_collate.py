@@ -13,9 +13,9 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from detr_fast.ops import pad_collate, pad_collate_packed, pad_collate_reference
 from detr_fast.ops.pad_collate import pack_images
 
-from .case import Case, Inputs, Outputs, Provider, Unavailable
-from .ceilings import PRECISIONS, Work
-from .shapes import BatchShape
+from ..harness.case import Case, Inputs, Outputs, Provider, Unavailable
+from ..harness.ceilings import PRECISIONS, Work
+from ..shapes import BatchShape
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TASKS = ("float", "uint8", "packed")
@@ -174,7 +174,7 @@ def case(task: str, shape: BatchShape, precision: str, mode: str, device: torch.
     forward = Work(read * source.itemsize + written * dtype.itemsize + mask)
     backward = Work(2 * read * dtype.itemsize)  # each image's crop of the gradient: read and written
     return Case(
-        suite="collate",
+        suite="pad_collate",
         name=f"{task} {shape.name}",
         precision=precision,
         mode=mode,

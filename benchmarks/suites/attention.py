@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from detr_fast.ops import attention, attention_reference
 
-from .case import Case, Inputs, Outputs, Provider, Unavailable
-from .ceilings import PRECISIONS, Work
-from .shapes import BatchShape
+from ..harness.case import Case, Inputs, Outputs, Provider, Unavailable
+from ..harness.ceilings import PRECISIONS, Work
+from ..shapes import BatchShape
 
 HEADS, HEAD_DIM, QUERIES = 8, 32, 100
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every chip within its limits (gate.py). `python -m tests.kernels.gate` prints the table."""
+"""Every kernel compiles for every chip within its limits (benchmarks/compile_gate). `make gate` prints the table."""
 
 import dataclasses
 import importlib.util
@@ -22,7 +22,7 @@ def gate(tmp_path_factory):
     """Rows and problems of one run of the gate, in a process of its own: it replaces Triton's driver."""
     result = tmp_path_factory.mktemp("gate") / "gate.json"
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.gate", "--json", str(result)],
+        [sys.executable, "-m", "benchmarks.compile_gate", "--json", str(result)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -46,7 +46,7 @@ def test_the_table_is_complete(gate):
 
 
 def test_the_gate_finds_what_it_is_for():
-    from tests.kernels.gate import Row, problems_of
+    from detr_fast.benchmarks.compile_gate.gate import Row, problems_of
 
     good = Row("attention bf16", "_kernel", "BLOCK=64", 90, True, True, True, 128, 0, 227 * 1024, 12)
     assert problems_of([good]) == []
@@ -65,8 +65,8 @@ def test_the_gate_finds_what_it_is_for():
 
 
 def test_the_gate_finds_what_no_case_launches(monkeypatch):
-    from tests.kernels import gate
-    from tests.kernels.cases import CASES
+    from detr_fast.benchmarks.compile_gate import gate
+    from detr_fast.benchmarks.compile_gate.cases import CASES
 
     sine = [case for case in CASES if case.name.startswith("sine_position")]
     modules = [module for module in gate.kernel_modules() if module.__name__.endswith("sine_position")]

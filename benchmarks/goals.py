@@ -2,7 +2,7 @@
 
 import torch
 
-from .ceilings import Ceilings
+from .harness.ceilings import Ceilings
 from .plan import Scale, Spec, build
 from .report import best_times, quoted_key
 
@@ -11,11 +11,11 @@ H200 = Ceilings(copy=4.3e12, matmul={"bf16": 790e12, "fp32": 50e12}, exp=16 * 13
 
 # What is predicted, and the goal in microseconds on an H200.
 GOALS = [
-    (Spec("collate", "uint8", padding="none"), 42),
-    (Spec("collate", "uint8"), None),
-    (Spec("collate", "float", padding="none", precision="fp32"), 102),
-    (Spec("position", padding="none", precision="fp32"), 5),
-    (Spec("position", model="DC5", padding="none", precision="fp32"), 17),
+    (Spec("pad_collate", "uint8", padding="none"), 42),
+    (Spec("pad_collate", "uint8"), None),
+    (Spec("pad_collate", "float", padding="none", precision="fp32"), 102),
+    (Spec("sine_position", padding="none", precision="fp32"), 5),
+    (Spec("sine_position", model="DC5", padding="none", precision="fp32"), 17),
     (Spec("attention", "encoder", padding="none"), 45),
     (Spec("attention", "encoder", padding="none", dropout=0.1), 53),
     (Spec("attention", "encoder", padding="none", dropout=0.1, mode="both"), 190),
@@ -25,7 +25,7 @@ GOALS = [
     (Spec("attention", "encoder", "DC5", padding="none", dropout=0.1), 720),
     (Spec("attention", "cross", dropout=0.1), 6),
     (Spec("attention", "decoder", dropout=0.1), 4),
-    (Spec("mha", "encoder", padding="none", dropout=0.1, mode="both"), None),
+    (Spec("multihead_attention", "encoder", padding="none", dropout=0.1, mode="both"), None),
 ]
 
 

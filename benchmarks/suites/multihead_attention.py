@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from detr_fast.layers import MultiheadAttention
 
+from ..harness.case import Case, Inputs, Outputs, Provider, Unavailable
+from ..harness.ceilings import PRECISIONS, Work
+from ..shapes import BatchShape
 from . import attention as attention_suite
 from .attention import HEADS
-from .case import Case, Inputs, Outputs, Provider, Unavailable
-from .ceilings import PRECISIONS, Work
-from .shapes import BatchShape
 
 EMBED = 256
 WEIGHTS = ("in_proj_weight", "in_proj_bias", "out_weight", "out_bias")
@@ -158,7 +158,7 @@ def case(kind: str, shape: BatchShape, precision: str, mode: str, dropout: float
     ]  # backward: for the inputs and for the weights
     leaves = ("query", "value") + (("key",) if kind == "cross" else ()) + WEIGHTS
     return Case(
-        suite="mha",
+        suite="multihead_attention",
         name=core.name,
         precision=precision,
         mode=mode,

@@ -1,11 +1,8 @@
 """Compile gate: every Triton kernel, as its launcher launches it, compiled for GPUs that are not there.
 
-``python -m tests.kernels.gate`` prints the table and what is wrong with it; ``--full`` compiles every case for every
-chip, otherwise all of them for sm_90 and the most important for the others. Must not run under ``TRITON_INTERPRET``.
-
 The real ops are called with small CPU tensors while Triton believes that the wanted GPU is the current one, and while
 compiling is put off. So tile sizes, flags, warps and the JIT's specialisation of every argument are the launchers' and
-Triton's own, and nothing here can drift from them.
+Triton's own, and nothing here can drift from them. Must not run under `TRITON_INTERPRET`.
 """
 
 import argparse
@@ -28,7 +25,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import detr_fast.kernels
-from tests.kernels.cases import CASES, Case
+
+from .cases import CASES, Case
 
 # Shared memory a block may have, in bytes (CUDA programming guide, "Compute capabilities").
 SHARED_LIMIT = {75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -269,7 +267,3 @@ def main() -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": list(map(dataclasses.asdict, rows)), "problems": problems}))
     return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The same training? `python -m benchmarks.same_training --steps 300`: ours against the reference path, step by step.
+"""The same training? Ours against the reference path, step by step: `python -m benchmarks.studies.same_training`.
 
 Two models start from the same weights and see the same batches of generated shapes, dropout off:
 
@@ -45,8 +45,8 @@ from detr_fast.layers import PositionEmbeddingSine
 from detr_fast.models import DETR, Backbone, Joiner, Transformer
 from detr_fast.nested_tensor import NestedTensor, collate_fn
 
-from .provenance import device_name, provenance, slug
-from .results import load_record, save, suite_record
+from ..harness.provenance import device_name, provenance, slug
+from ..harness.results import load_record, save, suite_record
 
 WEIGHTS = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
 CLASSES, COCO_CLASSES = 4, 91
@@ -236,7 +236,9 @@ def reached(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.same_training", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies.same_training", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--image-size", "--image_size", type=int, nargs=2, default=(48, 64), help="short side, range")

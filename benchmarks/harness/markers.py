@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+from .provenance import ROOT
+
+NOTES = ROOT / "benchmarks" / "NOTES.md"
+
 
 def replace_between(path: Path, name: str, text: str) -> bool:
     """Puts `text` between the comment lines `name:begin` and `name:end` of `path`; everything else stays as it is.

@@ -21,14 +21,14 @@ import torch
 
 from detr_fast.kernels import _configurations
 
-from . import plan
-from .case import Case, Provider, Row, Settings
-from .harness import first_call, run_case
-from .markers import replace_between
-from .plan import Spec
-from .provenance import ROOT, device_name, provenance, slug
-from .results import save, suite_record
-from .table import print_case
+from .. import plan
+from ..harness.case import Case, Provider, Row, Settings
+from ..harness.markers import replace_between
+from ..harness.measure import first_call, run_case
+from ..harness.provenance import ROOT, device_name, provenance, slug
+from ..harness.results import save, suite_record
+from ..harness.table import print_case
+from ..plan import Spec
 
 Tile = dict[str, int]
 
@@ -106,7 +106,7 @@ class Class:
             kind = "many" if self.spec.kind == "encoder" else "few"
             if self.spec.precision in ("fp32", "tf32"):
                 kind = "float32"
-        if self.spec.suite == "position":
+        if self.spec.suite == "sine_position":
             kind = "tokens" if self.provider.endswith("tokens") else "nchw"
         return CANDIDATES[self.kernel, kind]
 
@@ -128,7 +128,7 @@ def classes(quick: bool) -> list[Class]:
     encoder, cross, decoder = (Spec("attention", kind, dropout=0.1) for kind in ("encoder", "cross", "decoder"))
     dense = dataclasses.replace(encoder, padding="none")
     found = _attention(encoder) + _attention(cross) + _attention(decoder)
-    collate, position = Spec("collate", "uint8"), Spec("position")
+    collate, position = Spec("pad_collate", "uint8"), Spec("sine_position")
     found += [Class("pad_collate_forward", collate), Class("sine_position_forward", position, "detr_fast tokens")]
     found += [Class("sine_position_forward", dataclasses.replace(position, precision="fp32"))]
     # As in evaluation: padding, no dropout.
@@ -139,8 +139,8 @@ def classes(quick: bool) -> list[Class]:
     found += [
         Class("pad_collate_forward", collate, "detr_fast channels_last"),
         Class("pad_collate_forward", dataclasses.replace(collate, precision="fp32")),
-        Class("pad_collate_forward", Spec("collate", "float", precision="fp32")),
-        Class("pad_collate_backward", Spec("collate", "float", precision="fp32", mode="backward")),
+        Class("pad_collate_forward", Spec("pad_collate", "float", precision="fp32")),
+        Class("pad_collate_backward", Spec("pad_collate", "float", precision="fp32", mode="backward")),
         Class("sine_position_forward", dataclasses.replace(position, precision="fp32"), "detr_fast tokens"),
         Class("sine_position_forward", position),
     ]
@@ -163,11 +163,11 @@ def interpreter_classes() -> list[Class]:
             found += _attention(dataclasses.replace(spec, mode="backward"))[1:]
         else:
             found += _attention(spec, forward_only=True)
-    collate = plan.interpreter_plan("collate")[0]
+    collate = plan.interpreter_plan("pad_collate")[0]
     found += [Class("pad_collate_forward", dataclasses.replace(collate, kind="uint8"))]
     found += [Class("pad_collate_forward", collate, "detr_fast channels_last")]
     found += [Class("pad_collate_backward", dataclasses.replace(collate, kind="float", mode="backward"))]
-    position = plan.interpreter_plan("position")[0]
+    position = plan.interpreter_plan("sine_position")[0]
     return found + [Class("sine_position_forward", position, name) for name in ("detr_fast", "detr_fast tokens")]
 
 
@@ -371,6 +371,6 @@ def _report(findings: list[Finding], where: dict, table: Path, write: bool) -> N
     text = source(measured_entries(findings, origin))
     if write:
         replace_between(table, "measured", text)
-        print(f"\n{table}: MEASURED written; run python -m tests.kernels.gate and the GPU tests before you commit it")
+        print(f"\n{table}: MEASURED written; run make gate and the GPU tests before you commit it")
     else:
         print(f"\nfor {table} (or run again with --write):\n{text}")

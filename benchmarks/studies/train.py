@@ -34,13 +34,13 @@ from detr_fast.models import DETR, Backbone, Joiner, Transformer
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.training.regions import compile_regions
 
-from .ceilings import Ceilings, measure_ceilings
-from .harness import _peak_memory, _reason
-from .provenance import device_name, provenance, slug
-from .results import save, suite_record
+from ..harness.ceilings import Ceilings, measure_ceilings
+from ..harness.measure import _peak_memory, _reason
+from ..harness.provenance import device_name, provenance, slug
+from ..harness.results import save, suite_record
+from ..harness.timing import clock_for, interleave, quantiles
+from ..shapes import BatchShape, nominal_batch, typical_real_batch
 from .same_training import LayerByLayer, criterion, plausible_norms, reference_ops
-from .shapes import BatchShape, nominal_batch, typical_real_batch
-from .timing import clock_for, interleave, quantiles
 
 STAGES = ("input", "backbone", "encoder", "decoder", "criterion", "backward", "optimiser")
 MODELS = {"R50": ("resnet50", False), "R101": ("resnet101", False), "DC5": ("resnet50", True)}
@@ -481,7 +481,7 @@ def run_train(args: argparse.Namespace, device: torch.device) -> int:
             f"CPU ({device_name(device)}): small images in float32; leave the machine alone meanwhile. Not measured "
             "without a GPU: the kernels, cuDNN's fused convolutions, bf16, channels_last, launches, waits for the GPU "
             "and peak memory; operators and values read by the host are counted instead. Loading from disk: python -m "
-            "benchmarks.data."
+            "benchmarks.studies.data."
         )
     chosen = variants(device, compile)
     if args.provider:

@@ -1,0 +1,1 @@
+"""What every suite is measured with: cases, ceilings, the check, the clock, the results file."""

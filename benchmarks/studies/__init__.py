@@ -1,0 +1,1 @@
+"""Questions larger than one op: a training step, the same training twice, padding, loading, tile sizes."""
