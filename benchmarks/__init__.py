@@ -5,5 +5,8 @@ measured with, `studies/` questions larger than one op; NOTES.md explains the fi
 as `detr_fast.benchmarks`, too, so that an installed package can measure itself.
 """
 
-SUITES = ("pad_collate", "sine_position", "attention", "multihead_attention")
+SUITES = (
+    "pad_collate", "sine_position", "attention", "multihead_attention", "folded_conv", "matching_cost", "assign",
+    "joint_softmax",
+)  # fmt: skip
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")

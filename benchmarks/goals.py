@@ -3,7 +3,8 @@
 import torch
 
 from .harness.ceilings import Ceilings
-from .plan import Scale, Spec, build
+from .harness.spec import Scale, Spec
+from .plan import build
 from .report import best_times, quoted_key
 
 # An NVIDIA H200's device copy and bf16 matrix product as others measured them; exp: 16 a clock and multiprocessor.

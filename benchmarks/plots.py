@@ -25,17 +25,26 @@ def _colours(record: dict) -> dict[str, str]:
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(ordered)} | {"limit": "black"}
 
 
-def _tokens(row: dict) -> int:
-    """Tokens (attention, mha, position) or pixels (collate) of the padded batch."""
+def _size(row: dict) -> int:
+    """Tokens, pixels or images of the padded batch, see `_unit`."""
     shape = row["shape"]
     if "k_len" in shape:
         return shape["batch"] * max(shape["q_len"], shape["k_len"])
+    if "height" not in shape:
+        return shape["batch"]
     height, width = shape.get("feature", (shape["height"], shape["width"]))
     return shape["batch"] * height * width
 
 
+def _unit(record: dict) -> str:
+    shape = record["rows"][0]["shape"] if record["rows"] else {}
+    if "k_len" in shape or "feature" in shape:
+        return "tokens"
+    return "pixels" if "height" in shape else "images"
+
+
 def _padded_share(row: dict) -> float:
-    return 1 - row["shape"]["valid"]["tokens"]
+    return 1 - row["shape"]["valid"]["tokens"] if "valid" in row["shape"] else 0.0
 
 
 def _what(row: dict) -> str:
@@ -155,18 +164,18 @@ def _roofline(record: dict, path: Path) -> Path | None:
 def plot_suite(record: dict, folder: Path) -> list[Path]:
     """Writes the pictures that `record` has the numbers for; returns their paths."""
     suite = record["suite"]
-    unit = "pixels" if suite == "pad_collate" else "tokens"
+    unit = _unit(record)
 
     def by_size(row):
         return f"{_what(row)}\npadding: {row['shape']['padding']}"
 
     def by_padding(row):
         shape = row["shape"]
-        size = f"{shape['q_len']} x {shape['k_len']}" if "k_len" in shape else f"{shape['height']} x {shape['width']}"
-        return f"{_what(row)}\nbatch {shape['batch']}, {size}"
+        names = ("q_len", "k_len") if "k_len" in shape else ("height", "width")
+        return f"{_what(row)}\nbatch {shape['batch']}, {' x '.join(str(shape.get(name)) for name in names)}"
 
     pictures = [
-        _line_panels(record, by_size, _tokens, f"{unit} of the padded batch", folder / f"{suite}-{unit}.png", log=True),
+        _line_panels(record, by_size, _size, f"{unit} of the padded batch", folder / f"{suite}-{unit}.png", log=True),
         _line_panels(
             record, by_padding, _padded_share, "share of padded tokens", folder / f"{suite}-padding.png", log=False
         ),

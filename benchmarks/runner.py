@@ -12,21 +12,24 @@ import torch
 
 from detr_fast.ops._dispatch import use_kernel
 
-from . import plan
+from . import SUITES, plan
 from .harness.case import Row, Settings
 from .harness.ceilings import measure_ceilings
 from .harness.markers import NOTES, replace_between
 from .harness.measure import run_case
 from .harness.provenance import device_name, provenance, slug
 from .harness.results import load, load_record, save, suite_record
+from .harness.spec import PADDINGS, Spec
 from .harness.table import print_case, print_ceilings
 
-# Shares of a whole run's time budget (of what the training step leaves), and the seconds a process takes before it
-# measures.
+# Shares of the time that a whole run has for measuring (of what the training step leaves), and the seconds a process
+# takes before it measures.
 TRAIN_SHARE = 0.3
-SHARES = {"pad_collate": 0.15, "sine_position": 0.12, "attention": 0.48, "multihead_attention": 0.25}
+SHARES = {
+    "pad_collate": 0.12, "sine_position": 0.1, "attention": 0.38, "multihead_attention": 0.2, "folded_conv": 0.08,
+    "matching_cost": 0.03, "assign": 0.04, "joint_softmax": 0.05,
+}  # fmt: skip
 START_UP = 6.0
-CHOICES = ("precision", "mode", "batch", "model", "padding", "kind", "dropout")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,9 +81,9 @@ def _report(args: argparse.Namespace) -> int:
 def _validate(args: argparse.Namespace) -> None:
     for padding in args.padding or ():
         share = padding[5:] if padding.startswith("valid") else ""
-        if padding not in plan.PADDINGS and not (share.isdigit() and 1 <= int(share) <= 100):
-            raise ValueError(f"--padding {padding}: expected one of {', '.join(plan.PADDINGS)}, or valid1 to valid100")
-    kinds = {kind for kinds in plan.KINDS.values() for kind in kinds}
+        if padding not in PADDINGS and not (share.isdigit() and 1 <= int(share) <= 100):
+            raise ValueError(f"--padding {padding}: expected one of {', '.join(PADDINGS)}, or valid1 to valid100")
+    kinds = {kind for suite in SUITES for kind in plan.suite_module(suite).KINDS if kind}
     for kind in args.kind or ():
         if kind not in kinds:
             raise ValueError(f"--kind {kind}: expected one of {', '.join(sorted(kinds))}")
@@ -103,8 +106,8 @@ def _argv(args: argparse.Namespace, suite: str) -> list[str]:
 
 
 _OWN_OPTIONS = {
-    "quick", "device", "budget", "interpret", "check_only", *CHOICES, "provider", "launch", "compile", "seed", "output",
-    "no_plots", "no_save",
+    "quick", "device", "budget", "interpret", "check_only", *plan.CHOICES, "provider", "launch", "compile", "seed",
+    "output", "no_plots", "no_save",
 }  # fmt: skip
 
 
@@ -126,11 +129,13 @@ def _run_all(args: argparse.Namespace) -> int:
     shares = {suite: (1 - TRAIN_SHARE) * share for suite, share in SHARES.items()} | {"train": TRAIN_SHARE}
     if args.interpret:
         del shares["train"]  # no kernel of its own
-    for suite in shares:
-        share = None if args.budget is None else args.budget * shares[suite]
-        # Importing PyTorch counts, and a case that has begun may end.
-        each = argparse.Namespace(**vars(args) | {"budget": share and max(1.0, share - START_UP)})
-        status[suite] = _again(each, suite, {}, timeout=share and share + max(8.0, 0.1 * share))
+    for suite, share in shares.items():
+        budget = timeout = None
+        if args.budget is not None:
+            budget = max(1.0, share * (args.budget - START_UP * len(shares)))
+            # A case that has begun may end.
+            timeout = START_UP + 1.1 * budget + 8.0
+        status[suite] = _again(argparse.Namespace(**vars(args) | {"budget": budget}), suite, {}, timeout)
     for suite, code in status.items():
         if code:
             print(f"{suite}: exit status {code}")
@@ -150,14 +155,14 @@ def _device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def _specs(args: argparse.Namespace, device: torch.device) -> list[plan.Spec]:
+def _specs(args: argparse.Namespace, device: torch.device) -> list[Spec]:
     if args.interpret:
         base = plan.interpreter_plan(args.suite)
     elif device.type == "cuda":
         base = plan.gpu_plan(args.suite, args.quick)
     else:
         base = plan.cpu_plan(args.suite, args.quick)
-    chosen = {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
+    chosen = {name: getattr(args, name) for name in plan.CHOICES if getattr(args, name) is not None}
     return plan.chosen_plan(args.suite, base, chosen)
 
 
@@ -169,7 +174,7 @@ def _announce(args: argparse.Namespace, device: torch.device) -> None:
         )
     elif device.type == "cpu":
         print(
-            f"CPU ({device_name(device)}): the ops run their PyTorch references, on small shapes. Not measured without "
+            f"CPU ({device_name(device)}): the ops run in plain PyTorch, on small shapes. Not measured without "
             "a GPU: the kernels, CUDA graphs, peers that exist on CUDA only, peak memory. Other work on the machine "
             "shows in the times."
         )
@@ -229,9 +234,7 @@ def _run_spec(spec, args, settings, ceilings, scale, compile_peers) -> list[Row]
         torch._dynamo.reset()  # or the recompilation limit is reached after a few shapes
     case, providers = plan.build(spec, scale, settings.device, compile=compile_peers, quick=args.quick)
     if not use_kernel(settings.device):
-        providers = [
-            dataclasses.replace(p, label=f"the PyTorch reference; {p.label}") if p.ours else p for p in providers
-        ]
+        providers = [dataclasses.replace(p, label=f"plain PyTorch; {p.label}") if p.ours else p for p in providers]
     if args.provider:
         providers = [p for p in providers if any(part.lower() in p.name.lower() for part in args.provider)]
     return run_case(case, providers, ceilings, settings)

@@ -102,6 +102,12 @@ class BatchShape:
         return BatchShape(f"{self.name}-dense", self.stride, (self.padded,) * self.batch)
 
 
+def target_counts(batch: int, most: int, seed: int = 0) -> list[int]:
+    """How many targets each image of a batch has: 1 to `most`, evenly; the same seed gives the same counts."""
+    rng = random.Random(seed)
+    return [rng.randint(1, most) for _ in range(batch)]
+
+
 def _scaled(sizes, scale: float) -> tuple[tuple[int, int], ...]:
     return tuple((max(1, round(h * scale)), max(1, round(w * scale))) for h, w in sizes)
 

@@ -21,6 +21,13 @@ class Unavailable(Exception):
     """A provider cannot answer this case here; the message says why."""
 
 
+def needs_compile(inputs: "Inputs") -> "Inputs":
+    """`Provider.prepare` of those that need torch.compile; the case says in its inputs whether it may be used."""
+    if not inputs["compile"]:
+        raise Unavailable("needs torch.compile (--compile yes)")
+    return dict(inputs)
+
+
 @dataclass(frozen=True)
 class Case:
     """One question.

@@ -49,18 +49,22 @@ class Ceilings:
 
 
 class set_precision:
-    """Context in which float32 matrix products use TF32 exactly when `precision` is "tf32"."""
+    """Context in which float32 matrix products and convolutions use TF32 exactly when `precision` is "tf32"."""
+
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
 
     def __init__(self, precision: str):
         self.precision = "tf32" if PRECISIONS[precision][1] else "ieee"
 
     def __enter__(self):
         # Not allow_tf32, which cannot be read once somebody has set this.
-        self.saved = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = self.precision
+        self.saved = [backend.fp32_precision for backend in self.backends]
+        for backend in self.backends:
+            backend.fp32_precision = self.precision
 
     def __exit__(self, *_):
-        torch.backends.cuda.matmul.fp32_precision = self.saved
+        for backend, saved in zip(self.backends, self.saved, strict=True):
+            backend.fp32_precision = saved
 
 
 if triton is not None:

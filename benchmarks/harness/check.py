@@ -34,9 +34,10 @@ def flat(values) -> list[torch.Tensor]:
 
 
 def cotangents_for(outputs: Outputs, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
-    """Random, rounded to `dtype` first, so that every precision is given the very same numbers."""
+    """Random, in the outputs' memory layout; rounded to `dtype` first, so that every precision has the same numbers."""
     generator = torch.Generator(outputs[0].device).manual_seed(seed)
-    return [torch.randn(o.shape, generator=generator, device=o.device).to(dtype).to(o.dtype) for o in outputs]
+    drawn = [torch.randn(o.shape, generator=generator, device=o.device).to(dtype) for o in outputs]
+    return [torch.empty_like(o).copy_(d) for o, d in zip(outputs, drawn, strict=True)]
 
 
 def float_outputs(outputs: Outputs) -> Outputs:

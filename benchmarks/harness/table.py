@@ -51,11 +51,9 @@ def print_case(rows: list[Row]) -> None:
     if not rows:
         return
     first = rows[0]
-    valid = first.shape.get("valid", {"tokens": 1.0, "pairs": 1.0})
-    print(
-        f"\n{first.suite}: {first.case}, {first.precision}, {first.mode}; valid tokens {valid['tokens']:.0%}, "
-        f"pairs {valid['pairs']:.0%}"
-    )
+    valid = first.shape.get("valid")
+    shares = f"; valid tokens {valid['tokens']:.0%}, pairs {valid['pairs']:.0%}" if valid else ""
+    print(f"\n{first.suite}: {first.case}, {first.precision}, {first.mode}{shares}")
     order = {"limit": 0, "ok": 1, "checked": 2, "wrong": 3, "failed": 4, "unavailable": 5}
     ordered = sorted(rows, key=lambda r: (order[r.status], r.launch, r.median_ms or 0.0))
     lines = [list(COLUMNS)] + [cells(row) for row in ordered]

@@ -27,8 +27,8 @@ from ..harness.markers import replace_between
 from ..harness.measure import first_call, run_case
 from ..harness.provenance import ROOT, device_name, provenance, slug
 from ..harness.results import save, suite_record
+from ..harness.spec import Spec
 from ..harness.table import print_case
-from ..plan import Spec
 
 Tile = dict[str, int]
 

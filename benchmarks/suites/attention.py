@@ -5,6 +5,7 @@ Question: out = dropout(softmax(q·kᵀ/√D, padded keys at -inf))·v for q, k,
 answer) and valid keys only.
 """
 
+import dataclasses
 import functools
 
 import torch
@@ -14,11 +15,58 @@ from torch.utils.checkpoint import checkpoint
 
 from detr_fast.ops import attention, attention_reference
 
-from ..harness.case import Case, Inputs, Outputs, Provider, Unavailable
+from ..harness.case import Case, Inputs, Outputs, Provider, Unavailable, needs_compile
 from ..harness.ceilings import PRECISIONS, Work
+from ..harness.spec import BATCHES, HEAD_DIM, HEADS, Scale, Spec, both_modes, shape_of
 from ..shapes import BatchShape
 
-HEADS, HEAD_DIM, QUERIES = 8, 32, 100
+KINDS = ("encoder", "cross", "decoder")
+QUERIES = 100
+
+
+def options(kind: str) -> tuple[str, ...]:
+    return ("precision", "mode", "model", "padding", "dropout")
+
+
+def gpu_specs(quick: bool) -> list[Spec]:
+    specs = specs_of("attention", quick)
+    if not quick:
+        specs += [Spec("attention", "encoder", padding=f"valid{share}") for share in (80, 60, 50, 40, 30, 20)]
+    return specs
+
+
+def specs_of(suite: str, quick: bool) -> list[Spec]:
+    """The cases that this suite and multihead_attention have in common."""
+    encoder = Spec(suite, "encoder")
+    none, dense = dataclasses.replace(encoder, padding="none"), dataclasses.replace(encoder, padding="coco-dense")
+    drop = [dataclasses.replace(s, dropout=0.1) for s in (none, encoder)]
+    small = [Spec(suite, kind, dropout=0.1) for kind in ("cross", "decoder")]
+    specs = [none, encoder, dense] + both_modes(*drop) + both_modes(*small)
+    if quick:
+        return specs
+    dc5 = [
+        Spec(suite, "encoder", "DC5", padding=padding, dropout=p) for padding in ("none", "coco") for p in (0.0, 0.1)
+    ]
+    specs += both_modes(*dc5)
+    specs += [dataclasses.replace(s, mode="backward") for s in (*drop, *dc5)]
+    precisions = ("fp16", "tf32", "fp32")
+    specs += both_modes(*(Spec(suite, "encoder", precision=precision, dropout=0.1) for precision in precisions))
+    specs += [
+        Spec(suite, "encoder", batch=batch, padding=padding, dropout=0.1)
+        for batch in BATCHES
+        for padding in ("none", "coco")
+    ]
+    return specs + [Spec(suite, "encoder", "DC5", batch=batch, padding="none") for batch in BATCHES]
+
+
+def build(spec: Spec, scale: Scale, device: torch.device, *, compile: bool, quick: bool) -> tuple[Case, list[Provider]]:
+    built = case(
+        spec.kind, shape_of(spec, scale), spec.precision, spec.mode, spec.dropout, device,
+        heads=scale.heads, head_dim=spec.head_dim, compile=compile,
+    )  # fmt: skip
+    # Autotuning takes half a minute per shape: for the two batches that the README quotes, not for the sweeps.
+    quoted = spec.model == "R50" and spec.batch == 16 and spec.precision == "bf16" and spec.mode == "forward"
+    return built, providers(max_autotune=not quick and quoted and spec.padding in ("none", "coco"))
 
 
 def _mask(inputs: Inputs) -> torch.Tensor | None:
@@ -225,8 +273,7 @@ def _block_mask(state: Inputs):
 
 def _flex_state(inputs: Inputs, with_mask: bool) -> Inputs:
     state = _cuda_only(inputs, "FlexAttention")
-    if not inputs["compile"]:
-        raise Unavailable("needs torch.compile (--compile yes)")
+    needs_compile(inputs)
     if inputs["dropout_p"] > 0:
         raise Unavailable("FlexAttention has no dropout; see the case without")
     if with_mask:
@@ -329,7 +376,7 @@ def case(
     compile: bool = False,
 ) -> Case:
     """`kind`: "encoder" (tokens x tokens), "cross" (100 queries x tokens) or "decoder" (100 x 100, no padding)."""
-    if kind not in ("encoder", "cross", "decoder"):
+    if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; expected 'encoder', 'cross' or 'decoder'")
     batch, tokens = shape.batch, shape.tokens
     q_len = tokens if kind == "encoder" else QUERIES

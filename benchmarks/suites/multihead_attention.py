@@ -16,12 +16,23 @@ from detr_fast.layers import MultiheadAttention
 
 from ..harness.case import Case, Inputs, Outputs, Provider, Unavailable
 from ..harness.ceilings import PRECISIONS, Work
+from ..harness.spec import HEADS, Scale, Spec, shape_of
 from ..shapes import BatchShape
 from . import attention as attention_suite
-from .attention import HEADS
+from .attention import KINDS, options
 
 EMBED = 256
 WEIGHTS = ("in_proj_weight", "in_proj_bias", "out_weight", "out_bias")
+__all__ = ["KINDS", "build", "case", "gpu_specs", "options", "providers"]
+
+
+def gpu_specs(quick: bool) -> list[Spec]:
+    return attention_suite.specs_of("multihead_attention", quick)
+
+
+def build(spec: Spec, scale: Scale, device: torch.device, *, compile: bool, quick: bool) -> tuple[Case, list[Provider]]:
+    built = case(spec.kind, shape_of(spec, scale), spec.precision, spec.mode, spec.dropout, device)
+    return built, providers()
 
 
 def _functional(query, key, value, mask, weights) -> torch.Tensor:

@@ -15,10 +15,32 @@ from detr_fast.ops.pad_collate import pack_images
 
 from ..harness.case import Case, Inputs, Outputs, Provider, Unavailable
 from ..harness.ceilings import PRECISIONS, Work
+from ..harness.spec import BATCHES, Scale, Spec, shape_of
 from ..shapes import BatchShape
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TASKS = ("float", "uint8", "packed")
+KINDS = ("float", "uint8", "packed")
+
+
+def options(kind: str) -> tuple[str, ...]:
+    return ("precision", "model", "padding") + (("mode",) if kind == "float" else ())
+
+
+def gpu_specs(quick: bool) -> list[Spec]:
+    def spec(kind: str, **fields) -> Spec:
+        return Spec("pad_collate", kind, **fields)
+
+    specs = [spec(kind, padding=padding) for kind in ("uint8", "packed") for padding in ("none", "coco")]
+    specs += [spec("float", padding=padding, precision="fp32") for padding in ("none", "coco")]
+    if quick:
+        return specs
+    specs += [spec("float", precision="fp32", mode=mode) for mode in ("both", "backward")]
+    specs += [spec("uint8", precision=precision) for precision in ("fp16", "fp32")]
+    return specs + [spec("uint8", batch=batch) for batch in BATCHES]
+
+
+def build(spec: Spec, scale: Scale, device: torch.device, *, compile: bool, quick: bool) -> tuple[Case, list[Provider]]:
+    return case(spec.kind, shape_of(spec, scale), spec.precision, spec.mode, device), providers(spec.kind)
 
 
 def original_loop(images: list[torch.Tensor], dtype: torch.dtype) -> Outputs:
@@ -143,13 +165,13 @@ def providers(task: str) -> list[Provider]:
 
 
 def case(task: str, shape: BatchShape, precision: str, mode: str, device: torch.device) -> Case:
-    """`task`: one of `TASKS`. `precision`: of the batch, and of the images where the task is "float".
+    """`task`: one of `KINDS`. `precision`: of the batch, and of the images where the task is "float".
 
     Raises:
         ValueError: an unknown task; another mode than "forward" where the images are uint8 and have no gradient.
     """
-    if task not in TASKS:
-        raise ValueError(f"task is {task!r}; expected one of {TASKS}")
+    if task not in KINDS:
+        raise ValueError(f"task is {task!r}; expected one of {KINDS}")
     if task != "float" and mode != "forward":
         raise ValueError(f"mode is {mode!r}; uint8 images have no gradient: expected 'forward'")
     dtype = PRECISIONS[precision][0]

@@ -11,11 +11,32 @@ import torch.nn.functional as F
 
 from detr_fast.ops import sine_position, sine_position_reference
 
-from ..harness.case import Case, Inputs, Outputs, Provider, Unavailable
+from ..harness.case import Case, Inputs, Outputs, Provider, needs_compile
 from ..harness.ceilings import PRECISIONS, Work
+from ..harness.spec import BATCHES, Scale, Spec, shape_of
 from ..shapes import BatchShape
 
 FEATURES, TEMPERATURE = 128, 10000
+KINDS = ("",)
+
+
+def options(kind: str) -> tuple[str, ...]:
+    return ("precision", "model", "padding")
+
+
+def gpu_specs(quick: bool) -> list[Spec]:
+    def spec(**fields) -> Spec:
+        return Spec("sine_position", **{"precision": "fp32"} | fields)
+
+    specs = [spec(model=model, padding=padding) for model in ("R50", "DC5") for padding in ("none", "coco")]
+    if quick:
+        return specs
+    specs += [spec(model=model, precision=precision) for model in ("R50", "DC5") for precision in ("bf16", "fp16")]
+    return specs + [spec(model="DC5", batch=batch) for batch in BATCHES]
+
+
+def build(spec: Spec, scale: Scale, device: torch.device, *, compile: bool, quick: bool) -> tuple[Case, list[Provider]]:
+    return case(shape_of(spec, scale), spec.precision, device, compile=compile), providers()
 
 
 def original(mask: torch.Tensor, size: tuple[int, int], dtype: torch.dtype) -> Outputs:
@@ -47,12 +68,6 @@ def _compiled(state: Inputs) -> Outputs:
     return _compiled_original()(state["mask"], state["size"], state["dtype"])
 
 
-def _needs_compile(inputs: Inputs) -> Inputs:
-    if not inputs["compile"]:
-        raise Unavailable("needs torch.compile (--compile yes)")
-    return dict(inputs)
-
-
 def _ours(state: Inputs, layout: str) -> Outputs:
     return sine_position(
         state["mask"], state["size"], FEATURES, TEMPERATURE, normalize=True, dtype=state["dtype"], layout=layout
@@ -80,7 +95,7 @@ def providers() -> list[Provider]:
             finish=_as_nchw, ours=True,
         ),
         Provider("original, eager", "[B, 2F, h, w], mask resize included", _eager),
-        Provider("original, compiled", "[B, 2F, h, w], mask resize included; torch.compile", _compiled, _needs_compile),
+        Provider("original, compiled", "[B, 2F, h, w], mask resize included; torch.compile", _compiled, needs_compile),
     ]  # fmt: skip
 
 

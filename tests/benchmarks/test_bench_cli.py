@@ -16,6 +16,7 @@ from detr_fast.benchmarks.cli import main
 from detr_fast.benchmarks.harness import ceilings
 from detr_fast.benchmarks.harness.provenance import slug
 from detr_fast.benchmarks.harness.results import load_record, save
+from detr_fast.benchmarks.harness.spec import Spec
 from detr_fast.benchmarks.plots import plot_suite
 from detr_fast.benchmarks.report import cpu_training, padding_share, table, update_readme
 
@@ -25,8 +26,8 @@ TINY = ["--quick", "--device", "cpu", "--batch", "1", "--precision", "fp32"]
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_suite_runs_on_a_cpu(suite, tmp_path, capsys):
-    kind = {"pad_collate": ["float"], "sine_position": []}.get(suite, ["decoder"])
-    chosen = ["--kind", *kind] if kind else []
+    kinds = plan.suite_module(suite).KINDS
+    chosen = ["--kind", "decoder" if "decoder" in kinds else kinds[0]] if len(kinds) > 1 else []
     assert main([suite, *TINY, *chosen, "--output", str(tmp_path), "--no-plots"]) == 0
     record = load_record(tmp_path / f"{suite}.json")
     _check_provenance(record, suite)
@@ -116,7 +117,8 @@ def test_plans_are_sound(suite, quick):
     specs = plan.gpu_plan(suite, quick)
     assert len(set(specs)) == len(specs), "a case twice"
     assert {spec.suite for spec in specs} == {suite}
-    assert {spec.padding for spec in specs} >= {"none", "coco"}
+    padded = "padding" in plan.suite_module(suite).options(specs[0].kind)
+    assert {spec.padding for spec in specs} >= ({"none", "coco"} if padded else {"none"})
     if not quick:
         assert {1, 2, 4, 8, 16, 32, 64} <= {spec.batch for spec in specs}
 
@@ -132,7 +134,7 @@ def test_chosen_options_multiply():
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", [suite for suite in SUITES if plan.interpreter_plan(suite)])
 def test_kernels_are_right_through_the_interpreter(suite, capsys):
     assert main([suite, "--interpret", "--batch", "2", "--precision", "fp32"]) == 0
     printed = capsys.readouterr().out
@@ -156,7 +158,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 # -- report and plots: from a made-up GPU's results --------------------------------------------------------------------
 
 
-def _row(suite, provider, milliseconds, spec: plan.Spec, shape, launch="graph", status="ok"):
+def _row(suite, provider, milliseconds, spec: Spec, shape, launch="graph", status="ok"):
     return {
         "suite": suite, "case": f"{spec}", "provider": provider, "label": "", "precision": spec.precision,
         "mode": spec.mode, "launch": launch, "status": status, "reason": "", "median_ms": milliseconds,
@@ -170,8 +172,8 @@ def _row(suite, provider, milliseconds, spec: plan.Spec, shape, launch="graph", 
 def results(tmp_path):
     """One attention file: dropout 0.1 without padding, a sweep of batch sizes and one of padded shares."""
     rows = []
-    sweep = [plan.Spec("attention", "encoder", batch=b, padding="none", dropout=0.1) for b in (1, 4, 16)]
-    sweep += [plan.Spec("attention", "encoder", padding=padding) for padding in ("valid80", "valid50", "valid20")]
+    sweep = [Spec("attention", "encoder", batch=b, padding="none", dropout=0.1) for b in (1, 4, 16)]
+    sweep += [Spec("attention", "encoder", padding=padding) for padding in ("valid80", "valid50", "valid20")]
     for spec in sweep:
         valid = int(spec.padding[5:]) / 100 if spec.padding != "none" else 1.0
         shape = {

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every chip within its limits (benchmarks/compile_gate). `make gate` prints the table."""
+"""DETR's own kernels compile for an H100 within its limits; `make gate` compiles every case for every chip."""
 
 import dataclasses
 import importlib.util
@@ -22,7 +22,7 @@ def gate(tmp_path_factory):
     """Rows and problems of one run of the gate, in a process of its own: it replaces Triton's driver."""
     result = tmp_path_factory.mktemp("gate") / "gate.json"
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compile_gate", "--json", str(result)],
+        [sys.executable, "-m", "benchmarks.compile_gate", "--detr", "--chips", "90", "--json", str(result)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -38,10 +38,10 @@ def test_kernels_compile_within_the_limits(gate):
 
 def test_the_table_is_complete(gate):
     rows = gate["rows"]
-    assert {row["chip"] for row in rows} == {75, 80, 90, 100}
+    assert {row["chip"] for row in rows} == {90}
     assert all(row["registers"] > 0 for row in rows if not row["error"])
     kernels = {row["kernel"] for row in rows}
-    for op in ("pad_collate", "sine_position", "attention"):
+    for op in ("pad_collate", "sine_position", "attention", "assign", "matching_cost", "joint_softmax"):
         assert any(op in kernel for kernel in kernels), f"no kernel of {op} among {sorted(kernels)}"
 
 
