@@ -54,7 +54,7 @@ gpu: $(READY)
 	@timeout -s INT -k 15 $(if $(QUICKLY),40,220) $(PY) -m pytest -m gpu $(if $(QUICKLY),-x); tests=$$?; \
 	if [ $$tests = 124 ]; then echo "make gpu: the GPU tests were stopped at their time limit"; \
 	$(if $(QUICKLY),tests=0;) fi; \
-	$(PY) -m benchmarks all $(if $(QUICKLY),--quick --budget 50,--budget 310); suites=$$?; \
+	$(PY) -m benchmarks all $(if $(QUICKLY),--quick --budget 75,--budget 310); suites=$$?; \
 	tuned=0; \
 	$(if $(TUNING),timeout 330 $(PY) -m benchmarks tune $(if $(QUICKLY),--quick) --budget 270; tuned=$$?;) \
 	same=0; \

@@ -100,7 +100,7 @@ def _capture(block: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def _peak_memory(call: Callable[[], Any], device: torch.device) -> float | None:
+def peak_memory(call: Callable[[], Any], device: torch.device) -> float | None:
     """MiB that one call allocates above what was there before."""
     if device.type != "cuda":
         return None
@@ -112,7 +112,7 @@ def _peak_memory(call: Callable[[], Any], device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -130,7 +130,7 @@ def _blame(provider: Provider, error: Exception) -> dict[str, str]:
     """Our own error is a failure; a peer's is a thing it cannot do."""
     if isinstance(error, Unavailable):
         return {"status": "unavailable", "reason": str(error)}
-    return {"status": "failed" if provider.ours else "unavailable", "reason": _reason(error)}
+    return {"status": "failed" if provider.ours else "unavailable", "reason": reason_of(error)}
 
 
 def run_case(case: Case, providers: list[Provider], ceilings: Ceilings | None, settings: Settings) -> list[Row]:
@@ -208,7 +208,7 @@ def _measure(case: Case, providers: list[Provider], copies: int, settings: Setti
             block = _block(case, provider, calls)
             block()
             with provider.setting(), _inference(case):
-                peak[provider.name] = _peak_memory(calls[0], settings.device)
+                peak[provider.name] = peak_memory(calls[0], settings.device)
             calls_of[provider.name] = (provider, calls, block)
         except Exception as fault:
             rows.append(_row(case, provider, "-", **_blame(provider, fault)))

@@ -148,6 +148,11 @@ def test_command_line_knows_the_suites_and_precisions():
     assert sum(runner.SHARES.values()) == pytest.approx(1.0)
 
 
+def test_short_names(capsys):
+    assert main(["position", *TINY, "--check-only"]) == 0
+    assert "sine_position: R50-B1-coco" in capsys.readouterr().out
+
+
 def test_slug():
     assert slug("NVIDIA H200") == "nvidia-h200" and slug("AMD EPYC 9004 (x)") == "amd-epyc-9004-x"
 

@@ -11,7 +11,7 @@ from detr_fast.benchmarks.harness.ceilings import Ceilings
 from detr_fast.benchmarks.harness.results import load_record
 from detr_fast.benchmarks.report import same_training as report_of_same_training
 from detr_fast.benchmarks.shapes import nominal_batch
-from detr_fast.benchmarks.studies import same_training, train
+from detr_fast.benchmarks.studies import same_training, train, training_step
 from detr_fast.data import make_shapes_dataset
 
 CPU = torch.device("cpu")
@@ -88,8 +88,8 @@ SHAPE = nominal_batch("R50", 2, 0.06)
 
 def test_every_variant_has_the_same_loss_and_ours_fewer_operators():
     rows = train.measure_case(
-        "tiny", SHAPE, "none", CPU, Ceilings(1e10, {"fp32": 1e11}, 1e9), train.variants(CPU, False), seconds=0.1,
-        min_rounds=1,
+        "tiny", SHAPE, "none", CPU, Ceilings(1e10, {"fp32": 1e11}, 1e9), training_step.variants(CPU, False),
+        seconds=0.1, min_rounds=1,
     )  # fmt: skip
     assert [row.status for row in rows] == ["ok"] * len(rows), rows
     by_name = {row.provider: row for row in rows}
@@ -97,7 +97,7 @@ def test_every_variant_has_the_same_loss_and_ours_fewer_operators():
     ours, shipped = by_name["detr_fast"], by_name["as shipped"]
     assert ours.counts["operators"] < 0.6 * shipped.counts["operators"]
     assert ours.counts["host_reads"] < 0.2 * shipped.counts["host_reads"]
-    assert set(ours.stages_ms) == set(train.STAGES) and all(v >= 0 for v in ours.stages_ms.values())
+    assert set(ours.stages_ms) == set(training_step.STAGES) and all(v >= 0 for v in ours.stages_ms.values())
     assert ours.tflop_per_s > 0 and ours.images_per_s == pytest.approx(2e3 / ours.median_ms)
     fused = ours.counts["operators"]
     for technique in ("fused backbone", "criterion in one pass", "fused AdamW"):
@@ -120,9 +120,10 @@ def test_nothing_is_compiled_while_it_is_timed(monkeypatch):
         return {name: [1.0] for name in blocks}
 
     torch._dynamo.register_backend(name="counted")(backend)
-    monkeypatch.setattr(train, "compile_regions", functools.partial(train.compile_regions, backend="counted"))
+    compiled = functools.partial(training_step.compile_regions, backend="counted")
+    monkeypatch.setattr(training_step, "compile_regions", compiled)
     monkeypatch.setattr(train, "interleave", interleave)
-    ours = dataclasses.replace(train.OURS, bf16=False, channels_last=False)
+    ours = dataclasses.replace(training_step.OURS, bf16=False, channels_last=False)
     chosen = [dataclasses.replace(ours, name=f"detr_fast {i}") for i in range(6)]
     rows = train.measure_case("tiny", SHAPE, "none", CPU, Ceilings(1e10, {"fp32": 1e11}, 1e9), chosen)
     assert [row.status for row in rows] == ["ok"] * 6, rows
@@ -132,10 +133,12 @@ def test_nothing_is_compiled_while_it_is_timed(monkeypatch):
 
 
 def test_a_wrong_variant_is_not_timed(monkeypatch):
-    broken = dataclasses.replace(train.OURS, name="detr_fast", bf16=False, channels_last=False, compile="no")
-    true_conv = train.Step.loss
-    monkeypatch.setattr(train.Step, "loss", lambda self, batch: true_conv(self, batch) * (1 + self.variant.packed))
-    shipped = dataclasses.replace(train.AS_SHIPPED)
+    broken = dataclasses.replace(training_step.OURS, name="detr_fast", bf16=False, channels_last=False, compile="no")
+    true_conv = training_step.Step.loss
+    monkeypatch.setattr(
+        training_step.Step, "loss", lambda self, batch: true_conv(self, batch) * (1 + self.variant.packed)
+    )
+    shipped = dataclasses.replace(training_step.AS_SHIPPED)
     first, second = train.measure_case("tiny", SHAPE, "none", CPU, None, [shipped, broken])
     assert first.status == "checked" and second.status == "wrong" and second.median_ms is None
 
