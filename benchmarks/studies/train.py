@@ -73,7 +73,7 @@ def room_to_compile() -> Iterator[None]:
     """Within, the compiled code of all variants is kept.
 
     All variants share the layers' `forward`, and torch keeps 8 compiled forms of a function: without more room the
-    later variants would run uncompiled. A reset between variants would have the earlier ones compiled again while timed.
+    later variants would run uncompiled. A reset between variants would compile the earlier ones again while timed.
     """
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
