@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from detr_fast.config import get_args_parser
 from detr_fast.nested_tensor import NestedTensor
-from detr_fast.training.config import get_args_parser
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.engine import train_one_epoch
-from detr_fast.training.nonfinite import FiniteWatch, NonFiniteLossError, explain_non_finite
+from detr_fast.training.nonfinite import FiniteWatch, explain_non_finite
 from detr_fast.training.setup import build
 
 CPU = torch.device("cpu")

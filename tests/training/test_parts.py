@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from detr_fast.training import config
+from detr_fast import config
+from detr_fast.tasks.pictures import best_detections, colour_of, draw_detections
 from detr_fast.training.log import Metrics, RunLog, read_log
 from detr_fast.training.optim import build_optimizer, build_scheduler, load_optimizer
-from detr_fast.training.pictures import best_detections, colour_of, draw_detections
 
 # Name → default of every flag of the original's main.py, but for --device (cuda there, auto here).
 ORIGINAL = {

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from detr_fast.config import get_args_parser
 from detr_fast.data import build_dataset, make_shapes_dataset
 from detr_fast.models import build_model
-from detr_fast.training.config import get_args_parser
 from detr_fast.training.engine import train_one_epoch
 from detr_fast.training.setup import loader_for
 

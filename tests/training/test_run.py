@@ -141,7 +141,7 @@ def test_weights_start_a_run_with_other_classes(trained, tiny_flags, shapes, tmp
 
 WORKER = """
 import sys, torch, torch.distributed as dist
-from detr_fast.training.config import get_args_parser
+from detr_fast.config import get_args_parser
 from detr_fast.training.setup import start
 from detr_fast.training.trainer import Trainer
 output, *flags = sys.argv[1:]
