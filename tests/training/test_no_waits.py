@@ -16,7 +16,6 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from detr_fast.config import Config
 from detr_fast.data import PackedCollate
 from detr_fast.models import build_model
-from detr_fast.ops import folded_conv as folded_conv_module
 from detr_fast.training.engine import train_one_epoch
 
 TINY = [
@@ -45,8 +44,6 @@ def fake_cuda():
     with contextlib.ExitStack() as stack:
         for patch in (
             mock.patch.object(torch.Tensor, "pin_memory", lambda self: self),
-            # cuDNN is not there, either.
-            mock.patch.object(folded_conv_module, "_cudnn", lambda *args: None),
             # A model of fake tensors cannot be moved; it is made where it belongs.
             mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self),
         ):
