@@ -20,7 +20,8 @@ def philox(keys, c0, c1, c2, c3):
         c0, c1, c2, c3: the counter's words, int64 in 0..2**32 - 1, tensors or NumPy arrays, shapes that broadcast.
     """
     for k0, k1 in keys:
-        # A product wraps at 64 bits, which keeps its bits. What stands above a word's low 32 goes at its next use.
+        # A product may wrap around in int64: its 64 bits are right all the same. c1 and c3 keep bits above their low
+        # 32, which are masked off when the words become c0 and c2.
         product_0, product_2 = c0 * _A, c2 * _B
         c0 = _xor(_xor(product_2 >> 32, c1), k0)
         c0 &= _LOW_32
