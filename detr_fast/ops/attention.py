@@ -1,13 +1,12 @@
 """`attention`: softmax(q kᵀ · scale) v with padded keys and dropout, without the [Lq, Lk] matrix in memory.
 
+Three implementations: the Triton kernels; chunks in plain PyTorch (`_attention_chunked`), which run where no kernel
+does (CPU, float64, wide heads); and `attention_reference`, the formula as it reads, differentiable, to compare with.
+
 Dropout draws one byte per element from Philox 4x32 with 7 rounds, keyed by the seed. One call gives 16 bytes; its
-counter is (query row, column group, batch · heads + head, 0), where a key's column is its place among its image's keys
-that are valid. So the same seed drops the same elements whatever the tiles, in the forward, in the backward and in
+counter is (query row, column group, batch · heads + head, 0), where a key's column is its place among its image's valid
+keys. So the same seed drops the same elements whatever the tiles, in the forward, in the backward and in
 `attention_dropout_mask`, and a kernel that gathers the valid keys finds their bytes next to each other.
-
-Three implementations: the Triton kernels; chunks in plain PyTorch (`_attention_chunked`), which run where no kernel does
-(CPU, float64, wide heads); and `attention_reference`, the formula as it reads, differentiable, to compare with.
-
 Within 64 columns, group g of four holds the columns 8 j + 2 g + b at byte 2 j + b (j < 8, b < 2): the elements of one
 row that one GPU thread owns in a matrix product's result, so that a kernel can use all 16 bytes where they are made.
 """
