@@ -12,7 +12,7 @@ else
 endif
 BASE_PYTHON ?= python3
 
-.PHONY: test demo gpu clean
+.PHONY: test lint demo gpu clean
 
 $(VENV)/ready: setup.py pyproject.toml
 	@echo "installing into $(VENV); torch is large, this takes minutes the first time"
@@ -29,6 +29,12 @@ test: $(READY)
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -m "not interpret and not gpu"; rest=$$?; \
 	wait; cat .interpret.log; rc=$$(cat .interpret.rc); rm -f .interpret.log .interpret.rc; \
 	exit $$(( rest != 0 || rc != 0 ))
+
+# Style, format, and the types of the public API.
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 demo: $(READY)
 	$(PY) -m detr_fast demo
