@@ -12,7 +12,7 @@ else
 endif
 BASE_PYTHON ?= python3
 
-.PHONY: test lint demo gpu clean
+.PHONY: test demo gpu clean
 
 $(VENV)/ready: setup.py pyproject.toml
 	@echo "installing into $(VENV); torch is large, this takes minutes the first time"
@@ -29,12 +29,6 @@ test: $(READY)
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -m "not interpret and not gpu"; rest=$$?; \
 	wait; cat .interpret.log; rc=$$(cat .interpret.rc); rm -f .interpret.log .interpret.rc; \
 	exit $$(( rest != 0 || rc != 0 ))
-
-# Style, format, and the types of the public API.
-lint: $(READY)
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(PY) -m mypy
 
 demo: $(READY)
 	$(PY) -m detr_fast demo
@@ -66,6 +60,13 @@ gpu: $(READY)
 	done;) \
 	echo "make gpu: GPU tests exit $$tests, benchmarks exit $$suites$(if $(TUNING),; tuning exit $$tuned)$(if $(SAMENESS),; the same training exit $$same)"; \
 	exit $$(( tests != 0 || suites != 0 || tuned != 0 || same != 0 ))
+
+# Style, format, and the types of the public API.
+.PHONY: lint
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
