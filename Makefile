@@ -31,7 +31,7 @@ test: $(READY)
 	exit $$(( rest != 0 || rc != 0 ))
 
 # Every kernel, with every configuration that its launcher can choose, compiled for sm_75, sm_80, sm_90 and sm_100 and
-# held to their limits of registers and shared memory. Needs no GPU; a quarter of an hour on two cores, then cached.
+# held to their limits of registers and shared memory. Needs no GPU; ten minutes on two cores, then cached.
 # `make test` does the same for DETR's own shapes on sm_90.
 gate: $(READY)
 	$(PY) -m benchmarks.compile_gate

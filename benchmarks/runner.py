@@ -126,7 +126,7 @@ def _again(args: argparse.Namespace, suite: str, environment: dict[str, str], ti
 def _run_all(args: argparse.Namespace) -> int:
     """Every suite in a process of its own, so that a broken kernel does not take the other suites with it."""
     status = {}
-    shares = {suite: (1 - TRAIN_SHARE) * share for suite, share in SHARES.items()} | {"train": TRAIN_SHARE}
+    shares = {suite: (1 - TRAIN_SHARE) * SHARES.get(suite, 0.03) for suite in SUITES} | {"train": TRAIN_SHARE}
     if args.interpret:
         del shares["train"]  # no kernel of its own
     for suite, share in shares.items():

@@ -139,7 +139,8 @@ def record(cases: list[Case], chip: int) -> tuple[list[Launch], list[str]]:
 def compile_launch(launch: Launch) -> Row:
     """Compile one launch and read what it came to."""
     low_precision = any(dtype in launch.case.name for dtype in ("bf16", "fp16"))
-    no_spills = launch.case.detr or launch.chip in launch.case.no_spills_on
+    case = launch.case
+    no_spills = launch.chip in case.no_spills_on or (case.detr and launch.chip not in case.spills_on)
     row = Row(launch.case.name, launch.kernel.__name__, launch.config(), launch.chip, no_spills, low_precision)
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attrs)
     try:

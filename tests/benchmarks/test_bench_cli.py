@@ -144,7 +144,7 @@ def test_kernels_are_right_through_the_interpreter(suite, capsys):
 def test_command_line_knows_the_suites_and_precisions():
     from detr_fast.benchmarks import runner
 
-    assert PRECISIONS == tuple(ceilings.PRECISIONS) and set(SUITES) == set(runner.SHARES)
+    assert PRECISIONS == tuple(ceilings.PRECISIONS) and set(SUITES) >= set(runner.SHARES)
     assert sum(runner.SHARES.values()) == pytest.approx(1.0)
 
 
