@@ -1,8 +1,8 @@
 """Seeded faults: does the test suite notice when the code is wrong?
 
-Each fault of `faults.py` is a small, plausible mistake. The script writes it into a copy of the tree, runs the tests that
-should notice (and, if they do not, the whole suite) and reports the first test that fails. That test must pass without
-the fault. Whoever removes or thins out tests runs it before and after: every fault must stay caught.
+Each fault of `faults.py` is a small, plausible mistake. The script writes it into a copy of the tree, runs the tests
+that should notice (and, if they do not, the whole suite) and reports the first test that fails. That test must pass
+without the fault. Whoever removes or thins out tests runs it before and after: every fault must stay caught.
 
     python -m tests.seeded_faults --list
     python -m tests.seeded_faults --only matcher-giou-sign
@@ -49,12 +49,14 @@ def first_failure(tree: Path, mode: str, tests: list[str], *options: str) -> str
     if mode == "interpret":
         env["TRITON_INTERPRET"] = "1"
     chosen = "interpret and not gpu" if mode == "interpret" else "not interpret and not gpu"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", chosen, "-p", "no:cacheprovider", *options, *tests]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", chosen, "-p", "no:cacheprovider", *options, *tests]
     try:
         run = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return f"{mode} {' '.join(tests) or 'tests'}"  # it hangs: noticed, too
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", run.stdout, re.MULTILINE)
+    if run.returncode < 0:  # a wild address ended the process: in the last test that it began
+        failed = re.search(r"^(tests/\S+)(?!.*^tests/)", run.stdout, re.MULTILINE | re.DOTALL)
     if failed:
         return f"{mode} {failed[1]}"
     if run.returncode not in (0, 5):  # 5: none of these tests has this mode

@@ -354,6 +354,21 @@ def test_attention_writes_every_element(rows):
     assert all(x.isfinite().all() for x in (out, lse, *grads))
 
 
+def test_attention_strides_beyond_int32(tmp_path):
+    """Rows 2^30 elements apart, in a file without content but where they lie; forward and backward."""
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2**32 + 256, dtype=torch.float16)
+    # In the second half of the file: an offset that wraps around reads zeros of the first.
+    starts = (2**31 + 64 * i for i in range(3))
+    far = [memory.as_strided((1, 1, 3, 16), (0, 0, 2**30, 1), start).normal_().requires_grad_() for start in starts]
+    near = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in far]
+    grad = torch.randn(1, 1, 3, 16, dtype=torch.float16)
+    results = []
+    for inputs in (far, near):
+        out, _ = attention(*inputs)
+        results.append((out, *torch.autograd.grad(out, inputs, grad)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["none", "interleaved", "random"])
 def test_dropout_mask_of_the_kernel_is_the_helpers(kind):
     """Bit for bit: with v the identity and equal scores, the output shows the mask itself."""
