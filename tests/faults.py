@@ -40,8 +40,8 @@ FAULTS = [
     Fault("attention-row-offsets-int32", "kernels/attention.py",
           "offs_l.to(tl.int64)[:, None] * stride_l", "offs_l[:, None] * stride_l",
           "interpret tests/ops/test_attention_kernel.py"),
-    Fault("pad-collate-row-stride-int32", "kernels/pad_collate.py",
-          "stride_h = tl.load(row_ptr + 2)", "stride_h = tl.load(row_ptr + 2).to(tl.int32)",
+    Fault("pad-collate-channel-stride-int32", "kernels/pad_collate.py",
+          "stride_c = tl.load(row_ptr + 1)", "stride_c = tl.load(row_ptr + 1).to(tl.int32)",
           "interpret tests/ops/test_pad_collate.py"),
     Fault("pad-collate-padding-normalised", "kernels/pad_collate.py",
           "offset = tl.load(norm_ptr + c)\n                scale = tl.load(norm_ptr + channels + c)\n"
@@ -167,5 +167,5 @@ FAULTS = [
           "tests/training/test_run.py"),
     Fault("evaluation-without-averaged-weights", "detr_fast/training/trainer.py",
           "with self.ema.applied_to(self.model):", "with torch.no_grad():",
-          "tests/training"),
+          "tests/training/test_averaged_weights.py"),
 ]  # fmt: skip
