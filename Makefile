@@ -63,5 +63,12 @@ gpu: $(READY)
 	echo "make gpu: GPU tests exit $$tests, benchmarks exit $$suites$(if $(TUNING),; tuning exit $$tuned)$(if $(SAMENESS),; the same training exit $$same)"; \
 	exit $$(( tests != 0 || suites != 0 || tuned != 0 || same != 0 ))
 
+# Style, format, and the types of the public API.
+.PHONY: lint
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info

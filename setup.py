@@ -10,6 +10,8 @@ VIZ = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.14"]
 # triton 3.6's interpreter needs numpy < 2.4; newer tritons take any.
 TEST = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "setuptools", "wheel"]
+# Another minor version of ruff formats differently.
+LINT = ["ruff>=0.17,<0.18", "mypy>=1.15"]
 
 setup(
     name="detr_fast",
@@ -36,7 +38,7 @@ setup(
     extras_require={
         "viz": VIZ,
         "tensorboard": TENSORBOARD,
-        "test": TEST + VIZ + TENSORBOARD,
+        "test": TEST + LINT + VIZ + TENSORBOARD,
     },
     entry_points={"console_scripts": ["detr-fast = detr_fast.cli:main"]},
     classifiers=[

@@ -1,12 +1,62 @@
 """DETR, the same model, weights and numbers as the original, on fused Triton ops.
 
 The public names are loaded on first use, so that ``import detr_fast`` stays quick and a part can be used without the
-others' dependencies.
+others' dependencies. Type checkers read the imports under ``TYPE_CHECKING`` instead; a test keeps the two lists equal.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # `import x as x` is what re-exports
+    # isort: off
+    from detr_fast.criterion import (
+        HungarianMatcher as HungarianMatcher,
+        PostProcess as PostProcess,
+        PostProcessPanoptic as PostProcessPanoptic,
+        PostProcessSegm as PostProcessSegm,
+        SetCriterion as SetCriterion,
+    )
+    from detr_fast.layers import (
+        MLP as MLP,
+        FrozenBatchNorm2d as FrozenBatchNorm2d,
+        MultiheadAttention as MultiheadAttention,
+        PositionEmbeddingLearned as PositionEmbeddingLearned,
+        PositionEmbeddingSine as PositionEmbeddingSine,
+    )
+    from detr_fast.models import (
+        DETR as DETR,
+        Backbone as Backbone,
+        DETRsegm as DETRsegm,
+        Joiner as Joiner,
+        Transformer as Transformer,
+        TransformerDecoder as TransformerDecoder,
+        TransformerDecoderLayer as TransformerDecoderLayer,
+        TransformerEncoder as TransformerEncoder,
+        TransformerEncoderLayer as TransformerEncoderLayer,
+        detr_resnet50 as detr_resnet50,
+        detr_resnet50_dc5 as detr_resnet50_dc5,
+        detr_resnet50_dc5_panoptic as detr_resnet50_dc5_panoptic,
+        detr_resnet50_panoptic as detr_resnet50_panoptic,
+        detr_resnet101 as detr_resnet101,
+        detr_resnet101_dc5 as detr_resnet101_dc5,
+        detr_resnet101_panoptic as detr_resnet101_panoptic,
+    )
+    from detr_fast.nested_tensor import (
+        NestedTensor as NestedTensor,
+        collate_fn as collate_fn,
+        nested_tensor_from_tensor_list as nested_tensor_from_tensor_list,
+    )
+    from detr_fast.ops import (
+        attention as attention,
+        attention_dropout_mask as attention_dropout_mask,
+        joint_softmax as joint_softmax,
+        pad_collate as pad_collate,
+        pad_collate_packed as pad_collate_packed,
+        sine_position as sine_position,
+    )
+    # isort: on
 
 _HOME = {
     "detr_fast.nested_tensor": ["NestedTensor", "nested_tensor_from_tensor_list", "collate_fn"],
@@ -53,16 +103,15 @@ _HOME = {
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = ["__version__", *sorted(_MODULE_OF)]
+if not TYPE_CHECKING:
+    __all__ = ["__version__", *sorted(_MODULE_OF)]
 
+    def __getattr__(name: str):
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'detr_fast' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value
 
-def __getattr__(name: str):
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'detr_fast' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return sorted(set(globals()) | set(__all__))
+    def __dir__():
+        return sorted(set(globals()) | set(__all__))

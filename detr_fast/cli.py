@@ -5,25 +5,20 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-import torch.distributed as dist
-
 from detr_fast import __version__
-from detr_fast.training.config import (
-    IDLE_IN_INFERENCE,
-    HelpFormatter,
-    UsageError,
-    add_data_flags,
-    add_device_flags,
-    add_loss_flags,
-    add_model_flags,
-    add_process_flags,
-    add_size_flags,
-    check_args,
+from detr_fast.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    RunConfig,
+    add_flags,
+    command_parser,
     get_args_parser,
     normalise_options,
     parse_with_given,
 )
-from detr_fast.training.nonfinite import NonFiniteLossError
+from detr_fast.errors import NonFiniteLossError, UsageError
 
 _TRACEBACK = "DETR_FAST_TRACEBACK"
 
@@ -52,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, given = parse_with_given(make_parser(), argv[1:])
         code = run(args, given)
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        _leave_processes()
         return code
     except SystemExit as error:  # argparse, after --help
         return int(error.code or 0)
@@ -66,24 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(_message(error))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports an error in one line, without its page of flags."""
+def _leave_processes() -> None:
+    # Most commands are done without torch; whoever has joined a process group has imported it.
+    if "torch.distributed" in sys.modules:
+        import torch.distributed as dist
 
-    def error(self, message: str):
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-
-def _parser(command: str, description: str, **kwargs) -> _Parser:
-    return _Parser(
-        prog=f"detr-fast {command}",
-        description=description,
-        formatter_class=HelpFormatter,
-        **kwargs,
-    )
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _train_parser() -> argparse.ArgumentParser:
-    return _parser(
+    return command_parser(
         "train",
         "Trains DETR on data in COCO's format. For several GPUs:\n  torchrun --nproc-per-node N -m detr_fast train …",
         usage="detr-fast train --coco_path DIR [--output_dir DIR] [FLAG …], or with own data\n"
@@ -93,56 +80,58 @@ def _train_parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace, given: set[str]) -> int:
-    from detr_fast.training.inference import evaluate_checkpoint
-    from detr_fast.training.trainer import train
+    config = Config.of(args)
+    if not config.eval:
+        from detr_fast.training.trainer import train
 
-    if args.eval:
-        check_args(args)
-        path = args.resume or args.weights
-        if not path or path == "auto" or (args.resume and args.weights):
-            raise UsageError(
-                "--eval needs one checkpoint, --resume PATH or --weights PATH; got "
-                f"--resume {args.resume!r} and --weights {args.weights!r}"
-            )
-        evaluate_checkpoint(args, given, path)
-    else:
-        train(args)
+        train(config)
+        return 0
+    path = config.resume or config.weights
+    if not path or path == "auto" or (config.resume and config.weights):
+        raise UsageError(
+            "--eval needs one checkpoint, --resume PATH or --weights PATH; got "
+            f"--resume {config.resume!r} and --weights {config.weights!r}"
+        )
+    from detr_fast.inference.evaluation import evaluate_checkpoint
+
+    evaluate_checkpoint(config, given, path)
     return 0
 
 
+# Of data and run only what evaluation reads; where the flags of a part are all offered, the idle ones say so.
+_TRAIN_DATA = ("remove_difficult", "augmentation", "train_ann", "train_images")
+
+
 def _eval_parser() -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = command_parser(
         "eval",
         "Evaluates a checkpoint with pycocotools (of lines: their structural average precision).\n"
         "The flags of model and loss are the checkpoint's own; give them for bare weights only.",
         usage="detr-fast eval --weights PATH (--coco_path DIR | --val_ann JSON --val_images DIR) [FLAG …]",
     )
     _add_weights(parser)
-    add_data_flags(parser, train=False)
+    add_flags(parser, DataConfig, without=_TRAIN_DATA, inference=True)
     parser.add_argument("--batch_size", default=2, type=int, help="images per process")
     parser.add_argument(
         "--output_dir", default="", metavar="DIR", help="where to save eval.pth; without it nothing is saved"
     )
-    parser.add_argument("--print_freq", default=10, type=int, help="batches between progress lines")
-    parser.add_argument("--seed", default=42, type=int, help="seed")
-    add_process_flags(parser)
-    add_device_flags(parser)
-    add_model_flags(parser)
-    add_loss_flags(parser)
-    _name_idle_flags(parser)
+    run = ("print_freq", "seed", "world_size", "dist_url", "device", "precision", "compile")
+    add_flags(parser, RunConfig, only=run, inference=True)
+    add_flags(parser, ModelConfig, inference=True)
+    add_flags(parser, LossConfig, inference=True)
     return parser
 
 
 def _eval(args: argparse.Namespace, given: set[str]) -> int:
-    from detr_fast.training.inference import evaluate_checkpoint
+    config = Config.of(args)
+    from detr_fast.inference.evaluation import evaluate_checkpoint
 
-    check_args(args)
-    evaluate_checkpoint(args, given, args.weights)
+    evaluate_checkpoint(config, given, config.weights)
     return 0
 
 
 def _predict_parser() -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = command_parser(
         "predict",
         "Detects objects, or lines, in images: a picture for each, and a json with all.\n"
         "The model's flags are the checkpoint's own; give them for bare weights only.",
@@ -160,25 +149,22 @@ def _predict_parser() -> argparse.ArgumentParser:
         "--ann", default=None, metavar="JSON", help="COCO json to take the image ids from; without it they are 1, 2, …"
     )
     parser.add_argument("--batch_size", default=1, type=int, help="images at a time")
-    add_size_flags(parser)
-    add_device_flags(parser)
-    add_model_flags(parser)
-    _name_idle_flags(parser)
+    add_flags(parser, DataConfig, only=("image_size", "max_size"))
+    add_flags(parser, RunConfig, only=("device", "precision", "compile"))
+    add_flags(parser, ModelConfig, inference=True)
     return parser
 
 
 def _predict(args: argparse.Namespace, given: set[str]) -> int:
-    from detr_fast.predict import predict
+    config = Config.of(args)
+    from detr_fast.inference.prediction import predict
 
-    # The model is built with its criterion, which prediction does not use: any values will do.
-    defaults = vars(get_args_parser().parse_args([]))
-    args = argparse.Namespace(**{**defaults, **vars(args)})
-    check_args(args)
-    return 1 if predict(args, given) else 0
+    failed = predict(config, args.inputs, given=given, threshold=args.threshold, ann=args.ann)
+    return 1 if failed else 0
 
 
 def _check_data_parser() -> argparse.ArgumentParser:
-    parser = _parser("check-data", "Reads annotations and all images, and lists what is wrong with them.")
+    parser = command_parser("check-data", "Reads annotations and all images, and lists what is wrong with them.")
     parser.add_argument("--coco_path", metavar="DIR", help="folder in COCO's layout: both sets are checked")
     for name, text in (("train", "training"), ("val", "validation")):
         parser.add_argument(f"--{name}_ann", metavar="JSON", help=f"own data: annotations of the {text} images")
@@ -211,7 +197,7 @@ def _check_data(args: argparse.Namespace, given: set[str]) -> int:
 
 
 def _demo_parser() -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = command_parser(
         "demo",
         "Generates a small data set of JPEG files, trains DETR on it, evaluates, and leaves pictures and curves.\n"
         "Without a GPU it is smaller: a few minutes on two cores.",
@@ -239,7 +225,7 @@ def _demo(args: argparse.Namespace, given: set[str]) -> int:
 def _bench_parser() -> argparse.ArgumentParser:
     from detr_fast.benchmarks.cli import add_arguments
 
-    parser = _parser("bench", "Checks and measures the fused ops beside their peers and the physical limit.")
+    parser = command_parser("bench", "Checks and measures the fused ops beside their peers and the physical limit.")
     add_arguments(parser)
     return parser
 
@@ -248,13 +234,6 @@ def _bench(args: argparse.Namespace, given: set[str]) -> int:
     from detr_fast.benchmarks.cli import run
 
     return run(args)
-
-
-def _name_idle_flags(parser: argparse.ArgumentParser) -> None:
-    """Says in the help which of the flags that come with the model do nothing for a finished one."""
-    for action in parser._actions:
-        if action.dest in IDLE_IN_INFERENCE:
-            action.help = f"no effect: {IDLE_IN_INFERENCE[action.dest]}"
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:

@@ -1,13 +1,12 @@
 """The demonstration: generated data, and a call of the ordinary training with a small model."""
 
-import argparse
-
 import torch
 
-from detr_fast.data.shapes import make_shapes_dataset
+from detr_fast.config import Config, choose_device, make_output_dir
+from detr_fast.data.generate import make_shapes_dataset
 from detr_fast.distributed import is_main_process
-from detr_fast.predict import predict
-from detr_fast.training.config import UsageError, choose_device, get_args_parser, make_output_dir
+from detr_fast.errors import UsageError
+from detr_fast.inference.prediction import predict
 from detr_fast.training.trainer import train
 
 # A detector from scratch: batch norm instead of frozen statistics, one learning rate for all, read at stride 8.
@@ -45,24 +44,19 @@ def demo(output_dir: str, device: str = "auto", max_steps: int = 0) -> float:
     on_gpu = torch.device(device).type == "cuda"
     root = make_output_dir(output_dir)
     data = make_shapes_dataset(root / "data", **(_GPU_DATA if on_gpu else _CPU_DATA))
-    parser = get_args_parser()
-    args = parser.parse_args([])
     settings = {**_COMMON, **(_GPU if on_gpu else _CPU)}
-    vars(args).update(settings, coco_path=str(data), output_dir=str(root), device=device, max_steps=max_steps)
     shown = " ".join(f"--{name} {value}" for name, value in settings.items())
     print(f"detr-fast train --coco_path {data} --output_dir {root} {shown}", flush=True)
-    stats = train(args)["test_coco_eval_bbox"]
+    config = Config(**settings, coco_path=data, output_dir=root, device=device, max_steps=max_steps)
+    stats = train(config)["test_coco_eval_bbox"]
 
     if is_main_process():
         images = sorted((data / "val2017").glob("*.jpg"))[:8]
-        flags = argparse.Namespace(**{
-            **vars(parser.parse_args([])),
-            "inputs": [str(path) for path in images], "weights": str(root / "checkpoint.pth"), "device": device,
-            "output_dir": str(root / "predictions"), "threshold": 0.5, "ann": None, "batch_size": 4,
-        })  # fmt: skip
-        predict(flags, set())
+        checkpoint = root / "checkpoint.pth"
+        prediction = Config(weights=checkpoint, device=device, output_dir=root / "predictions", batch_size=4)
+        predict(prediction, [str(path) for path in images])
         print(f"AP50 {stats[1]:.3f}, AP {stats[0]:.3f} on {data / 'val2017'}")
         print(f"pictures: {root / 'samples'} (annotated beside predicted), {root / 'predictions'}")
         print(f"curves:   {root / 'curves.png'}")
-        print(f"model:    {root / 'checkpoint.pth'}  (detr-fast predict --weights {root / 'checkpoint.pth'} IMAGE)")
+        print(f"model:    {checkpoint}  (detr-fast predict --weights {checkpoint} IMAGE)")
     return stats[1]

@@ -3,9 +3,9 @@
 Every function also works in a single process without torchrun, where it does the obvious thing.
 """
 
-import argparse
 import os
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -95,28 +95,42 @@ def reduce_dict(input_dict: dict[str, Tensor], average: bool = True) -> dict[str
     return {name: reduced[name] for name in input_dict}
 
 
-def init_distributed_mode(args: argparse.Namespace) -> None:
-    """Join torchrun's process group, or note that there is none.
+class Processes(NamedTuple):
+    """What torchrun has started.
 
-    Reads RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets. With ``args.device`` a CUDA device (the default) and a
-    GPU present, the backend is NCCL and the process takes the GPU of its local rank; otherwise the backend is gloo.
+    Attributes:
+        rank, world_size: number of this process, and of all.
+        local_rank: number of this process on its machine, which is that of its GPU; None outside torchrun.
+        backend: "nccl" or "gloo"; None outside torchrun.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int | None = None
+    backend: str | None = None
+
+
+def join_processes(device: str = "cuda", dist_url: str = "env://") -> Processes:
+    """Joins torchrun's process group, if there is one.
+
+    Reads RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets. With a CUDA device and a GPU present, the backend is
+    NCCL and the process takes the GPU of its local rank; otherwise the backend is gloo.
 
     Args:
-        args: gets ``distributed``, ``rank``, ``world_size``, ``gpu`` (the local rank, None outside torchrun) and
-            ``dist_backend`` (None outside torchrun). Read if there: ``args.device`` and ``args.dist_url`` ("env://").
+        device: where to compute.
+        dist_url: where the processes meet.
 
     Raises:
         ValueError: if torchrun's variables are incomplete, or there are fewer GPUs than processes on this machine.
     """
-    args.distributed, args.rank, args.world_size, args.gpu, args.dist_backend = False, 0, 1, None, None
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        return
+        return Processes()
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
     if missing:
         raise ValueError(f"torchrun sets RANK, WORLD_SIZE and LOCAL_RANK together, {', '.join(missing)} is missing")
 
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    use_cuda = torch.device(getattr(args, "device", "cuda")).type == "cuda" and torch.cuda.is_available()
+    use_cuda = torch.device(device).type == "cuda" and torch.cuda.is_available()
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -125,14 +139,24 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
             )
         torch.cuda.set_device(local_rank)
     backend = "nccl" if use_cuda else "gloo"
-    dist.init_process_group(backend, init_method=getattr(args, "dist_url", "env://"), rank=rank, world_size=world_size)
-    args.distributed, args.rank, args.world_size, args.gpu, args.dist_backend = (
-        True,
-        rank,
-        world_size,
-        local_rank,
-        backend,
-    )
+    dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=world_size)
     dist.barrier()
-    if is_main_process():
-        print(f"distributed: {world_size} processes, backend {backend}", flush=True)
+    say(f"distributed: {world_size} processes, backend {backend}")
+    return Processes(rank, world_size, local_rank, backend)
+
+
+def init_distributed_mode(args: Any) -> None:
+    """`join_processes` as the original calls it.
+
+    Args:
+        args: gets ``distributed``, ``rank``, ``world_size``, ``gpu`` (the local rank, None outside torchrun) and
+            ``dist_backend`` (None outside torchrun). Read if there: ``device`` ("cuda") and ``dist_url`` ("env://").
+
+    Raises:
+        ValueError: as `join_processes`.
+    """
+    args.distributed, args.rank, args.world_size, args.gpu, args.dist_backend = False, 0, 1, None, None
+    given = {name: value for name, value in vars(args).items() if name in ("device", "dist_url")}
+    processes = join_processes(**given)
+    args.distributed = processes.local_rank is not None
+    args.rank, args.world_size, args.gpu, args.dist_backend = processes

@@ -1,8 +1,8 @@
 """A line when a kernel of ours is compiled, so that a cold start does not look like a hang.
 
-Triton's compilation listener is called after every compilation and every load from its disk cache, with the source and
-the times; a warm launch never comes here. (`jit_cache_hook` would be called before a compilation, but it makes Triton
-write every kernel's constants as JSON, which fails for other people's kernels that take functions.)
+Triton calls its compilation listener after every compilation and every load from its disk cache, not at a warm launch.
+(`jit_cache_hook` is called before a compilation, but it makes Triton write every kernel's constants as JSON, which
+fails for kernels of other packages that take functions.)
 """
 
 import logging
@@ -10,7 +10,7 @@ import os
 
 import triton
 
-# One process per machine speaks, and all others compile the same kernels.
+# One process per machine logs: the others compile the same kernels.
 _SPEAKS = os.environ.get("LOCAL_RANK", "0") == "0"
 
 logger = logging.getLogger("detr_fast")
@@ -18,7 +18,7 @@ _compiled: set[str] = set()
 
 
 def install() -> None:
-    """Log what is compiled from now on; a listener that is there already is called all the same."""
+    """Log compilations from now on; a listener that is already installed is still called."""
     if _SPEAKS and not triton.knobs.runtime.interpret:
         triton.knobs.compilation.listener = _listener(triton.knobs.compilation.listener)
 

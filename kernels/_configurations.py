@@ -1,20 +1,20 @@
 """How the kernels are launched: tile sizes, warps and pipeline stages, per GPU family and shape class.
 
-`configuration` looks a launch up; the launchers call it through the module (``_configurations.configuration(...)``), so
-that `python -m benchmarks tune` can put candidates in its place. The first entry whose conditions all hold counts:
-`MEASURED` first, what that command has timed on a GPU and written here, then `RULES`, from the particular to the
-general. A condition that an entry does not name holds for every launch, so the last rule of a kernel is its fallback.
+`configuration` looks a launch up. The launchers call it through the module (``_configurations.configuration(...)``), so
+that `python -m benchmarks tune` can replace it by candidates. It takes the first entry whose conditions all hold: first
+from `MEASURED`, which that command has timed on a GPU and written here, then from `RULES`, the particular before the
+general. An entry leaves out the conditions that do not matter to it; a kernel's last rule has none and is its fallback.
 
 Families: sm_80 (A100), sm_86 (8.6 to 8.9: RTX 30 and 40, A10, L4, L40; like sm_120, with 99 KiB of shared memory per
-block), sm_90 (H100, H200), sm_100 (B200, B300), sm_120 (RTX 50). A GPU newer than these counts as sm_120 and one older
-than these, or none, as sm_80: both launch what needs little shared memory and no instruction that only one family has.
+block), sm_90 (H100, H200), sm_100 (B200, B300), sm_120 (RTX 50). A newer GPU counts as sm_120; an older one, or none,
+as sm_80: what these two launch needs little shared memory and no instruction of one family alone.
 
 Conditions of the attention kernels:
 
     family      see above
     precision   "16-bit" (fp16, bf16), "tf32" or "ieee" (float32, with and without TF32)
     block_d     head dimension of the wider of key and value, rounded up to a power of two: 16, 32, 64, 128
-    ragged      whether a head dimension is narrower than its tile, so that loads look after the last columns
+    ragged      whether a head dimension is narrower than its tile, so that loads are masked along it
     mask        whether there is a key padding mask
     dropout     whether there is dropout
     lengths     "few x few", "few x many" or "many": queries x keys, few being at most 128
@@ -50,57 +50,42 @@ def _tile(block_m: int, warps: int, stages: int, block_n: int = 64) -> dict[str,
 
 
 # Families whose 16-bit matrix products are whole warp groups' (wgmma, tcgen05) and take at least 64 rows.
-_WARP_GROUPS = ("sm_90", "sm_100")
-_MANY = {"family": _WARP_GROUPS, "block_d": (16, 32), "ragged": False, "lengths": "many"}
-# The decoder's self-attention: all keys in one block, so that nothing is done twice one after the other.
-_FEW = {"family": _WARP_GROUPS, "precision": "16-bit", "block_d": (16, 32), "ragged": False, "lengths": "few x few"}
+_WARP_GROUPS = {"family": ("sm_90", "sm_100")}
+_DETR = {"block_d": 32, "ragged": False}
+_16_BIT, _TF32, _IEEE = ({"precision": precision} for precision in ("16-bit", "tf32", "ieee"))
+_MANY, _FEW = {"lengths": "many"}, {"lengths": "few x few"}
 
-# A condition's value may be a tuple: any of them. Chosen by what the compiler makes of the kernels: no spills if there
-# is a way, warp groups' products, few registers. Nothing here has been timed. Loads that look after the last columns
-# ("ragged") cost registers, so that those classes have smaller tiles or more warps.
+# A condition's value may be a tuple: any of them. Chosen by what the compiler makes of the kernels: no spills, warp
+# groups' products, few registers. Nothing here has been timed. DETR's head dimension has tiles of its own; the others
+# share one for each precision, the largest that spills at none of them on sm_90 (but float32 without TF32 at 128).
 RULES: tuple[Entry, ...] = (
-    (_FORWARD, {"precision": "ieee", "block_d": (16, 64)}, _tile(16, 8, 3)),
-    (_FORWARD, {"precision": "ieee", "block_d": 32}, _tile(32, 8, 3)),
-    (_FORWARD, {"precision": "ieee"}, _tile(32, 8, 1)),
-    (_FORWARD, {"precision": "tf32", "block_d": (64, 128), "ragged": True}, _tile(32, 8, 1)),
-    (_FORWARD, {"precision": "tf32"}, _tile(32, 8, 2)),
-    (_FORWARD, {"family": _WARP_GROUPS, "block_d": 128, "ragged": False}, _tile(64, 4, 2)),
-    (_FORWARD, {"block_d": 128}, _tile(128, 8, 2)),
-    (_FORWARD, {"family": _WARP_GROUPS, "block_d": 64, "ragged": True}, _tile(128, 8, 3)),
-    (_FORWARD, {"block_d": 64, "ragged": True}, _tile(64, 8, 2)),
+    (_FORWARD, _DETR | _IEEE, _tile(32, 8, 3)),
+    (_FORWARD, _DETR | _TF32, _tile(32, 8, 2)),
     # Where keys are gathered, five stages fetch them a step ahead, as three do otherwise, and their rows another one.
-    (_FORWARD, _MANY | {"mask": True}, _tile(128, 4, 5)),
-    (_FORWARD, _MANY, _tile(128, 4, 3)),
-    (_FORWARD, _FEW, _tile(64, 4, 1, block_n=128)),
-    (_FORWARD, {"mask": True}, _tile(64, 4, 5)),
-    (_FORWARD, {}, _tile(64, 4, 3)),
+    (_FORWARD, _DETR | _WARP_GROUPS | _MANY | {"mask": True}, _tile(128, 4, 5)),
+    (_FORWARD, _DETR | _WARP_GROUPS | _MANY, _tile(128, 4, 3)),
+    # The decoder's self-attention: all keys in one block, so that nothing is done twice one after the other.
+    (_FORWARD, _DETR | _WARP_GROUPS | _FEW, _tile(64, 4, 1, block_n=128)),
+    (_FORWARD, _DETR | {"mask": True}, _tile(64, 4, 5)),
+    (_FORWARD, _DETR, _tile(64, 4, 3)),
+    (_FORWARD, _IEEE, _tile(16, 8, 1)),
+    (_FORWARD, _TF32, _tile(32, 8, 1)),
+    (_FORWARD, {}, _tile(64, 8, 2)),
     #
-    (_GRAD_QUERY, {"precision": "tf32", "block_d": 32, "ragged": True}, _tile(16, 4, 1)),
-    (_GRAD_QUERY, {"precision": "tf32"}, _tile(16, 8, 1)),
-    (_GRAD_QUERY, {"precision": "ieee", "block_d": (64, 128)}, _tile(16, 8, 1)),
-    (_GRAD_QUERY, {"precision": "ieee"}, _tile(32, 8, 1)),
-    (_GRAD_QUERY, _FEW, _tile(64, 4, 1, block_n=128)),
-    (_GRAD_QUERY, {"family": _WARP_GROUPS, "block_d": 128}, _tile(64, 8, 2)),
-    (_GRAD_QUERY, {"family": _WARP_GROUPS, "block_d": 64, "ragged": True}, _tile(64, 8, 2)),
-    (_GRAD_QUERY, {"family": _WARP_GROUPS}, _tile(64, 4, 2)),
-    (_GRAD_QUERY, {"block_d": 128}, _tile(32, 8, 2)),
-    (_GRAD_QUERY, {"block_d": 64, "ragged": True}, _tile(32, 8, 2)),
-    (_GRAD_QUERY, {"block_d": 64}, _tile(32, 4, 2)),
-    (_GRAD_QUERY, {"block_d": 32, "ragged": True}, _tile(64, 8, 2)),
-    (_GRAD_QUERY, {}, _tile(64, 4, 2)),
+    (_GRAD_QUERY, _DETR | _IEEE, _tile(32, 8, 1)),
+    (_GRAD_QUERY, _DETR | _WARP_GROUPS | _16_BIT | _FEW, _tile(64, 4, 1, block_n=128)),
+    (_GRAD_QUERY, _DETR | _16_BIT, _tile(64, 4, 2)),
+    (_GRAD_QUERY, _WARP_GROUPS | _16_BIT, _tile(64, 8, 2)),
+    (_GRAD_QUERY, _16_BIT, _tile(32, 8, 2)),
+    (_GRAD_QUERY, {}, _tile(16, 8, 1)),
     #
-    (_GRAD_KEY_VALUE, {"precision": "tf32", "block_d": 128}, _tile(16, 8, 1)),
-    (_GRAD_KEY_VALUE, {"precision": "tf32", "block_d": 64, "ragged": True}, _tile(16, 8, 1)),
-    (_GRAD_KEY_VALUE, {"precision": "tf32"}, _tile(32, 8, 1)),
-    (_GRAD_KEY_VALUE, {"family": "sm_100", "precision": "ieee", "block_d": 32, "dropout": True}, _tile(16, 8, 2)),
-    (_GRAD_KEY_VALUE, {"precision": "ieee"}, _tile(16, 8, 1)),
-    (_GRAD_KEY_VALUE, {"family": _WARP_GROUPS, "block_d": 64, "ragged": True}, _tile(32, 8, 2)),
-    (_GRAD_KEY_VALUE, {"family": _WARP_GROUPS, "block_d": (16, 32), "ragged": False}, _tile(64, 4, 2)),
-    (_GRAD_KEY_VALUE, {"family": _WARP_GROUPS}, _tile(64, 8, 2)),
-    (_GRAD_KEY_VALUE, {"block_d": 128}, _tile(16, 8, 2)),
-    (_GRAD_KEY_VALUE, {"block_d": 64, "ragged": True}, _tile(16, 8, 2)),
-    (_GRAD_KEY_VALUE, {"block_d": 32, "ragged": True}, _tile(32, 8, 2)),
-    (_GRAD_KEY_VALUE, {}, _tile(32, 4, 2)),
+    (_GRAD_KEY_VALUE, _DETR | _TF32, _tile(32, 8, 1)),
+    # With one stage the compiler spills here, and only here.
+    (_GRAD_KEY_VALUE, _DETR | _IEEE | {"family": "sm_100", "dropout": True}, _tile(16, 8, 2)),
+    (_GRAD_KEY_VALUE, _DETR | _WARP_GROUPS | _16_BIT, _tile(64, 4, 2)),
+    (_GRAD_KEY_VALUE, _DETR | _16_BIT, _tile(32, 4, 2)),
+    (_GRAD_KEY_VALUE, _16_BIT, _tile(32, 8, 2)),
+    (_GRAD_KEY_VALUE, {}, _tile(16, 8, 1)),
     # 32 elements a thread: with 64, triton 3.6 spills and 3.8 needs over 200 registers.
     ("pad_collate_forward", {}, {"BLOCK_H": 16, "BLOCK_W": 256, "num_warps": 4}),
     ("pad_collate_backward", {}, {"BLOCK_H": 16, "BLOCK_W": 256, "num_warps": 4}),

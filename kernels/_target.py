@@ -1,8 +1,7 @@
 """What a launcher may know of the GPU it launches on.
 
-A launcher whose tile sizes, warps or stages depend on the GPU asks here and nowhere else, through the module
-(``_target.compute_capability(device)``), so that the compile gate (`tests/kernels`) can answer for GPUs that are
-not there.
+Launchers ask here and nowhere else, through the module (``_target.compute_capability(device)``), so that the compile
+gate can answer for GPUs that are absent.
 """
 
 import functools

@@ -6,8 +6,8 @@ For scores s [B, Q, H, L] and a padding mask [B, L],
 
 where m is the query's largest score, and padded keys count as s = -inf. Backward: ds = w * (dw - sum(w * dw)).
 
-Fused here: reading the scores in whatever layout the matrix product left them, masking, the softmax, the zeros for a
-query without keys, the cast. Scores are read twice (the second time mostly from the L2) and the weights written once;
+Fused: reading the scores in the strides that the matrix product left, masking, the softmax, the zeros for a query
+without valid keys, the cast. Scores are read twice (the second time mostly from the L2) and the weights written once;
 plain PyTorch writes a masked copy, a contiguous copy and the weights.
 
 Source: facebookresearch/detr `models/segmentation.py` (MHAttentionMap).
@@ -54,6 +54,7 @@ def _joint_softmax_forward_kernel(
     if HAS_MASK:
         mask_ptr += batch * stride_mask_batch
 
+    # First pass: maximum and sum of exponentials over all heads and valid keys (online softmax).
     largest = tl.full([], float("-inf"), dtype=tl.float32)
     total = tl.zeros([], dtype=tl.float32)
     shift = tl.zeros([], dtype=tl.float32)
@@ -65,12 +66,13 @@ def _joint_softmax_forward_kernel(
         ptrs = head_ptrs + offs_l.to(tl.int64)[None, :] * stride_key
         scores = tl.load(ptrs, mask=mask_h[:, None] & mask_l[None, :], other=float("-inf")).to(tl.float32)
         new_largest = tl.maximum(largest, tl.max(tl.max(scores, axis=1), axis=0))
-        # As long as no key has been seen nothing is shifted: -inf - -inf would be NaN.
+        # Before the first valid key there is no maximum to subtract: -inf - -inf would be NaN.
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        # Rescale the old sum to the new maximum.
         total = total * tl.exp(largest - shift) + tl.sum(tl.sum(tl.exp(scores - shift), axis=1), axis=0)
         largest = new_largest
 
-    # Zeros for a query without keys; a NaN stays one.
+    # Second pass: write the weights. A query without valid keys has a sum of 0 and gets zeros; a NaN stays NaN.
     divisor = tl.where(total == 0, 1.0, total)
     for start in range(0, num_keys, BLOCK_L):
         offs_l = start + tl.arange(0, BLOCK_L)
@@ -78,6 +80,7 @@ def _joint_softmax_forward_kernel(
         mask_l = offs_l < num_keys
         if HAS_MASK:
             mask_l = mask_l & (tl.load(mask_ptr + offs_l, mask=mask_l, other=1) == 0)
+        # Padded keys read as -inf, so that their weight is exp(-inf) = 0; they are stored too, under `inside`.
         ptrs = head_ptrs + offs_l.to(tl.int64)[None, :] * stride_key
         scores = tl.load(ptrs, mask=mask_h[:, None] & mask_l[None, :], other=float("-inf")).to(tl.float32)
         weights = tl.exp(scores - shift) / divisor  # [BLOCK_H, BLOCK_L]
@@ -110,6 +113,7 @@ def _joint_softmax_backward_kernel(
     head_ptrs = grad_ptr + offs_h.to(tl.int64)[:, None] * stride_head
     flat = (row * NUM_HEADS + offs_h)[:, None] * num_keys
 
+    # First pass: the one sum that couples all heads and keys. Padded keys have weight 0 and add nothing.
     dot = tl.zeros([], dtype=tl.float32)
     for start in range(0, num_keys, BLOCK_L):
         offs_l = start + tl.arange(0, BLOCK_L)
@@ -118,6 +122,7 @@ def _joint_softmax_backward_kernel(
         weights = tl.load(weights_ptr + flat + offs_l[None, :], mask=inside, other=0.0).to(tl.float32)
         dot += tl.sum(tl.sum(grad * weights, axis=1), axis=0)
 
+    # Second pass: the gradient, elementwise.
     for start in range(0, num_keys, BLOCK_L):
         offs_l = start + tl.arange(0, BLOCK_L)
         inside = mask_h[:, None] & (offs_l < num_keys)[None, :]

@@ -2,9 +2,9 @@
 
     cost[l, t, q] = cost_bbox * |box_q - box_t|_1 - cost_class * softmax(logits_q)[label_t] - cost_giou * GIoU(q, t)
 
-for the targets t of each image and its own queries q. Each block of queries computes its softmax once and passes over
-the targets of its image; nothing but the logits, boxes and the result touches memory, where plain PyTorch writes the
-softmax over all classes and some thirty tensors of the result's size.
+for the targets t of each image and its own queries q. Each block of queries computes its softmax once, then loops over
+its image's targets. Only logits, boxes and the result touch memory; plain PyTorch writes the softmax over all classes
+and some thirty tensors of the result's size.
 
 Source: Carion et al. 2020, equation 1; facebookresearch/detr `models/matcher.py`.
 """
@@ -58,7 +58,7 @@ def _matching_cost_kernel(
     mask_q = offs_q < num_queries
     query = (layer * num_images + image) * num_queries + offs_q  # among all layers and images
 
-    # Maximum and sum of exponentials over the classes.
+    # Row maximum and sum of exponentials over the classes, in one pass (online softmax).
     logits_ptrs = logits_ptr + query * num_classes
     highest = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     total = tl.full([BLOCK_Q], 0, dtype=tl.float32)
@@ -68,10 +68,11 @@ def _matching_cost_kernel(
         logits = tl.load(logits_ptrs[:, None] + offs_k[None, :], mask=inside, other=float("-inf"))  # [BLOCK_Q, BLOCK_K]
         before = highest
         highest = tl.maximum(before, tl.max(logits, axis=1))
-        # Nothing but -inf up to here: keep the exponents away from inf - inf.
+        # A row of -inf alone has no finite maximum to subtract: -inf - -inf would be NaN.
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         total = total * tl.exp(before - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
 
+    # [1, BLOCK_Q] for queries and [BLOCK_T, 1] for targets broadcast to [BLOCK_T, BLOCK_Q], the result's memory order.
     q_cx, q_cy, q_w, q_h, q_x0, q_y0, q_x1, q_y1 = _corners(boxes_ptr, query[None, :], mask_q[None, :])
     q_area = (q_x1 - q_x0) * (q_y1 - q_y0)
     for first in range(start, stop, BLOCK_T):
@@ -80,14 +81,16 @@ def _matching_cost_kernel(
         mask = mask_t[:, None] & mask_q[None, :]  # [BLOCK_T, BLOCK_Q]
         label = tl.load(labels_ptr + offs_t, mask=mask_t, other=0)
         t_cx, t_cy, t_w, t_h, t_x0, t_y0, t_x1, t_y1 = _corners(target_boxes_ptr, offs_t[:, None], mask_t[:, None])
+        # A class or box that no cost is defined for gives NaN; the label is clamped so that its load stays inside.
         is_refused = ((label < 0) | (label >= num_classes))[:, None] | (t_w < 0) | (t_h < 0)
-
         label = tl.minimum(tl.maximum(label, 0), num_classes - 1)
         logit = tl.load(logits_ptrs[None, :] + label[:, None], mask=mask, other=0.0)
         probability = tl.div_rn(tl.exp(logit - highest[None, :]), total[None, :])
 
+        # L1 distance, in centres and sizes.
         l1 = tl.abs(q_cx - t_cx) + tl.abs(q_cy - t_cy) + tl.abs(q_w - t_w) + tl.abs(q_h - t_h)
 
+        # Generalised IoU, in corners: IoU minus the part of the hull that neither box covers.
         width = tl.maximum(tl.minimum(q_x1, t_x1) - tl.maximum(q_x0, t_x0), 0.0)
         height = tl.maximum(tl.minimum(q_y1, t_y1) - tl.maximum(q_y0, t_y0), 0.0)
         intersection = width * height
@@ -97,6 +100,7 @@ def _matching_cost_kernel(
         hull = hull_width * hull_height
         giou = _divide(intersection, union) - _divide(hull - union, hull)
 
+        # An infinite cost would make the assignment infeasible; NaN is reported as an invalid one.
         cost = cost_bbox * l1 - cost_class * probability - cost_giou * giou
         cost = tl.where(is_refused | (tl.abs(cost) == float("inf")), float("nan"), cost)
         cost_ptrs = cost_ptr + (layer * num_targets + offs_t)[:, None] * num_queries + offs_q[None, :]
@@ -112,23 +116,24 @@ def matching_cost_forward(
     cost_class: float,
     cost_bbox: float,
     cost_giou: float,
-) -> torch.Tensor:
+    *,
+    cost: torch.Tensor,
+) -> None:
     """Launch the kernel.
 
     Args:
-        logits: [layers, images, queries, classes] float32, contiguous; boxes: [layers, images, queries, 4] likewise.
-        labels: [targets] int64, contiguous; target_boxes: [targets, 4] float32, contiguous.
+        logits: [layers, images, queries, classes] float32, contiguous.
+        boxes: [layers, images, queries, 4] float32, contiguous.
+        labels: [targets] int64, contiguous.
+        target_boxes: [targets, 4] float32, contiguous.
         offsets: [images + 1] int64, where each image's targets start.
         cost_class, cost_bbox, cost_giou: weights.
-
-    Returns:
-        [layers, targets, queries] float32.
+        cost: [layers, targets, queries] float32, contiguous; written.
     """
+    if cost.numel() == 0:
+        return
     layers, num_images, num_queries, num_classes = logits.shape
     num_targets = labels.shape[0]
-    cost = torch.empty((layers, num_targets, num_queries), dtype=torch.float32, device=logits.device)
-    if cost.numel() == 0:
-        return cost
     block_q = 32
     with torch.cuda.device_of(logits):
         _matching_cost_kernel[(layers * num_images, triton.cdiv(num_queries, block_q))](
@@ -150,4 +155,3 @@ def matching_cost_forward(
             BLOCK_K=64,
             num_warps=4,
         )
-    return cost

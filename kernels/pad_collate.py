@@ -4,13 +4,14 @@
     mask[i, y, x]     = x, y outside image i
 
 with offset = mean and scale = 1 / std (255 mean and 1 / (255 std) for uint8). Subtracting first is as accurate as the
-division by std; one fused multiply-add, x * scale - mean / std, is not. One launch for the whole batch: each program
-writes one tile of the output and looks its image up in a table of addresses, strides and sizes, which goes to the GPU
-in one asynchronous copy. Every output byte is written once and every image byte read once, where the image-by-image
-loop fills the batch first, then copies, and starts three kernels per image; casting, normalising and the change of
-memory format cost no pass of their own.
+division by std; one fused multiply-add, x * scale - mean / std, is not.
 
-The output decides the tiles (rows of its memory order, so that stores are whole sectors); images are read as they come.
+One launch for the whole batch. Each program writes one tile of the output and finds its image in a table of addresses,
+strides and sizes, which one asynchronous copy sends to the GPU. Every output byte is written once and every image byte
+read once; casting, normalising and the change of memory format need no pass of their own. (The loop over images fills
+the batch first and starts three kernels per image.)
+
+Tiles follow the output's memory order, so that stores are whole sectors. Images are read with their own strides.
 
 Source: facebookresearch/detr, `util/misc.py` (`nested_tensor_from_tensor_list`).
 """
@@ -39,13 +40,11 @@ _TRITON_TYPES = {
 }
 _COPY_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Pinned tables of captured CUDA graphs: a replay reads them again, so their memory must never serve anything else.
-_captured_tables: list[torch.Tensor] = []
-
 
 @triton.jit
 def _tile(col_blocks, row_blocks, channel_groups, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
     """This program's image, channel group, first row and first column; 64-bit, because they multiply strides."""
+    # Channel groups vary fastest, images slowest: neighbouring programs read neighbouring memory.
     pid = tl.program_id(0)
     group = (pid % channel_groups).to(tl.int64)
     pid = pid // channel_groups
@@ -57,6 +56,7 @@ def _tile(col_blocks, row_blocks, channel_groups, BLOCK_H: tl.constexpr, BLOCK_W
 
 @triton.jit
 def _load_table_row(table_ptr, image, ELEMENT_TYPE: tl.constexpr):
+    """The image's first element, its strides and its sizes."""
     row_ptr = table_ptr + image * _TABLE_COLUMNS
     image_ptr = tl.load(row_ptr).to(tl.pointer_type(ELEMENT_TYPE))
     stride_c = tl.load(row_ptr + 1)
@@ -70,13 +70,15 @@ def _load_table_row(table_ptr, image, ELEMENT_TYPE: tl.constexpr):
 
 @triton.jit
 def _left(size, start, BLOCK: tl.constexpr):
-    """How many of a block's BLOCK indices from `start` on lie below `size`: comparisons in the tile stay 32-bit."""
+    """How many of the BLOCK indices from `start` on lie below `size`, 0 to BLOCK: the tile compares 32-bit numbers."""
     return tl.minimum(tl.maximum(size - start, 0), BLOCK).to(tl.int32)
 
 
 @triton.jit
 def _per_channel(values_ptr, offs_c, CHANNELS: tl.constexpr):
+    """The value of each element's channel."""
     if CHANNELS == 3:
+        # Three scalar loads and a selection are cheaper than a gather from memory per element.
         first = tl.load(values_ptr)
         second = tl.load(values_ptr + 1)
         third = tl.load(values_ptr + 2)
@@ -85,8 +87,8 @@ def _per_channel(values_ptr, offs_c, CHANNELS: tl.constexpr):
         return tl.load(values_ptr + offs_c)
 
 
-# What depends on the row alone has shape [BLOCK_H, 1] and on the column alone [1, BLOCK_W], so that it is computed once
-# for a whole tile: the forward kernel is close to the issue limit, not only to the bandwidth.
+# Per-row values have shape [BLOCK_H, 1] and per-column values [1, BLOCK_W], so that they are computed once per tile:
+# instruction issue limits the forward kernel nearly as much as bandwidth does.
 @triton.jit(
     do_not_specialize=["channels", "height", "col_blocks", "row_blocks", "channel_groups"],
     do_not_specialize_on_alignment=["norm_ptr"],  # it lies behind a table of any length
@@ -114,6 +116,7 @@ def _pad_collate_forward_kernel(
 ):
     image, group, row_start, col_start = _tile(col_blocks, row_blocks, channel_groups, BLOCK_H, BLOCK_W)
     image_ptr, stride_c, stride_h, stride_w, image_c, image_h, image_w = _load_table_row(table_ptr, image, SOURCE_TYPE)
+    # Offsets within the tile; the 64-bit tile start is added to pointers only.
     offs_h = tl.arange(0, BLOCK_H)[:, None]
     offs_col = tl.arange(0, BLOCK_W)[None, :]
     rows_in_batch = _left(height, row_start, BLOCK_H)
@@ -121,12 +124,13 @@ def _pad_collate_forward_kernel(
     row_offsets = (row_start + offs_h) * stride_h  # [BLOCK_H, 1]
 
     if CHANNELS_LAST:
-        # Columns run over (pixel, channel). Dividing only the short distance to the tile's first pixel stays 32-bit.
+        # A column is a (pixel, channel) pair. Only the distance from the tile's first pixel is divided: 32-bit.
         num_channels = CHANNELS if CHANNELS else channels
         first_pixel = col_start // num_channels
         local = (col_start - first_pixel * num_channels).to(tl.int32) + offs_col
         offs_c = local % num_channels  # [1, BLOCK_W]
         if UNIT_STRIDE:
+            # The image's rows have the batch's order, so that a column is its own offset.
             col_offsets = col_start + offs_col
             mask_col = offs_col < _left(image_w * image_c, col_start, BLOCK_W)
         else:
@@ -135,8 +139,10 @@ def _pad_collate_forward_kernel(
             mask_col = (offs_w < image_w) & (offs_c < image_c)
         mask_row = offs_h < rows_in_image
         source_ptrs = (image_ptr + row_offsets) + col_offsets
+        # Outside the image the masked load gives the padding's 0.
         values = tl.load(source_ptrs, mask=mask_row & mask_col, other=0).to(COMPUTE_TYPE)  # [BLOCK_H, BLOCK_W]
         if NORMALISE:
+            # With an offset of 0 there, padding stays exactly 0.
             offset = _per_channel(norm_ptr, offs_c, CHANNELS)  # [1, BLOCK_W]
             scale = _per_channel(norm_ptr + channels, offs_c, CHANNELS)
             values = (values - tl.where(mask_row, tl.where(mask_col, offset, 0.0), 0.0)) * scale
@@ -152,8 +158,8 @@ def _pad_collate_forward_kernel(
         in_batch_col = offs_col < _left(width, col_start, BLOCK_W)
         for i in tl.static_range(CHANNELS if CHANNELS else 1):
             c = group * (CHANNELS if CHANNELS else 1) + i
-            # A channel that the image lacks has no rows, nor has channel 0 of a batch without channels. (A scalar
-            # comparison inside a mask crashes triton 3.9's interpreter.)
+            # A channel that the image (or the batch) lacks counts as having no rows. (A scalar comparison in the mask
+            # itself crashes triton 3.9's interpreter.)
             mask_row = offs_h < tl.where(c < image_c, rows_in_image, 0)
             in_batch = (offs_h < tl.where(c < channels, rows_in_batch, 0)) & in_batch_col
             source_ptrs = (image_ptr + c * stride_c + row_offsets) + col_offsets
@@ -165,9 +171,8 @@ def _pad_collate_forward_kernel(
             batch_rows = batch_ptr + (((image * channels + c) * height + row_start + offs_h) * width + col_start)
             tl.store(batch_rows + offs_col, values.to(batch_ptr.dtype.element_ty), mask=in_batch)
 
-    # The mask's columns are pixels: the first W / BLOCK_W programs of a row write it. In two halves, because a byte
-    # tile of the batch's own shape would impose its 16 elements per thread on the loads and cost a pass through shared
-    # memory.
+    # One channel group writes the mask, whose columns are pixels. In two halves: a byte tile as wide as the batch's
+    # would make the compiler lay out the loads above by 16 elements per thread and convert them in shared memory.
     if group == 0:
         HALF: tl.constexpr = BLOCK_W // 2
         for half in tl.static_range(2):
@@ -211,6 +216,7 @@ def _pad_collate_backward_kernel(
     image_ptr, stride_c, stride_h, stride_w, image_c, image_h, image_w = _load_table_row(table_ptr, image, TARGET_TYPE)
     offs_h = row_start + tl.arange(0, BLOCK_H)[:, None]
     offs_w = col_start + tl.arange(0, BLOCK_W)[None, :]
+    # The image's own pixels; a channel that it lacks counts as having no rows.
     valid = (offs_h < tl.where(c < image_c, image_h, 0)) & (offs_w < image_w)  # [BLOCK_H, BLOCK_W]
     grad_rows = grad_ptr + (image * stride_grad_image + c * stride_grad_c + offs_h * stride_grad_h)
     values = tl.load(grad_rows + offs_w * stride_grad_w, mask=valid, other=0).to(COMPUTE_TYPE)
@@ -224,39 +230,29 @@ def pad_collate_forward(
     images: list[torch.Tensor],
     mean: list[float] | None,
     std: list[float] | None,
-    dtype: torch.dtype,
-    channels_last: bool,
-    size_divisor: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launches the forward kernel: one launch and one small asynchronous copy, whatever the number of images.
+    *,
+    batch: torch.Tensor,
+    mask: torch.Tensor,
+) -> None:
+    """Launch the forward kernel: one launch and one small asynchronous copy, whatever the number of images.
 
     Args:
         images: B >= 1 images [C_i, H_i, W_i] of one dtype and device; any strides.
-        mean, std: one value per channel, or None. From uint8, images are divided by 255 first.
-        dtype: of the batch: floating, or the images' own.
-        channels_last: memory order [B, H, W, C].
-        size_divisor: H and W are rounded up to a multiple of it.
-
-    Returns:
-        batch [B, C, H, W] and mask [B, H, W] bool, True = padding.
+        mean, std: one value per channel, or None. uint8 images are divided by 255 first.
+        batch: [B, C, H, W], contiguous or channels-last, floating or of the images' dtype; written.
+        mask: [B, H, W] bool, contiguous, True = padding; written.
     """
-    source_dtype, device = images[0].dtype, images[0].device
-    channels, height, width = (max(image.shape[axis] for image in images) for axis in range(3))
-    height, width = (triton.cdiv(size, size_divisor) * size_divisor for size in (height, width))
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    shape = (len(images), channels, height, width)
-    batch = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
-    mask = torch.empty((len(images), height, width), dtype=torch.bool, device=device)
     if mask.numel() == 0:
-        return batch, mask
-
+        return
+    source_dtype, device = images[0].dtype, images[0].device
+    _, channels, height, width = batch.shape
     normalise = mean is not None and channels > 0
     norm = []
     if normalise:
         unit = 255.0 if source_dtype == torch.uint8 else 1.0
         norm = [unit * m for m in mean] + [1 / (unit * s) for s in std]
     source_type, compute_type, batch_view = _types(source_dtype, batch, normalise)
-    pixel_rows = channels_last and channels > 0
+    pixel_rows = not batch.is_contiguous()
     row_width = width * channels if pixel_rows else width
     fixed_channels = 3 if channels == 3 else 0
     channel_groups = 1 if pixel_rows or fixed_channels else max(channels, 1)
@@ -268,7 +264,7 @@ def pad_collate_forward(
         "pad_collate_forward",
         family=_configurations.family(device),
         source_bytes=source_dtype.itemsize,
-        batch_bytes=dtype.itemsize,
+        batch_bytes=batch.dtype.itemsize,
         channels_last=pixel_rows,
     )
     col_blocks, row_blocks = triton.cdiv(row_width, tile["BLOCK_W"]), triton.cdiv(height, tile["BLOCK_H"])
@@ -294,27 +290,20 @@ def pad_collate_forward(
             UNIT_STRIDE=unit_stride,
             **tile,
         )
-    return batch, mask
 
 
-def pad_collate_backward(
-    grad: torch.Tensor, shapes: list[tuple[int, int, int]], std: list[float] | None, dtype: torch.dtype
-) -> list[torch.Tensor]:
-    """Launches the backward kernel: every image's crop of the gradient, over `std`, in one launch.
+def pad_collate_backward(grad: torch.Tensor, std: list[float] | None, *, grad_images: list[torch.Tensor]) -> None:
+    """Launch the backward kernel: every image's crop of the gradient, over `std`, in one launch.
 
     Args:
         grad: [B, C, H, W] gradient of the batch; any strides.
-        shapes: B shapes (C_i, H_i, W_i).
         std: one value per channel, or None.
-        dtype: of the images.
-
-    Returns:
-        B contiguous gradients [C_i, H_i, W_i] of `dtype`.
+        grad_images: B gradients [C_i, H_i, W_i] of one dtype, any strides; written.
     """
-    crops = [torch.empty(shape, dtype=dtype, device=grad.device) for shape in shapes]
-    channels, height, width = (max(shape[axis] for shape in shapes) for axis in range(3))
+    channels, height, width = (max(image.shape[axis] for image in grad_images) for axis in range(3))
     if channels * height * width == 0:
-        return crops
+        return
+    dtype = grad_images[0].dtype
     norm = [] if std is None else [1 / s for s in std]
     target_type, compute_type, grad_view = _types(dtype, grad, std is not None)
     tile = _configurations.configuration(
@@ -326,8 +315,8 @@ def pad_collate_backward(
     )
     col_blocks, row_blocks = triton.cdiv(width, tile["BLOCK_W"]), triton.cdiv(height, tile["BLOCK_H"])
     with torch.cuda.device_of(grad):
-        table, norm_values = _table_on_device(crops, norm, compute_type)
-        _pad_collate_backward_kernel[(len(crops) * channels * row_blocks * col_blocks,)](
+        table, norm_values = _table_on_device(grad_images, norm, compute_type)
+        _pad_collate_backward_kernel[(len(grad_images) * channels * row_blocks * col_blocks,)](
             table_ptr=table,
             norm_ptr=norm_values,
             grad_ptr=grad_view,
@@ -343,7 +332,6 @@ def pad_collate_backward(
             NORMALISE=std is not None,
             **tile,
         )
-    return crops
 
 
 def _types(listed: torch.dtype, batched: torch.Tensor, normalise: bool) -> tuple[tl.dtype, tl.dtype, torch.Tensor]:
@@ -365,23 +353,36 @@ def _types(listed: torch.dtype, batched: torch.Tensor, normalise: bool) -> tuple
 def _table_on_device(
     images: list[torch.Tensor], norm: list[float], compute_type: tl.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernels' table [B, 7] and the normalisation's constants, sent to the images' GPU in one asynchronous copy.
+    """The kernels' table [B, 7] and the normalisation's constants, on the images' device.
 
     The images' memory is kept from reuse until the current stream has passed the launch that follows.
     """
     device = images[0].device
     rows = [value for image in images for value in (image.data_ptr(), *image.stride(), *image.shape)]
     norm_dtype = torch.float64 if compute_type == tl.float64 else torch.float32
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        for image in images:
+            image.record_stream(stream)
+        if torch.cuda.is_current_stream_capturing():
+            return _baked(rows, torch.int64, device), _baked(norm, norm_dtype, device)
+    # One buffer for both, so that there is one copy; the constants as whole 64-bit words behind the table.
     norm = norm if norm_dtype == torch.float64 or len(norm) % 2 == 0 else [*norm, 0.0]
     table = torch.tensor(rows, dtype=torch.int64)
     if norm:
         table = torch.cat((table, torch.tensor(norm, dtype=norm_dtype).view(torch.int64)))
     if device.type == "cuda":
-        table = table.pin_memory()
-        if torch.cuda.is_current_stream_capturing():
-            _captured_tables.append(table)
-        table = table.to(device, non_blocking=True)
-        stream = torch.cuda.current_stream(device)
-        for image in images:
-            image.record_stream(stream)
+        table = table.pin_memory().to(device, non_blocking=True)
     return table, table[len(rows) :].view(norm_dtype)
+
+
+def _baked(values: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`values` as a tensor on `device`, without a copy from the host.
+
+    A copy in a CUDA graph reads the host's memory again at every replay, which must then live as long as the graph.
+    Scalars are arguments of the launch, and those the graph itself keeps.
+    """
+    tensor = torch.zeros(len(values), dtype=dtype, device=device)
+    if values:
+        torch._foreach_add_(list(tensor.unbind()), values)
+    return tensor

@@ -38,7 +38,7 @@ FAULTS = [
           "keep = dropout_keep(seed, drop_threshold, image_head", "keep = dropout_keep(seed, drop_threshold, num_heads",
           "interpret tests/ops/test_attention_kernel.py"),
     Fault("attention-row-offsets-int32", "kernels/attention.py",
-          "offs_l.to(tl.int64)[:, None] * stride_l", "offs_l[:, None] * stride_l",
+          "rows.to(tl.int64)[:, None] * stride[2]", "rows[:, None] * stride[2]",
           "interpret tests/ops/test_attention_kernel.py"),
     Fault("pad-collate-channel-stride-int32", "kernels/pad_collate.py",
           "stride_c = tl.load(row_ptr + 1)", "stride_c = tl.load(row_ptr + 1).to(tl.int32)",
@@ -157,7 +157,7 @@ FAULTS = [
           "tests/evaluation/test_line_ap.py"),
     # training
     Fault("backbone-rate-lost", "detr_fast/training/optim.py",
-          ', "lr": args.lr_backbone}', "}",
+          ', "lr": config.lr_backbone}', "}",
           "tests/training/test_parts.py"),
     Fault("accumulated-gradients-not-averaged", "detr_fast/training/engine.py",
           "share = loss / group_size", "share = loss",

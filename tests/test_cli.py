@@ -95,16 +95,16 @@ def test_predict_writes_pictures_and_results_with_the_datas_ids(own_data, checkp
 
 
 def test_predicted_boxes_are_the_models(own_data, checkpoint, tmp_path):
+    from detr_fast.config import Config
     from detr_fast.data import CocoDetection, make_coco_transforms
-    from detr_fast.training.config import get_args_parser
-    from detr_fast.training.inference import load_for_inference
+    from detr_fast.inference.loading import load_for_inference
 
     assert main(["predict", str(own_data / "images" / "1.jpg"), "--weights", str(checkpoint), "--threshold", "0",
                  "--output_dir", str(tmp_path), "--device", "cpu"]) == 0  # fmt: skip
     results = json.loads((tmp_path / "predictions.json").read_text())
-    args = get_args_parser().parse_args(["--device", "cpu"])
-    model, _, _, categories = load_for_inference(args, set(), str(checkpoint))
-    assert args.image_size == 48 and categories.names == ("dot", "bar")
+    loaded = load_for_inference(Config(device="cpu"), set(), str(checkpoint))
+    model = loaded.model
+    assert loaded.config.image_size == 48 and loaded.categories.names == ("dot", "bar")
     dataset = CocoDetection(own_data / "images", own_data / "ann.json", make_coco_transforms("val", scales=48))
     with torch.no_grad():
         out = model([dataset[1][0]])
@@ -257,10 +257,10 @@ def test_real_images_train_and_predict(coco_mini, tmp_path, capsys):
 
 
 def test_predict_draws_lines(tmp_path):
+    from detr_fast.config import Config
     from detr_fast.data import make_line_transforms, make_lines_dataset
     from detr_fast.data.lines import LineDetection
-    from detr_fast.training.config import get_args_parser
-    from detr_fast.training.inference import load_for_inference
+    from detr_fast.inference.loading import load_for_inference
 
     data = make_lines_dataset(tmp_path / "data", num_train=2, num_val=2, image_size=48)
     flags = [*TINY, "--dataset_file", "lines", "--layer1_num", "1", "--epochs", "1", "--sample_images", "0"]
@@ -271,8 +271,7 @@ def test_predict_draws_lines(tmp_path):
     results = json.loads((tmp_path / "all" / "predictions.json").read_text())
     assert len(results) == 2 * 5 and {entry["category_id"] for entry in results} == {0}
 
-    args = get_args_parser().parse_args(["--device", "cpu"])
-    model, _, _, _ = load_for_inference(args, set(), weights)
+    model = load_for_inference(Config(device="cpu"), set(), weights).model
     annotations = data / "annotations" / "lines_val2017.json"
     image, target = LineDetection(data / "val2017", annotations, make_line_transforms("val", scale=48))[0]
     with torch.no_grad():

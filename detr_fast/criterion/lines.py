@@ -8,8 +8,8 @@ and matcher.py.
 """
 
 import ast
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,16 +90,17 @@ class SetCriterion(losses.SetCriterion):
         weight_dict: dict[str, float],
         eos_coef: float,
         losses: Sequence[str],
-        args: Namespace,
+        args: Any,
         matcher: nn.Module | None = None,
     ):
         matcher = HungarianMatcher_Line() if matcher is None else matcher
         super().__init__(num_classes, matcher, weight_dict, eos_coef, losses)
         self.args = args
-        self.label_loss_func = getattr(args, "label_loss_func", "cross_entropy")
+        options = {"label_loss_func": "cross_entropy", "label_loss_params": "{}", **vars(args)}
+        self.label_loss_func = options["label_loss_func"]
         if self.label_loss_func not in LABEL_LOSSES:
             raise ValueError(f"label_loss_func is {self.label_loss_func!r}; expected one of {', '.join(LABEL_LOSSES)}")
-        self.label_loss_params = parse_label_loss_params(getattr(args, "label_loss_params", "{}"))
+        self.label_loss_params = parse_label_loss_params(options["label_loss_params"])
 
     def forward(
         self, outputs: Mapping[str, Tensor | list], targets: Targets, origin_indices: None = None

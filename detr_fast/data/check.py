@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from detr_fast.data.coco import ImageReadError, MissingImageError, annotation_problem, load_image, read_annotations
+from detr_fast.data.annotations import annotation_problem, read_annotations
+from detr_fast.data.images import ImageReadError, MissingImageError, load_image
 
 _SHOWN = 10  # examples printed for each kind of problem
 _SLACK = 1.0  # pixels that a box may reach beyond its image: rounding, not a mistake

@@ -1,4 +1,4 @@
-"""From a dataset to batches: samplers, workers, and the packed batch that goes to the GPU.
+"""From a dataset to batches: samplers and workers.
 
 How seeds and order come about is told in `detr_fast.data.seeding`, how batches of alike sizes do in
 `detr_fast.data.grouping`.
@@ -6,7 +6,7 @@ How seeds and order come about is told in `detr_fast.data.seeding`, how batches 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,85 +24,7 @@ from torch.utils.data import (
 
 from detr_fast.data.grouping import SizeGroupedBatchSampler, SizePlanner, SizeSortedSampler, can_plan
 from detr_fast.data.seeding import EpochBatchSampler, EpochSampler, SeededDataset
-from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from detr_fast.nested_tensor import NestedTensor, collate_fn
-from detr_fast.ops.pad_collate import pack_images, pad_collate_packed
-
-
-class PackedBatch:
-    """uint8 images of a batch in one flat buffer: what a worker sends, and what is copied to the GPU in one piece.
-
-    It takes a NestedTensor's place in the training loop: ``.to(device)`` makes one.
-
-    Args:
-        buffer: uint8 [N].
-        header: int64 [B, 5] on the CPU; see ``pad_collate_packed``.
-        options: keyword arguments of ``pad_collate_packed`` for ``.to``.
-    """
-
-    def __init__(self, buffer: torch.Tensor, header: torch.Tensor, options: dict[str, Any]):
-        self.buffer = buffer
-        self.header = header
-        self.options = options
-
-    def __len__(self) -> int:
-        return self.header.shape[0]
-
-    def pin_memory(self) -> PackedBatch:
-        """The buffer in page-locked memory. ``DataLoader(pin_memory=True)`` calls it."""
-        return PackedBatch(self.buffer.pin_memory(), self.header, self.options)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> NestedTensor:
-        """Copies the buffer to ``device`` and there normalises, pads and casts the images."""
-        return self.copied_to(device, non_blocking).padded()
-
-    def copied_to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The same with its buffer on ``device``: the first half of ``to``."""
-        return PackedBatch(self.buffer.to(device, non_blocking=non_blocking), self.header, self.options)
-
-    def padded(self) -> NestedTensor:
-        """The images normalised, padded and cast, on the buffer's device: the second half of ``to``."""
-        return NestedTensor(*pad_collate_packed(self.buffer, self.header, **self.options))
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        """Tells the allocator that ``stream`` uses the buffer (see ``torch.Tensor.record_stream``)."""
-        self.buffer.record_stream(stream)
-
-
-class PackedCollate:
-    """Collates samples (uint8 image [3, H, W], target, …) into (PackedBatch, targets, …).
-
-    Args:
-        mean, std: per channel, or None for neither. Default: ImageNet's, as ``Normalize`` in ``make_coco_transforms``.
-        dtype, channels_last, size_divisor: of the batch that ``PackedBatch.to`` makes; see ``pad_collate``.
-
-    Raises (on a batch):
-        ValueError: an empty batch, an image that is not 3-D.
-        TypeError: an image that is not uint8 (``make_coco_transforms(…, uint8=True)`` makes them).
-    """
-
-    def __init__(
-        self,
-        *,
-        mean: Sequence[float] | None = IMAGENET_MEAN,
-        std: Sequence[float] | None = IMAGENET_STD,
-        dtype: torch.dtype | None = None,
-        channels_last: bool = False,
-        size_divisor: int = 1,
-    ):
-        self.options = {
-            "mean": mean,
-            "std": std,
-            "dtype": dtype,
-            "channels_last": channels_last,
-            "size_divisor": size_divisor,
-        }
-
-    def __call__(self, batch: Sequence[tuple]) -> tuple:
-        if len(batch) == 0:
-            raise ValueError("got an empty batch; expected samples (image, target, …)")
-        images, *rest = zip(*batch, strict=True)
-        return (PackedBatch(*pack_images(images), self.options), *rest)
+from detr_fast.nested_tensor import collate_fn
 
 
 class EpochLoader(DataLoader):

@@ -5,7 +5,6 @@ Source: facebookresearch/detr, datasets/coco_panoptic.py; the COCO panoptic form
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +14,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from detr_fast.data.annotations import read_panoptic
 from detr_fast.data.categories import Categories
-from detr_fast.data.coco import CorruptImageError, MissingImageError, load_image, load_image_tensor
-from detr_fast.data.transforms import can_draw, make_coco_transforms
+from detr_fast.data.images import load_image, load_image_tensor, load_segment_ids
+from detr_fast.data.transforms import can_draw
 from detr_fast.geometry.boxes import masks_to_boxes
-from detr_fast.geometry.segment_ids import rgb2id
 
 
 class CocoPanoptic(Dataset):
@@ -130,106 +129,3 @@ class CocoPanoptic(Dataset):
         size = self.image_size(index)
         width, height = size if self.transforms is None else self.transforms.draw(size)[1]
         return height, width
-
-
-def load_segment_ids(path: str | os.PathLike) -> np.ndarray:
-    """int64 [H, W]: the segment id of every pixel of a panoptic PNG.
-
-    Raises:
-        MissingImageError: no such file. CorruptImageError: it cannot be decoded.
-    """
-    try:
-        with Image.open(path) as file:
-            return rgb2id(np.asarray(file.convert("RGB")))
-    except FileNotFoundError as error:
-        raise MissingImageError(f"segments {path} do not exist", str(path)) from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise CorruptImageError(f"segments {path} cannot be decoded: {error}", str(path)) from error
-
-
-def read_panoptic(ann_file: str | os.PathLike) -> dict:
-    """Reads a COCO panoptic json, checks it, and orders images and annotations by image id.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not json, a list or key is missing, or an image has no annotation or more than one.
-    """
-    ann_file = Path(ann_file)
-    if not ann_file.is_file():
-        raise FileNotFoundError(f"annotation file {ann_file} does not exist")
-    try:
-        content = json.loads(ann_file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{ann_file} is not valid json: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{ann_file}: expected a COCO panoptic json object, got a {type(content).__name__}")
-    needed = {"images": ("id", "file_name", "height", "width"), "categories": ("id",)}
-    if "annotations" in content:
-        needed["annotations"] = ("image_id", "file_name", "segments_info")
-    for key, names in needed.items():
-        if not isinstance(content.get(key), list):
-            raise ValueError(f"{ann_file}: expected a list '{key}', the file has {sorted(content)}")
-        for position, entry in enumerate(content[key]):
-            if not isinstance(entry, dict) or any(name not in entry for name in names):
-                raise ValueError(f"{ann_file}: {key}[{position}] must be an object with {list(names)}")
-    content["images"] = sorted(content["images"], key=lambda image: image["id"])
-    if "annotations" not in content:
-        return content
-    content["annotations"] = sorted(content["annotations"], key=lambda annotation: annotation["image_id"])
-    ids = [image["id"] for image in content["images"]]
-    annotated = [annotation["image_id"] for annotation in content["annotations"]]
-    if len(set(ids)) < len(ids) or ids != annotated:
-        odd = sorted(set(ids) ^ set(annotated)) or sorted(ids)
-        raise ValueError(
-            f"{ann_file}: expected one annotation for each image, got {len(annotated)} for {len(ids)} images (see "
-            f"image id {odd[0]})"
-        )
-    known = {category["id"] for category in content["categories"]}
-    for annotation in content["annotations"]:
-        for segment in annotation["segments_info"]:
-            missing = [name for name in ("id", "category_id", "iscrowd", "area") if name not in segment]
-            if missing or segment["category_id"] not in known:
-                what = f"has no {', '.join(missing)}" if missing else f"is of unknown category {segment['category_id']}"
-                raise ValueError(f"{ann_file}: segment {segment.get('id')} of image {annotation['image_id']} {what}")
-    return content
-
-
-def build_panoptic(image_set: str, args, *, uint8: bool = False) -> CocoPanoptic:
-    """The panoptic training or validation set that the command line names.
-
-    Args:
-        image_set: "train" or "val".
-        args: namespace with ``coco_path`` (images in ``train2017/``, ``val2017/``), ``coco_panoptic_path``
-            (``annotations/panoptic_{train,val}2017.json``, PNG files in ``panoptic_{train,val}2017/``) and ``masks``;
-            optional ``image_size`` and ``max_size``, see ``build_dataset``.
-        uint8: see ``make_coco_transforms``; training images are then tensors from the decoder on.
-
-    Raises:
-        ValueError: an unknown ``image_set``, or a path that is not given.
-        FileNotFoundError: what is named does not exist; the message lists everything that is missing.
-    """
-    paths = {name: getattr(args, name, None) for name in ("coco_path", "coco_panoptic_path")}
-    absent = [name for name, path in paths.items() if not path]
-    if absent:
-        raise ValueError(f"coco_panoptic data: {' and '.join(absent)} not given")
-    transforms = make_coco_transforms(
-        image_set,
-        scales=getattr(args, "image_size", None),
-        max_size=getattr(args, "max_size", None),
-        uint8=uint8,
-    )
-    images = Path(paths["coco_path"]) / f"{image_set}2017"
-    folder = Path(paths["coco_panoptic_path"]) / f"panoptic_{image_set}2017"
-    ann_file = Path(paths["coco_panoptic_path"]) / "annotations" / f"panoptic_{image_set}2017.json"
-    missing = [str(path) for path in (images, folder) if not path.is_dir()]
-    missing += [] if ann_file.is_file() else [str(ann_file)]
-    if missing:
-        raise FileNotFoundError(f"{image_set} data is incomplete, missing: {', '.join(missing)}")
-    return CocoPanoptic(
-        images,
-        folder,
-        ann_file,
-        transforms,
-        bool(getattr(args, "masks", False)),
-        tensor_images=uint8 and image_set == "train",
-    )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_fast.data.loader import PackedBatch
+from detr_fast.data.packed import PackedBatch
 from detr_fast.nested_tensor import NestedTensor
 
 _SMALL = 2**16  # bytes; tensors up to this size travel together

@@ -126,6 +126,21 @@ class CocoEvaluator:
                 print(f"IoU metric: {iou_type}")
                 coco_eval.summarize()
 
+    def log_row(self) -> dict[str, list[float]]:
+        """pycocotools' twelve numbers, "coco_eval_bbox" and, of masks, "coco_eval_masks"."""
+        names = {"bbox": "coco_eval_bbox", "segm": "coco_eval_masks"}
+        return {name: self.coco_eval[kind].stats.tolist() for kind, name in names.items() if kind in self.coco_eval}
+
+    def state(self) -> dict:
+        """pycocotools' arrays of the boxes (of the masks where there are no boxes) as tensors.
+
+        Keys: "precision" [IoU thresholds, recalls, classes, areas, detections], "scores" likewise, "recall" without the
+        second axis, "counts", and "stats", the twelve numbers; -1 where there is no object.
+        """
+        coco_eval = self.coco_eval["bbox" if "bbox" in self.coco_eval else "segm"]
+        state = {name: torch.from_numpy(coco_eval.eval[name]) for name in ("precision", "recall", "scores")}
+        return {**state, "counts": list(coco_eval.eval["counts"]), "stats": coco_eval.stats.tolist()}
+
     def per_class(self, iou_type: str = "bbox") -> dict[str, dict[str, float]]:
         """Average precision of each category, after :meth:`accumulate`.
 

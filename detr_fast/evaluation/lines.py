@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from detr_fast.distributed import all_gather
+from detr_fast.distributed import all_gather, is_main_process
 
 GRID = 128
 THRESHOLDS = (5, 10, 15)
@@ -102,16 +102,26 @@ class LineEvaluator:
         self.stats["distance"] = float(np.mean(distances)) if distances else -1.0
 
     def summarize(self) -> None:
-        """Print `stats`.
+        """Print `stats`, in the first process only.
 
         Raises:
             RuntimeError: if :meth:`accumulate` has not been called.
         """
         if not self.stats:
             raise RuntimeError("call accumulate() before summarize()")
+        if not is_main_process():
+            return
         for threshold in THRESHOLDS:
             print(f" Structural average precision @[ threshold={threshold:2d} ] = {self.stats[f'sAP{threshold}']:.3f}")
         print(f" Mean distance of matched ends, in 1/{GRID} of the image  = {self.stats['distance']:.2f}")
+
+    def log_row(self) -> dict[str, dict[str, float]]:
+        """`stats` under "line_eval"."""
+        return {"line_eval": self.stats}
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """`stats` under "stats"."""
+        return {"stats": dict(self.stats)}
 
     def _annotated(self, image_id: int) -> np.ndarray:
         lines = [entry["line"] for entry in self.coco_gt.imgToAnns.get(image_id, [])]

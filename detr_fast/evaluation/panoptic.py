@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from detr_fast.data.panoptic import load_segment_ids, read_panoptic
+from detr_fast.data.annotations import read_panoptic
+from detr_fast.data.images import load_segment_ids
 from detr_fast.distributed import all_gather, is_main_process
 from detr_fast.geometry.segment_ids import rgb2id
 

@@ -11,12 +11,11 @@ from detr_fast.ops.attention import attention
 class MultiheadAttention(nn.MultiheadAttention):
     """Multi-head attention with `nn.MultiheadAttention`'s constructor, parameters, initial values and state-dict.
 
-    Weights are not returned unless asked for, which lets the attention run fused; asking for them, or passing an
-    `attn_mask` or a float `key_padding_mask`, computes the [Lq, Lk] matrix in plain PyTorch. A row without any key
-    gives zeros before the output projection, where `nn.MultiheadAttention` gives NaN. Fused, the attention dropout is
-    applied at the multiple of 1/256 nearest to `dropout` (`detr_fast.ops.applied_dropout`). A `query_padding_mask`
-    saves the time of the padded queries' rows, which `nn.MultiheadAttention` computes; the detectors here pass one
-    where nobody reads those rows.
+    Without weights, the default, the fused `attention` runs. `need_weights`, an `attn_mask` or a float
+    `key_padding_mask` compute the [Lq, Lk] matrix in plain PyTorch. A row without a valid key gives zeros before the
+    output projection, where `nn.MultiheadAttention` gives NaN. The fused dropout rate is the multiple of 1/256 nearest
+    to `dropout` (`detr_fast.ops.applied_dropout`). A `query_padding_mask` saves the time of the padded queries' rows;
+    the detectors here pass one where nobody reads those rows.
 
     Args:
         embed_dim: E, width of the queries and of the output; a multiple of `num_heads`.
@@ -81,7 +80,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             need_weights: also return the weights.
             attn_mask: [Lq, Lk] or [B * H, Lq, Lk]; bool, True = may not attend, or float, added to the scores.
             average_attn_weights: return the weights' mean over the heads.
-            is_causal: says of an `attn_mask` that it is causal, which changes nothing here; not allowed without one.
+            is_causal: a hint that `attn_mask` is causal; changes nothing, and is an error without an `attn_mask`.
             query_padding_mask: [B, Lq], or [Lq] without a batch; bool, True = padding. The rows of padded queries are
                 not computed: they are zeros before the output projection, and their weights are zeros.
 
@@ -231,7 +230,7 @@ def _attention_with_weights(
     dropout_p: float,
     query_padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention that has its weights: out [B, H, Lq, D] and weights [B, H, Lq, Lk] after dropout."""
+    """Attention with its weights: out [B, H, Lq, D] and weights [B, H, Lq, Lk] after dropout."""
     q = zero_rows(q, query_padding_mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if key_padding_mask is not None:

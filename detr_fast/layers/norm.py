@@ -1,6 +1,6 @@
-"""Batch norms that read an official checkpoint: frozen as the original's, or trainable.
+"""Batch norms with the original's state dict: frozen, as the original's, or trainable.
 
-Neither has `num_batches_tracked` in its state, so that the same state dict loads with strict=True into both.
+Neither keeps `num_batches_tracked`, so that the same state dict loads with strict=True into both.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ EPS = 1e-5
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm whose statistics and affine parameters are constants (buffers): y = x * scale + bias per channel.
 
-    In float32 it computes what the original computes, in the same order. A float16 or bfloat16 input gives an output
-    of the same dtype (the original's float32 buffers would promote it), computed in float32 and rounded once.
+    float32 is computed as the original does, in the same order. A float16 or bfloat16 input is computed in float32 and
+    rounded once to its own dtype (the original's float32 buffers would promote it).
 
     Args:
         n: number of channels.
@@ -48,7 +48,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Trainable batch norm with the state dict of `FrozenBatchNorm2d`: it keeps no `num_batches_tracked`.
+    """Trainable batch norm with the state dict of `FrozenBatchNorm2d`.
 
     Args:
         n: number of channels.
@@ -60,7 +60,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         state_dict.pop(prefix + "num_batches_tracked", None)
-        # Past nn.BatchNorm2d's own version, which adds num_batches_tracked to a state dict that has none.
+        # Skips nn.BatchNorm2d's version, which adds num_batches_tracked to a state dict without it.
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
 

@@ -10,11 +10,11 @@ from detr_fast.ops.sine_position import check_num_pos_feats, sine_position
 
 
 def _check_nested(tensor_list) -> None:
-    # Not isinstance: other code's NestedTensor is one, too.
+    # By attribute, not isinstance, so that the original's NestedTensor passes, too.
     if not hasattr(tensor_list, "mask") or not hasattr(tensor_list, "tensors"):
         raise TypeError(
             f"got a {type(tensor_list).__name__}; expected a NestedTensor, which has tensors [B, C, h, w] and mask "
-            "[B, h, w]; of a mask alone from_mask makes the embedding"
+            "[B, h, w]; for a mask alone call from_mask"
         )
 
 
@@ -26,7 +26,7 @@ def _mask_of(tensor_list) -> torch.Tensor:
 
 
 class PositionEmbeddingSine(nn.Module):
-    """Sine embedding of the unpadded cells' running counts along y and x.
+    """Sine embedding of the running counts of valid (unpadded) cells along y and x.
 
     Args:
         num_pos_feats: F, features per axis; even. DETR uses hidden_dim / 2.

@@ -1,7 +1,7 @@
 """DETR and its parts under the original's names."""
 
+from detr_fast import _moved
 from detr_fast.models.backbone import Backbone, BackboneBase, Joiner
-from detr_fast.models.build import build_backbone, build_model, build_position_encoding, build_transformer
 from detr_fast.models.detr import DETR
 from detr_fast.models.hub import (
     detr_resnet50,
@@ -34,10 +34,6 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
-    "build_backbone",
-    "build_model",
-    "build_position_encoding",
-    "build_transformer",
     "detr_resnet101",
     "detr_resnet101_dc5",
     "detr_resnet101_panoptic",
@@ -46,3 +42,12 @@ __all__ = [
     "detr_resnet50_dc5_panoptic",
     "detr_resnet50_panoptic",
 ]
+
+# The original's builders take its argparse namespace.
+__getattr__ = _moved.lookup(
+    __name__,
+    dict.fromkeys(
+        ("build_backbone", "build_model", "build_position_encoding", "build_transformer"),
+        "detr_fast.integrations.original",
+    ),
+)

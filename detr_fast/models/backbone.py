@@ -21,7 +21,7 @@ from detr_fast.ops.folded_conv import Affine, folded_conv
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 _TRAINED_STAGES = STAGES[1:]
 
-# Those with one convolution kernel size per block; torchvision cannot dilate them.
+# Made of BasicBlock, which torchvision cannot dilate.
 _BASIC_RESNETS = ("resnet18", "resnet34")
 _RESNETS = (
     *_BASIC_RESNETS,
@@ -36,8 +36,7 @@ _RESNETS = (
 _POSITION_EMBEDDINGS = (PositionEmbeddingSine, PositionEmbeddingLearned)
 _NORMS = {"frozen": FrozenBatchNorm2d, "batch": BatchNorm2d, "group": partial(nn.GroupNorm, 32)}
 
-
-# What a fused body may consist of; with any other module in it the modules are called one by one.
+# The modules that a fused body computes without calling them. With any other in it, all are called one by one.
 _FUSABLE = {nn.Sequential, nn.Conv2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d, BasicBlock, Bottleneck}
 
 # For pooling with a stride, torch 2.11 compiles one graph for even and another for odd sizes, and refuses to export a
@@ -48,10 +47,10 @@ _POOL_GUARDS_PARITY = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14
 class ResNetBody(nn.Module):
     """The layers of a torchvision ResNet up to a stage, under their names, returning some of the stages.
 
-    With frozen batch norm throughout, each convolution is computed together with the norm, the residual and the ReLU
-    after it (`detr_fast.ops.folded_conv`), on CUDA in channels-last memory, without calling the modules. They are
-    called one by one, with the same results up to rounding, where a norm is trained, where a module has a hook or is
-    somebody else's, under torch.compile and torch.export (which fuse on their own terms), and with `fused` False.
+    With frozen batch norm throughout, each convolution is computed together with the norm, residual and ReLU after it
+    (`detr_fast.ops.folded_conv`), on CUDA in channels-last memory, without calling the modules. They are called one by
+    one, with the same results up to rounding, if a norm is trained, a module has a hook or is not torchvision's, under
+    torch.compile and torch.export (whose own fusion is kept), and with `fused` False.
 
     Attributes:
         fused: may be set to False.
@@ -96,7 +95,7 @@ class ResNetBody(nn.Module):
         return out
 
     def _is_fusable(self, x: Tensor) -> bool:
-        """Whether all there is are torchvision's own modules with frozen norms, and nobody watches them."""
+        """Whether skipping the modules' calls goes unnoticed: known modules alone, frozen norms, no hooks."""
         for module in self.modules():
             if module is self:
                 continue
@@ -104,12 +103,12 @@ class ResNetBody(nn.Module):
                 return False
             if type(module) is nn.Conv2d and (module.bias is not None or module.padding_mode != "zeros"):
                 return False
-        # Without autocast a convolution refuses other dtypes than its own; its own message says so.
+        # Without autocast, an input of another dtype than the weights must get the convolution's own error.
         return torch.is_autocast_enabled(x.device.type) or x.dtype == self.conv1.weight.dtype
 
 
 def _pool_of_any_size(x: Tensor, pool: nn.MaxPool2d) -> Tensor:
-    """What `pool` gives, computed at stride 1 and then thinned out."""
+    """The result of `pool`, computed at stride 1 and then subsampled."""
     return F.max_pool2d(x, pool.kernel_size, 1, pool.padding)[:, :, :: pool.stride, :: pool.stride]
 
 
@@ -127,14 +126,14 @@ def _conv(x: Tensor, conv: nn.Conv2d, affine: Affine, residual: Tensor | None = 
 
 
 def _block(x: Tensor, block: BasicBlock | Bottleneck, affines: dict[nn.Module, Affine]) -> Tensor:
-    """A block of torchvision's, fused."""
+    """A torchvision block, fused: each convolution with its norm, the last one also with residual and ReLU."""
     pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
     if type(block) is Bottleneck:
         pairs.append((block.conv3, block.bn3))
     last, last_norm = pairs.pop()
     residual, (scale, bias) = x, affines[last_norm]
     if block.downsample is not None:
-        # Both branches' biases are added at once, by the last convolution.
+        # The last convolution adds both branches' biases at once.
         residual_scale, residual_bias = affines[block.downsample[1]]
         residual = _conv(x, block.downsample[0], (residual_scale, None), relu=False)
         bias = bias + residual_bias
@@ -178,7 +177,7 @@ class BackboneBase(nn.Module):
             self.freeze(train_backbone)
 
     def freeze(self, train_backbone: bool) -> None:
-        """Takes the gradient from the parameters that the original does not train (the stem and layer1, or all)."""
+        """Freeze the parameters that the original does not train: the stem and layer1, or all of them."""
         for name, parameter in self.body.named_parameters():
             if not train_backbone or not name.startswith(_TRAINED_STAGES):
                 parameter.requires_grad_(False)
@@ -189,7 +188,7 @@ class BackboneBase(nn.Module):
         Args:
             tensor_list: tensors [B, 3, H, W], mask [B, H, W] bool, True = padding.
             masks: give each level its mask, resized as `F.interpolate` does (nearest). False leaves it None, for a
-                caller that gets it together with something else.
+                caller that gets the mask from `sine_position`.
 
         Returns:
             {name: NestedTensor of [B, C, h, w] and [B, h, w]}.
@@ -210,9 +209,9 @@ class BackboneBase(nn.Module):
 class Backbone(BackboneBase):
     """A ResNet of torchvision without its classifier.
 
-    With pretrained weights it is the original's: frozen batch norm, and the stem and layer1 are not trained. Without
-    (`weights=None`) nothing is frozen, whatever `train_backbone` says, because frozen random layers would never learn;
-    and the norm is a trainable one unless `norm="frozen"` asks otherwise.
+    With pretrained weights it is the original's: frozen batch norm, stem and layer1 not trained. With `weights=None` no
+    parameter is frozen, whatever `train_backbone` says (frozen random layers would never learn), and the norm is
+    trainable unless `norm` is "frozen".
 
     Args:
         name: "resnet18", "resnet34", "resnet50", "resnet101" or another ResNet of torchvision.
@@ -222,15 +221,15 @@ class Backbone(BackboneBase):
         weights: "imagenet" (torchvision's download, IMAGENET1K_V1, as the original's), the path of a file with
             torchvision's names, plain or under "model" or "state_dict", or None for random ones.
         norm: "frozen", "batch", "group" (32 groups), or None: "frozen" with weights and "batch" without.
-        level: 0..3, the last stage to read, at stride 4, 8, 16 or 32; later ones are left out. None is 3.
+        level: 0..3, the last stage, at stride 4, 8, 16 or 32; None is 3.
 
     Attributes:
         num_channels: channels of the last level returned.
         num_channels_per_level: channels of all levels returned, in order.
 
     Raises:
-        ValueError: an unknown `name` or `norm`, a `level` that is not 0..3 or comes with `dilation` (which changes the
-            last stage alone), ImageNet weights for group norm, or a file whose tensors do not fit.
+        ValueError: an unknown `name` or `norm`; a `level` that is not 0..3, or is below 3 with `dilation`; ImageNet
+            weights for group norm; a file whose tensors do not fit.
         NotImplementedError: dilation with ResNet-18 or ResNet-34.
         FileNotFoundError: no file at the path `weights`.
         RuntimeError: the download failed.
@@ -287,7 +286,7 @@ def _imagenet_url(name: str) -> str:
 
 
 def _load_resnet(resnet: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads all but the classifier, which no detector has."""
+    """Load everything but the classifier, which a detector lacks."""
     state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     try:
         missing, unexpected = resnet.load_state_dict(state, strict=False)
@@ -306,7 +305,7 @@ def _some(names: list[str]) -> str:
 
 
 def check_samples(samples: NestedTensor) -> None:
-    """Checks a batch of images and its mask before the model reads them.
+    """Check a batch of images and its mask.
 
     Raises:
         TypeError: not a NestedTensor, no bool mask, or images that are not floating point.
@@ -329,7 +328,7 @@ def check_samples(samples: NestedTensor) -> None:
 class Joiner(nn.Sequential):
     """A backbone and a position embedding, one after the other.
 
-    With a `Backbone` and one of our position embeddings, a level's position and its resized mask come from one op.
+    With a `Backbone` and a position embedding of `detr_fast.layers`, one op gives a level's position and resized mask.
 
     Args:
         backbone: NestedTensor → {name: NestedTensor}, with an attribute `num_channels`.
@@ -345,7 +344,7 @@ class Joiner(nn.Sequential):
 
         Args:
             tensor_list: tensors [B, 3, H, W], mask [B, H, W] bool, True = padding.
-            last_only: compute the last level's position alone (and, with our own backbones and positions, mask).
+            last_only: compute the position, and the mask where one op gives both, of the last level alone.
 
         Returns:
             The levels' features with their masks, and their positions [B, C, h, w] in the features' dtype; with
@@ -363,7 +362,7 @@ class Joiner(nn.Sequential):
                 tokens, feature.mask = position_embedding.from_mask(
                     tensor_list.mask, size, dtype=x.dtype, layout="tokens"
                 )
-                # [B, h*w, C] seen as [B, C, h, w]: the transformer gets its tokens back without a copy.
+                # A [B, C, h, w] view of [B, h*w, C]: the transformer flattens it to tokens without a copy.
                 positions.append(tokens.transpose(1, 2).unflatten(2, size))
             else:
                 positions.append(position_embedding(feature).to(x.dtype))

@@ -9,33 +9,31 @@ Source: Xu et al. 2021, "Line Segment Detection Using Transformers without Edges
 and letr_stack.py.
 """
 
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from detr_fast.criterion.lines import HungarianMatcher_Line, PostProcess_Line, SetCriterion
+from detr_fast import _moved
 from detr_fast.layers import MLP
 from detr_fast.models import transformer as detr_transformer
 from detr_fast.models.backbone import Joiner
-from detr_fast.models.build import build_backbone, build_transformer
 from detr_fast.models.detr import as_nested, head_outputs
 from detr_fast.models.segmentation import keep_batch_norm_statistics
 from detr_fast.models.transformer import without_padded_memory
 from detr_fast.nested_tensor import NestedTensor
 
-__all__ = [
-    "LETR",
-    "HungarianMatcher_Line",
-    "LETRstack",
-    "PostProcess_Line",
-    "SetCriterion",
-    "StackTransformer",
-    "Transformer",
-    "build",
-    "load_first_stage",
-]
+# LETR has these names beside the model; here they live in rooms above it.
+__getattr__ = _moved.lookup(
+    __name__,
+    {
+        "HungarianMatcher_Line": "detr_fast.criterion.lines",
+        "PostProcess_Line": "detr_fast.criterion.lines",
+        "SetCriterion": "detr_fast.criterion.lines",
+        "build": "detr_fast.tasks.lines",
+    },
+)
 
 # Channels of a ResNet-50's levels, for a backbone that does not tell its own.
 _CHANNELS = (256, 512, 1024, 2048)
@@ -105,7 +103,7 @@ class LETR(nn.Module):
         transformer: as `Transformer`, with attributes `d_model` and `nhead`. Its memory is not read; see `DETR`.
         num_classes: number of classes without no-object; LETR's is 1.
         num_queries: the most lines that can be found in one image.
-        args: `layer1_num`, the level to read, 0..3.
+        args: an object with `layer1_num`, the level to read, 0..3.
         aux_loss: return the outputs of the earlier decoder layers too.
 
     Raises:
@@ -118,7 +116,7 @@ class LETR(nn.Module):
         transformer: nn.Module,
         num_classes: int,
         num_queries: int,
-        args: Namespace,
+        args: Any,
         aux_loss: bool = False,
     ):
         super().__init__()
@@ -171,7 +169,7 @@ class LETRstack(nn.Module):
 
     Args:
         letr: the coarse stage. It is run for its decoded queries; its heads are not.
-        args: `layer2_num`, the level to read; `second_hidden_dim`, `second_dropout`, `second_nheads`,
+        args: an object with `layer2_num`, the level to read; `second_hidden_dim`, `second_dropout`, `second_nheads`,
             `second_dim_feedforward`, `second_enc_layers`, `second_dec_layers`, `second_pre_norm` of the second
             transformer; `aux_loss`; and `layer1_frozen`: the coarse stage, backbone included, gets no gradients, and
             its batch norms, if they are trainable ones, keep their statistics.
@@ -180,7 +178,7 @@ class LETRstack(nn.Module):
         ValueError: `second_hidden_dim` is not the coarse stage's, or the backbone has no such level.
     """
 
-    def __init__(self, letr: LETR, args: Namespace):
+    def __init__(self, letr: LETR, args: Any):
         super().__init__()
         hidden_dim = letr.transformer.d_model
         if args.second_hidden_dim != hidden_dim:
@@ -194,7 +192,16 @@ class LETRstack(nn.Module):
             self.letr.requires_grad_(False)
         channels = _channels(letr.backbone, "layer2_num", args.layer2_num)
         self.input_proj = nn.Conv2d(channels, hidden_dim, kernel_size=1)
-        self.transformer = build_transformer(args, StackTransformer, "second_")
+        self.transformer = StackTransformer(
+            d_model=args.second_hidden_dim,
+            dropout=args.second_dropout,
+            nhead=args.second_nheads,
+            dim_feedforward=args.second_dim_feedforward,
+            num_encoder_layers=args.second_enc_layers,
+            num_decoder_layers=args.second_dec_layers,
+            normalize_before=args.second_pre_norm,
+            return_intermediate_dec=True,
+        )
         self.class_embed = nn.Linear(hidden_dim, letr.class_embed.out_features)
         self.lines_embed = MLP(hidden_dim, hidden_dim, 4, 3)
         self.aux_loss = args.aux_loss
@@ -238,44 +245,6 @@ def _channels(backbone: nn.Module, name: str, level: int) -> int:
     if level not in range(len(channels)):
         raise ValueError(f"{name} is {level}; the backbone returns the levels 0 to {len(channels) - 1}")
     return channels[level]
-
-
-def build(args: Namespace) -> tuple[LETR | LETRstack, SetCriterion, dict[str, nn.Module]]:
-    """Everything that training and evaluation of LETR need.
-
-    Args:
-        args: the original's names: those of `build_backbone`, `hidden_dim`, `dropout`, `nheads`, `dim_feedforward`,
-            `enc_layers`, `dec_layers`, `pre_norm`, `num_queries`, `aux_loss`, `layer1_num`, `LETRpost` (build the fine
-            stage, with those of `LETRstack`), `set_cost_class`, `set_cost_line`, `line_loss_coef`, `eos_coef`,
-            `device`. Optional: `num_classes` (1), `label_loss_func` and `label_loss_params`, see `SetCriterion`.
-
-    Returns:
-        The model (on the CPU), the criterion (on `args.device`) and the post-processor "line".
-
-    Raises:
-        ValueError: an argument of the parts is wrong.
-    """
-    num_classes = getattr(args, "num_classes", None) or 1
-    model = LETR(
-        build_backbone(args, return_interm_layers=True),
-        build_transformer(args, Transformer),
-        num_classes=num_classes,
-        num_queries=args.num_queries,
-        args=args,
-        aux_loss=args.aux_loss,
-    )
-    if args.LETRpost:
-        model = LETRstack(model, args)
-    matcher = HungarianMatcher_Line(cost_class=args.set_cost_class, cost_line=args.set_cost_line)
-    weight_dict = {"loss_ce": 1, "loss_line": args.line_loss_coef}
-    if args.aux_loss:
-        last = dict(weight_dict)
-        for i in range((args.second_dec_layers if args.LETRpost else args.dec_layers) - 1):
-            weight_dict.update({f"{name}_{i}": weight for name, weight in last.items()})
-    losses = ["POST_lines_labels", "POST_lines"] if args.LETRpost else ["lines_labels", "lines"]
-    criterion = SetCriterion(num_classes, weight_dict, args.eos_coef, losses, args, matcher=matcher)
-    criterion.to(args.device)
-    return model, criterion, {"line": PostProcess_Line()}
 
 
 @torch.no_grad()

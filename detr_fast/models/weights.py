@@ -1,15 +1,21 @@
-"""Getting weights: from the web, once per machine, or from a file."""
+"""Weights: from the web, once per machine, or from a file; and into a model, saying what does not fit."""
 
 import argparse
 import http.client
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detr_fast.distributed import first_process_first
+
+# What `load_weights` may leave at its fresh values: the parts whose size depends on the task.
+_REPLACEABLE = ("class_embed.", "query_embed.")
+# In a model with masks the detector's names begin with this.
+DETECTOR = "detr."
 
 
 def load_url(url: str, otherwise: str):
@@ -57,3 +63,78 @@ def load_file(path: str | os.PathLike) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{str(path)!r} holds no state dict (names with tensors), neither plain nor under 'model'")
     return dict(state)
+
+
+def load_model(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Loads all of `state` into all of `model`.
+
+    Args:
+        model: gets the values.
+        state: name → tensor.
+        source: what the error message calls the state.
+
+    Raises:
+        ValueError: names or shapes differ; the message says which.
+    """
+    problems = _differences(model, state)
+    if problems:
+        raise ValueError(f"{source} does not fit this model: {_some(problems)}")
+    model.load_state_dict(state)
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> list[str]:
+    """Loads `state`, leaving the class head and the queries fresh where their sizes differ.
+
+    A model with masks also takes the weights of one without; its mask head is then left fresh.
+
+    Args:
+        model: gets the values.
+        state: name → tensor.
+        source: what the error message calls the state.
+
+    Returns:
+        One line for each tensor that was left as it is, with both shapes, and one for the mask head.
+
+    Raises:
+        ValueError: anything else does not fit; the message says what.
+    """
+    own = model.state_dict()
+    lines, fresh = [], {}
+    if has_masks(own) and not has_masks(state):
+        state = {f"{DETECTOR}{name}": value for name, value in state.items()}
+        fresh = {name: value for name, value in own.items() if not name.startswith(DETECTOR)}
+        lines.append(f"the mask head, which {source} does not have")
+    replaced = [
+        name
+        for name in own
+        if name.removeprefix(DETECTOR).startswith(_REPLACEABLE)
+        and name in state
+        and state[name].shape != own[name].shape
+    ]
+    load_model(model, {**state, **fresh, **{name: own[name] for name in replaced}}, source)
+    return [f"{name}: {list(state[name].shape)} there, {list(own[name].shape)} here" for name in replaced] + lines
+
+
+def has_masks(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is that of a model with masks."""
+    return any(name.startswith(DETECTOR) for name in state)
+
+
+def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    own = model.state_dict()
+    shapes = [
+        f"{name} is {list(state[name].shape)} there and {list(own[name].shape)} here"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    missing = [f"{name} is missing there" for name in own if name not in state]
+    # Left by code that trains batch norm; the models drop it on loading.
+    unexpected = [
+        f"{name} is unknown here" for name in state if name not in own and not name.endswith("num_batches_tracked")
+    ]
+    return shapes + missing + unexpected
+
+
+def _some(problems: list[str], most: int = 6) -> str:
+    rest = len(problems) - most
+    return "; ".join(problems[:most]) + (f"; and {rest} more" if rest > 0 else "")

@@ -1,26 +1,21 @@
 """Attention and its gradients in plain PyTorch, a few rows at a time: what runs where there is no kernel.
 
-The formulas are the kernels'. Chunks of scores that stay in a CPU's cache cost a third of the whole matrix at once, and
-the matrix of all of them never exists. Without dropout a CPU has PyTorch's own fused attention. And on a CPU only the
-queries and keys without padding are read where that is less work.
+The formulas are the kernels'. The matrix of all scores never exists; chunks of it that stay in a CPU's cache take a
+third of its time. Without dropout a CPU has PyTorch's own fused attention. Where there is padding, a CPU computes one
+image at a time, from its valid queries and keys alone; other devices compute the whole batch, under masks.
 
 Source: Rabe and Staats 2021 (attention in chunks).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from detr_fast.ops._dropout_bits import dropout_bytes
 
-# Scores per chunk: what stays in a CPU's cache; on a GPU as many as fill it.
+# Scores per chunk: as many as stay in a CPU's cache; on a GPU as many as keep it busy.
 _CPU_CHUNK, _GPU_CHUNK = 2**20, 2**28
-# Scores up to which the backward takes over the forward's two matrices: 2 MiB in float32, whatever the lengths.
-_REMEMBERED = 2**18
-# Scores of an image, without and with dropout, from which a CPU computes images with padding one at a time: with fewer,
-# starting on each takes longer than its padding.
-_ONE_IMAGE, _ONE_IMAGE_WITH_DROPOUT = 2**17, 2**16
 
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -31,30 +26,27 @@ def chunked_forward(
     key,
     value,
     key_padding_mask,
+    query_padding_mask,
     seed,
     drop_threshold,
     drop_scale,
     scale,
-    query_padding_mask=None,
-    remember: list | None = None,
     *,
     out,
     logsumexp,
 ):
-    """`attention` of checked arguments, written into out [B, H, Lq, Dv] and logsumexp [B, H, Lq].
+    """`attention` of checked arguments, written into `out` and `logsumexp`.
 
     Args:
-        query, key, value, key_padding_mask, seed, scale, query_padding_mask: as `attention`'s; without a seed there is
+        query, key, value, key_padding_mask, query_padding_mask, seed, scale: as `attention`'s; without a seed there is
             no dropout.
         drop_threshold: 0..256; an element whose byte is below is dropped.
         drop_scale: multiplies what is kept.
-        remember: takes what the backward need not compute again, if there is dropout and it is little.
+        out: [B, H, Lq, Dv], the inputs' dtype.
+        logsumexp: [B, H, Lq], float32 or wider.
     """
     heads = query.shape[1]
-    groups = _groups(query, key, key_padding_mask, query_padding_mask, seed)
-    if seed is None or sum(group.scores(query, key) for group in groups) > _REMEMBERED:
-        remember = None
-    for group in groups:
+    for group in _groups(query, key, key_padding_mask, query_padding_mask):
         q, k, v = group.inputs(query, key, value)
         if _has_fused(q, k, v, seed):
             result, lse = _fused_forward(q, k, v, attn_mask=group.bias, scale=scale)
@@ -68,12 +60,7 @@ def chunked_forward(
                 # The largest probability is 1 / Σ exp(score - largest score).
                 flat_lse[s, r] = scores.amax(dim=-1) - probs.amax(dim=-1).log_()
                 if seed is not None:
-                    keep = group.keep(seed, heads, s, r, probs, drop_threshold)
-                    if remember is None:
-                        probs.mul_(keep)
-                    else:
-                        remember += probs, keep
-                        probs = probs * keep
+                    probs.mul_(group.keep(seed, heads, s, r, probs, drop_threshold))
                 torch.bmm(probs, v[s], out=flat_result[s, r])
         group.put(out, group.queries, zero_rows(result, group.idle), 0)
         if group.idle is not None:
@@ -89,27 +76,26 @@ def chunked_backward(
     out,
     logsumexp,
     key_padding_mask,
+    query_padding_mask,
     seed,
     drop_threshold,
     drop_scale,
     scale,
-    query_padding_mask=None,
-    remembered: Sequence[torch.Tensor] = (),
     *,
     grad_query,
     grad_key,
     grad_value,
 ):
-    """Gradients of query, key and value, written into the last three.
+    """Gradients of query, key and value, written into `grad_query`, `grad_key` and `grad_value`.
 
     Args:
         grad_out: [B, H, Lq, Dv].
         out, logsumexp: what `attention` gave.
-        remembered: what `chunked_forward` remembered.
+        grad_query, grad_key, grad_value: shaped as query, key and value, the inputs' dtype.
         The others: as `chunked_forward`'s.
     """
-    heads, known = query.shape[1], iter(remembered)
-    for group in _groups(query, key, key_padding_mask, query_padding_mask, seed):
+    heads = query.shape[1]
+    for group in _groups(query, key, key_padding_mask, query_padding_mask):
         q, k, v = group.inputs(query, key, value)
         grad = zero_rows(group.take(grad_out, group.queries).to(q.dtype), group.idle)
         if _has_fused(q, k, v, seed) and out.dtype == q.dtype:  # not from an `out` that was rounded to 16 bits
@@ -121,14 +107,11 @@ def chunked_backward(
             q, k, v, bias = _flat(q * scale, k, v if seed is None else v * drop_scale, group.bias)
             grad = grad.flatten(0, 1)
             for s, r in _chunks(q, k):
-                if remembered:
-                    probs, keep = next(known), next(known)
-                else:
-                    probs = torch.softmax(torch.baddbmm(bias[s], q[s, r], k[s].mT), dim=-1)
-                    keep = None if seed is None else group.keep(seed, heads, s, r, probs, drop_threshold)
+                probs = torch.softmax(torch.baddbmm(bias[s], q[s, r], k[s].mT), dim=-1)
                 grad_probs = torch.bmm(grad[s, r], v[s].mT)
                 dropped = probs
-                if keep is not None:
+                if seed is not None:
+                    keep = group.keep(seed, heads, s, r, probs, drop_threshold)
                     grad_probs.mul_(keep)
                     dropped = probs * keep
                 grad_v[s].baddbmm_(dropped.mT, grad[s, r])
@@ -151,10 +134,10 @@ class _Group:
 
     Attributes:
         image: the only one, or None for the whole batch.
-        queries, keys: [n] int64, positions of the only image's queries and keys that take part; None for all.
+        queries, keys: [n] int64, positions of the only image's valid queries and keys; None for all.
         idle: [B, Lq or 1] bool, True = a query that gives zeros and takes no gradient; None for none.
-        key_padding: [B, Lk] bool, True = a key that takes no part; None for none.
-        bias: [B, 1, 1, Lk], what is added to the scores for that: 0 or -inf; None with `key_padding`.
+        key_padding: [B, Lk] bool, True = padding; None for none.
+        bias: [B, 1, 1, Lk], added to the scores: -inf for padded keys, else 0; None where `key_padding` is.
     """
 
     image: int | None = None
@@ -164,15 +147,8 @@ class _Group:
     key_padding: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
-    def scores(self, query: torch.Tensor, key: torch.Tensor) -> int:
-        """How many there are."""
-        batch, heads, q_len, _ = query.shape
-        q_len = q_len if self.queries is None else len(self.queries)
-        k_len = key.shape[2] if self.keys is None else len(self.keys)
-        return (batch if self.image is None else 1) * heads * q_len * k_len
-
     def inputs(self, query, key, value):
-        """What takes part of query, key and value, promoted to float32 or wider, zero where padded."""
+        """The group's part of query, key and value in float32 or wider, with zeros where padded."""
         dtype = torch.promote_types(query.dtype, torch.float32)
         # 0 · NaN is NaN.
         return (
@@ -182,13 +158,13 @@ class _Group:
         )
 
     def take(self, tensor: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        """The group's part of a tensor [B, H, L, ...]: what stands at `positions` of dimension 2."""
+        """The group's part of a tensor [B, H, L, ...]: its images, and of dimension 2 `positions`."""
         tensor = self._images(tensor)
         # Rows of all heads lie next to each other in what a projection gives.
         return tensor if positions is None else tensor.transpose(1, 2).index_select(1, positions).transpose(1, 2)
 
     def put(self, target: torch.Tensor, positions: torch.Tensor | None, source: torch.Tensor, rest: float) -> None:
-        """Write what `take` would read; the images' other positions become `rest`."""
+        """Write `source` where `take` reads; the group's other positions become `rest`."""
         target = self._images(target)
         if positions is None:
             target.copy_(source)
@@ -208,43 +184,38 @@ class _Group:
         rows = torch.arange(r.start, r.stop, device=seed.device) if self.queries is None else self.queries[r]
         drawn = dropout_bytes(seed, slices, rows, probs.shape[-1])
         if self.key_padding is not None:
-            # A key's column is its place among its image's keys without padding. What padded ones get meets zeros.
+            # A key's column is its place among its image's valid keys. A padded key's bytes do not matter: its
+            # probability is 0.
             columns = (~self.key_padding).cumsum(dim=1).sub_(1).clamp_(min=0)
             drawn = drawn.gather(2, columns[slices // heads][:, None].expand(drawn.shape))
         # Comparing into floats is several times faster than into bools that are then multiplied.
         return torch.ge(drawn, drop_threshold, out=torch.empty_like(probs))
 
 
-def _groups(query, key, key_padding_mask, query_padding_mask, seed) -> list[_Group]:
-    """What is computed together: on a CPU each image by itself if there is padding and it is much, else the batch."""
-    batch, heads, q_len, _ = query.shape
-    on_cpu = query.device.type == "cpu"  # elsewhere reading a mask would wait
-    may_lack_keys = True
-    if on_cpu:
-        if query_padding_mask is not None and not query_padding_mask.any():
-            query_padding_mask = None
-        if key_padding_mask is not None:
-            counts = key_padding_mask.sum(dim=1).tolist()
-            may_lack_keys = key.shape[2] in counts
-            if not any(counts):
-                key_padding_mask = None
-        padded = key_padding_mask is not None or query_padding_mask is not None
-        much = _ONE_IMAGE if seed is None else _ONE_IMAGE_WITH_DROPOUT
-        if padded and heads * q_len * key.shape[2] >= much:
-            masks = (query_padding_mask, key_padding_mask)
-            return [_Group(i, *(None if mask is None else _valid(mask[i]) for mask in masks)) for i in range(batch)]
+def _groups(query, key, key_padding_mask, query_padding_mask) -> list[_Group]:
+    """What is computed together: on a CPU each image by itself if there is padding, else the batch."""
+    masks = (query_padding_mask, key_padding_mask)
+    if _may_read_masks(query.device):
+        if not any(mask is not None and mask.any() for mask in masks):
+            return [_Group()]
+        images = range(query.shape[0])
+        return [_Group(i, *(None if mask is None else _valid(mask[i]) for mask in masks)) for i in images]
     if key_padding_mask is None:
         return [_Group(idle=query_padding_mask)]
-    idle = query_padding_mask
-    if may_lack_keys:  # the NaN that comes of it stays in rows that are set to zero
-        no_key = key_padding_mask.all(dim=1, keepdim=True)
-        idle = no_key if idle is None else idle | no_key
+    # Without a key a softmax gives NaN: those rows are set to zero with the padded queries'.
+    no_key = key_padding_mask.all(dim=1, keepdim=True)
+    idle = no_key if query_padding_mask is None else query_padding_mask | no_key
     bias = torch.where(key_padding_mask, -torch.inf, 0.0).to(torch.promote_types(query.dtype, torch.float32))
     return [_Group(idle=idle, key_padding=key_padding_mask, bias=bias[:, None, None])]
 
 
+def _may_read_masks(device: torch.device) -> bool:
+    """On a GPU, reading one would wait for all that is queued before it."""
+    return device.type == "cpu"
+
+
 def _valid(mask: torch.Tensor) -> torch.Tensor | None:
-    """Positions without padding [n] int64; None for all."""
+    """Positions [n] int64 of a mask [L] that are not padding; None for all."""
     positions = (~mask).nonzero()[:, 0]
     return None if len(positions) == len(mask) else positions
 

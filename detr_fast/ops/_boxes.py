@@ -1,4 +1,4 @@
-"""Maths on boxes that both the ops and the criterion use. Nothing here waits for the GPU.
+"""Boxes: what both the ops and the criterion compute. Nothing here waits for the GPU.
 
 Source: facebookresearch/detr ``util/box_ops.py``; Rezatofighi et al. 2019, "Generalized Intersection over Union".
 """
@@ -29,7 +29,7 @@ def paired_generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         boxes2: [..., 4], broadcastable to ``boxes1``.
 
     Returns:
-        [...], in -1..1: the diagonal of :func:`generalized_box_iou` without computing the rest of the matrix.
+        [...], in -1..1: the diagonal of `generalized_box_iou` (`detr_fast.geometry`), without the rest of the matrix.
     """
     iou, union = iou_and_union(boxes1, boxes2)
     top_left = torch.minimum(boxes1[..., :2], boxes2[..., :2])

@@ -1,11 +1,11 @@
-"""Which implementation an op runs: its Triton kernel or its plain-PyTorch reference.
+"""Which implementation an op runs: its Triton kernel or plain PyTorch.
 
 The rule, in one place for all ops:
 
 - CUDA tensors run the kernel, unless ``DETR_FAST_KERNELS=torch`` or Triton is not installed (macOS, Windows).
-- CPU tensors run the reference, unless ``TRITON_INTERPRET=1`` was set before Triton was imported: then they run the
-  very kernel through Triton's interpreter.
-- Tensors on any other device run the reference.
+- CPU tensors run plain PyTorch, unless ``TRITON_INTERPRET=1`` was set before Triton was imported: then they run the
+  same kernel through Triton's interpreter.
+- Tensors on any other device run plain PyTorch.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ _CHOICES = ("", "triton", "torch")
 
 
 def use_kernel(device: torch.device) -> bool:
-    """True if ops on `device` run their Triton kernel, False if they run their reference.
+    """True if ops on `device` run their Triton kernel, False if they run plain PyTorch.
 
     Raises:
         ValueError: ``DETR_FAST_KERNELS`` is neither unset, ``triton`` nor ``torch``.
@@ -40,21 +40,6 @@ def use_kernel(device: torch.device) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def is_plain_eager(*tensors: torch.Tensor) -> bool:
-    """Whether plain tensors meet an op outside every compiler, tracer, dispatch mode and transform.
-
-    Then the op's autograd function may be called without the dispatcher, which costs a custom op of Python's about a
-    tenth of a millisecond of the host's time, forward and backward.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.jit.is_tracing()
-        and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
-    )
-
-
 def refuse_transforms(op: str, *tensors: torch.Tensor) -> None:
     """Raise where `op` would lose the tangents of forward-mode differentiation or fail inside `torch.func`.
 
@@ -65,11 +50,10 @@ def refuse_transforms(op: str, *tensors: torch.Tensor) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    wrapped = torch._C._functorch
-    if any(wrapped.is_batchedtensor(tensor) or wrapped.is_gradtrackingtensor(tensor) for tensor in tensors) or (
-        forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    ):
-        raise NotImplementedError(
-            f"{op} does not support vmap, forward-mode derivatives or torch.func's transforms (grad, jvp, jacrev, "
-            "...); expected plain tensors: differentiate with torch.autograd"
-        )
+    for tensor in tensors:
+        # `debug_unwrap` gives back any tensor but a transform's, which it opens.
+        if torch.func.debug_unwrap(tensor) is not tensor or forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{op} does not support vmap, forward-mode derivatives or torch.func's transforms (grad, jvp, jacrev, "
+                "...); expected plain tensors: differentiate with torch.autograd"
+            )

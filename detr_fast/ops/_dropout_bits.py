@@ -1,15 +1,11 @@
 """Attention's dropout mask in plain PyTorch: the bytes and their order are described in `detr_fast.ops.attention`."""
 
-import math
-
 import torch
 
 _ROUNDS = 7
 _A, _B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 _LOW_32 = 0xFFFFFFFF
-# Counters up to which NumPy, whose operations start in a tenth of the time, beats PyTorch, which has more threads.
-_FEW_COUNTERS = 2**14
 
 
 def philox(keys, c0, c1, c2, c3):
@@ -17,10 +13,11 @@ def philox(keys, c0, c1, c2, c3):
 
     Args:
         keys: `round_keys`.
-        c0, c1, c2, c3: the counter's words, int64 in 0..2**32 - 1, tensors or NumPy arrays, shapes that broadcast.
+        c0, c1, c2, c3: the counter's words, int64 tensors in 0..2**32 - 1, shapes that broadcast.
     """
     for k0, k1 in keys:
-        # A product wraps at 64 bits, which keeps its bits. What stands above a word's low 32 goes at its next use.
+        # A product may wrap around in int64: its 64 bits are right all the same. c1 and c3 keep bits above their low
+        # 32, which are masked off when the words become c0 and c2.
         product_0, product_2 = c0 * _A, c2 * _B
         c0 = _xor(_xor(product_2 >> 32, c1), k0)
         c0 &= _LOW_32
@@ -63,12 +60,9 @@ def dropout_bytes(seed: torch.Tensor, slices: torch.Tensor, rows: torch.Tensor, 
     keys, groups = round_keys(seed), torch.arange(4 * blocks, device=seed.device)
     counter = (rows[:, None], groups, slices[:, None, None], torch.zeros_like(seed))
     drawn = torch.empty(*size, 8, 4, dtype=torch.int16, device=seed.device)
-    numpy = seed.device.type == "cpu" and 4 * math.prod(size) <= _FEW_COUNTERS
-    words = philox(keys, *([x.numpy() for x in counter] if numpy else counter))
     # Within 64 columns, 16 bits of word w of group g are the columns 16 w + 2 g (low half) or 16 w + 8 + 2 g (high) and
     # the next: the four groups' halves are next to each other.
-    halves = drawn.numpy() if numpy else drawn
-    for i, word in enumerate(words):
-        halves[:, :, :, 2 * i] = word.reshape(*size, 4)
-        halves[:, :, :, 2 * i + 1] = word.reshape(*size, 4) >> 16
+    for i, word in enumerate(philox(keys, *counter)):
+        drawn[:, :, :, 2 * i] = word.reshape(*size, 4)
+        drawn[:, :, :, 2 * i + 1] = word.reshape(*size, 4) >> 16
     return drawn.view(*size[:2], 32 * blocks).view(torch.uint8)[..., :k_len]

@@ -6,7 +6,7 @@ from scipy.optimize import linear_sum_assignment
 
 from detr_fast.ops._dispatch import use_kernel
 
-# Larger problems go to the host even from a GPU.
+# The kernel keeps a problem's columns in registers; larger problems go to the host, even from a GPU.
 _LARGEST_KERNEL_SIDE = 4096
 
 SOLVED, INVALID, INFEASIBLE, TOO_LARGE = range(4)
@@ -17,23 +17,23 @@ _EXPLANATIONS = {
 
 
 def assign(cost: torch.Tensor, offsets: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give every target its own query so that each image's total cost in each layer is as small as possible.
+    """Give every target its own query at the smallest total cost, for each image and layer.
 
-    If an image has more targets than there are queries, every query gets a target. The total cost is that of
-    ``scipy.optimize.linear_sum_assignment`` (float64 inside); of equally cheap assignments another one may come out.
-    A cost of +inf forbids the pair. On CUDA nothing waits for the device (above 4096 queries or targets per image SciPy
-    does the work). Not differentiable.
+    An image with more targets than queries gives every query a target. The total cost equals that of
+    ``scipy.optimize.linear_sum_assignment`` (float64 inside); ties may be broken differently. A cost of +inf forbids
+    the pair. On CUDA nothing waits for the device, except above 4096 queries or targets per image, where SciPy does the
+    work. Not differentiable.
 
     Args:
         cost: [L, T, Q] float32 or float64, any strides: layers, targets of all images one after another, queries.
-        offsets: [B + 1] int64 on the same device: image b has the targets offsets[b] to offsets[b + 1] - 1, so that the
-            first value is 0 and the last T. An image may have none. Checked on the CPU only.
-        largest: the most targets that an image has, or more; known to the host.
+        offsets: [B + 1] int64 on the same device, from 0 to T: image b has the targets offsets[b] to
+            offsets[b + 1] - 1, or none. Checked on the CPU only.
+        largest: at least the most targets that an image has.
 
     Returns:
         query [L, T] int64, the query of each target, -1 where it has none; and status [L, B] int32 of each problem:
         0 = solved; 1 = a cost is NaN or -inf; 2 = +inf leaves no complete assignment; 3 = more than `largest` targets.
-        The targets of a problem that is not solved have no query.
+        The targets of an unsolved problem have no query.
 
     Raises:
         TypeError: `cost` is not float32 or float64, or `offsets` not int64.
@@ -54,7 +54,7 @@ def assign(cost: torch.Tensor, offsets: torch.Tensor, largest: int) -> tuple[tor
 
 
 def assign_reference(cost: torch.Tensor, offsets: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`assign` by SciPy on the host; never raises for the sake of a problem, but returns its status."""
+    """`assign` by SciPy on the host; a problem without a solution does not raise, its status tells."""
     _check(cost, offsets, largest)
     return _reference(cost, offsets, largest)
 
@@ -106,15 +106,22 @@ def _reference(cost, offsets, largest):
 
 @torch.library.custom_op("detr_fast::assign", mutates_args=())
 def _assign(cost: torch.Tensor, offsets: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    if use_kernel(cost.device) and max(cost.shape[2], largest) <= _LARGEST_KERNEL_SIDE:
-        from detr_fast.kernels.assignment import assignment_forward
+    if not use_kernel(cost.device) or max(cost.shape[2], largest) > _LARGEST_KERNEL_SIDE:
+        return _reference(cost, offsets, largest)
+    from detr_fast.kernels.assignment import assignment_forward
 
-        return assignment_forward(cost.contiguous(), offsets.contiguous(), largest)
-    return _reference(cost, offsets, largest)
+    query, status = _empty_outputs(cost, offsets)
+    assignment_forward(cost.contiguous(), offsets.contiguous(), largest, query=query, status=status)
+    return query, status
 
 
 @_assign.register_fake
 def _assign_fake(cost, offsets, largest):
+    return _empty_outputs(cost, offsets)
+
+
+def _empty_outputs(cost, offsets) -> tuple[torch.Tensor, torch.Tensor]:
+    """query [L, T] and status [L, B], contiguous."""
     query = cost.new_empty(cost.shape[:2], dtype=torch.int64)
     return query, cost.new_empty((cost.shape[0], offsets.shape[0] - 1), dtype=torch.int32)
 

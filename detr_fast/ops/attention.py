@@ -1,21 +1,23 @@
 """`attention`: softmax(q kᵀ · scale) v with padded keys and dropout, without the [Lq, Lk] matrix in memory.
 
+Three implementations: the Triton kernels; chunks in plain PyTorch (`_attention_chunked`), which run where no kernel
+does (CPU, float64, wide heads); and `attention_reference`, the formula as it reads, differentiable, to compare with.
+
 Dropout draws one byte per element from Philox 4x32 with 7 rounds, keyed by the seed. One call gives 16 bytes; its
-counter is (query row, column group, batch · heads + head, 0), where a key's column is its place among its image's keys
-without padding. So the same seed drops the same elements whatever the tiles, in the forward, in the backward and in
-`attention_dropout_mask`, and a kernel that gathers the keys without padding finds their bytes next to each other.
+counter is (query row, column group, batch · heads + head, 0), where a key's column is its place among its image's valid
+keys. So the same seed drops the same elements whatever the tiles, in the forward, in the backward and in
+`attention_dropout_mask`, and a kernel that gathers the valid keys finds their bytes next to each other.
 Within 64 columns, group g of four holds the columns 8 j + 2 g + b at byte 2 j + b (j < 8, b < 2): the elements of one
 row that one GPU thread owns in a matrix product's result, so that a kernel can use all 16 bytes where they are made.
 """
 
-import functools
 import math
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from detr_fast.ops._attention_chunked import chunked_backward, chunked_forward, zero_rows
-from detr_fast.ops._dispatch import is_plain_eager, refuse_transforms, use_kernel
+from detr_fast.ops._dispatch import refuse_transforms, use_kernel
 from detr_fast.ops._dropout_bits import dropout_bytes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -92,8 +94,10 @@ def attention(
         raise ValueError(f"scale is {scale}; expected a finite number")
     if scale <= 0:
         query, scale = query * scale, 1.0
-    op = _Attention.apply if is_plain_eager(query, key, value) else _attention
-    return op(query, key, value, key_padding_mask, float(dropout_p), seed, scale, query_padding_mask)
+    # Listed here, not in the op, so that the backward gets the same lists, and a compiled graph makes them once for all
+    # layers under one mask.
+    lists = _lists(key_padding_mask, query_padding_mask) if _on_kernel(query, value) else (None, None)
+    return _attention(query, key, value, key_padding_mask, float(dropout_p), seed, scale, query_padding_mask, *lists)
 
 
 def attention_reference(
@@ -271,81 +275,115 @@ def _empty_blhd(batch, heads, length, head_dim, like: torch.Tensor) -> torch.Ten
     return like.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
-def _forward(query, key, value, key_padding_mask, dropout_p, seed, scale, query_padding_mask=None, remember=None):
-    out, logsumexp = _forward_fake(query, key, value, key_padding_mask, dropout_p, seed, scale)
-    dropout = (_dropout_threshold(dropout_p), _dropout_scale(dropout_p))
-    inputs = (query, key, value, key_padding_mask, seed, *dropout, scale, query_padding_mask)
-    if _on_kernel(query, value):
-        from detr_fast.kernels.attention import attention_forward
-
-        with torch.cuda.device_of(query):
-            attention_forward(*inputs, out=out, logsumexp=logsumexp)
-    else:
-        with torch.autocast(query.device.type, enabled=False):
-            chunked_forward(*inputs, remember, out=out, logsumexp=logsumexp)
-    return out, logsumexp
-
-
-def _forward_fake(query, key, value, key_padding_mask, dropout_p, seed, scale, query_padding_mask=None):
+def _empty_outputs(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` and `logsumexp`, to be written."""
     batch, heads, q_len, _ = query.shape
     out = _empty_blhd(batch, heads, q_len, value.shape[3], query)
     return out, query.new_empty((batch, heads, q_len), dtype=torch.promote_types(query.dtype, torch.float32))
 
 
+def _empty_gradients(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The gradients of query, key and value, to be written."""
+    return tuple(_empty_blhd(*x.shape, x) for x in inputs)
+
+
+def _empty_rows(mask: torch.Tensor) -> torch.Tensor:
+    """A mask's list of valid rows, to be written."""
+    return mask.new_empty((mask.shape[0], 1 + mask.shape[1]), dtype=torch.int32)
+
+
+def _list_valid_rows(mask):
+    """[B, 1 + L] int32 of mask [B, L]: the number of valid rows; these, in order; then the others, from the last."""
+    rows = _empty_rows(mask)
+    if use_kernel(mask.device):
+        from detr_fast.kernels.attention import valid_rows
+
+        with torch.cuda.device_of(mask):
+            valid_rows(mask, out=rows)
+        return rows
+    valid, numbers = ~mask, torch.arange(mask.shape[1], dtype=torch.int32, device=mask.device)
+    before = valid.cumsum(dim=1) - valid.int()
+    rows[:, 0] = valid.sum(dim=1)
+    rows[:, 1:].scatter_(1, torch.where(mask, mask.shape[1] - 1 - numbers + before, before), numbers.expand(mask.shape))
+    return rows
+
+
+_valid_rows = torch.library.custom_op(
+    "detr_fast::valid_rows", _list_valid_rows, mutates_args=(), schema="(Tensor mask) -> Tensor"
+)
+_valid_rows.register_fake(_empty_rows)
+
+
+def _lists(key_padding_mask, query_padding_mask, valid_keys=None, valid_queries=None):
+    """What the kernels read in place of the masks: the lists given, or else made here; one list for one mask."""
+    if valid_keys is None and key_padding_mask is not None:
+        valid_keys = _valid_rows(key_padding_mask)
+    if valid_queries is None and query_padding_mask is not None:
+        valid_queries = valid_keys if query_padding_mask is key_padding_mask else _valid_rows(query_padding_mask)
+    return valid_keys, valid_queries
+
+
+def _forward(
+    query, key, value, key_padding_mask, dropout_p, seed, scale, query_padding_mask=None, valid_keys=None,
+    valid_queries=None,
+):  # fmt: skip
+    out, logsumexp = _empty_outputs(query, value)
+    dropout = (seed, _dropout_threshold(dropout_p), _dropout_scale(dropout_p))
+    if _on_kernel(query, value):
+        from detr_fast.kernels.attention import attention_forward
+
+        lists = _lists(key_padding_mask, query_padding_mask, valid_keys, valid_queries)
+        with torch.cuda.device_of(query):
+            attention_forward(query, key, value, *lists, *dropout, scale, out=out, logsumexp=logsumexp)
+    else:
+        masks = (key_padding_mask, query_padding_mask)
+        with torch.autocast(query.device.type, enabled=False):
+            chunked_forward(query, key, value, *masks, *dropout, scale, out=out, logsumexp=logsumexp)
+    return out, logsumexp
+
+
+def _forward_fake(query, key, value, *_, **__):
+    return _empty_outputs(query, value)
+
+
 def _backward(
     grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale, query_padding_mask=None,
-    remembered=(),
+    valid_keys=None, valid_queries=None,
 ):  # fmt: skip
-    grads = _backward_fake(grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale)
-    dropout = (_dropout_threshold(dropout_p), _dropout_scale(dropout_p))
-    inputs = (
-        grad_out, query, key, value, out, logsumexp, key_padding_mask, seed, *dropout, scale, query_padding_mask
-    )  # fmt: skip
+    grads = _empty_gradients(query, key, value)
+    inputs = (grad_out, query, key, value, out, logsumexp)
+    dropout = (seed, _dropout_threshold(dropout_p), _dropout_scale(dropout_p))
     outputs = dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=True))
     if _on_kernel(query, value):
         from detr_fast.kernels.attention_backward import attention_backward
 
+        lists = _lists(key_padding_mask, query_padding_mask, valid_keys, valid_queries)
         with torch.cuda.device_of(query):
-            attention_backward(*inputs, **outputs)
+            attention_backward(*inputs, *lists, *dropout, scale, **outputs)
     else:
+        masks = (key_padding_mask, query_padding_mask)
         with torch.autocast(query.device.type, enabled=False):
-            chunked_backward(*inputs, remembered, **outputs)
+            chunked_backward(*inputs, *masks, *dropout, scale, **outputs)
     return grads
 
 
-def _backward_fake(
-    grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale, query_padding_mask=None
-):
-    return tuple(_empty_blhd(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x) for x in (query, key, value))
+def _backward_fake(grad_out, query, key, value, *_, **__):
+    return _empty_gradients(query, key, value)
 
 
-def _save_for_backward(ctx, inputs, output, remembered=()):
-    query, key, value, key_padding_mask, dropout_p, seed, scale, query_padding_mask = inputs
+def _save_for_backward(ctx, inputs, output):
+    query, key, value, key_padding_mask, ctx.dropout_p, seed, ctx.scale, *rows = inputs
     out, logsumexp = output
     ctx.mark_non_differentiable(logsumexp)
-    masks = (key_padding_mask, query_padding_mask)
-    ctx.save_for_backward(query, key, value, out, logsumexp, *masks, seed, *remembered)
-    ctx.dropout_p, ctx.scale = dropout_p, scale
+    ctx.save_for_backward(query, key, value, out, logsumexp, key_padding_mask, seed, *rows)
 
 
-def _differentiate(backward, ctx, grad_out, _):
-    query, key, value, out, logsumexp, key_padding_mask, query_padding_mask, seed, *remembered = ctx.saved_tensors
-    rest = (key_padding_mask, ctx.dropout_p, seed, ctx.scale, query_padding_mask)
-    grads = backward(grad_out, query, key, value, out, logsumexp, *rest, *([remembered] if remembered else []))
-    return *grads, None, None, None, None, None
-
-
-class _Attention(torch.autograd.Function):
-    """What the custom op does, without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *inputs):  # a setup_context of its own has torch look up forward's signature in every call
-        remembered = []
-        output = _forward(*inputs, remember=remembered if any(ctx.needs_input_grad) else None)
-        _save_for_backward(ctx, inputs, output, remembered)
-        return output
-
-    backward = staticmethod(once_differentiable(functools.partial(_differentiate, _backward)))
+@once_differentiable
+def _differentiate(ctx, grad_out, _):
+    *tensors, key_padding_mask, seed, query_padding_mask, valid_keys, valid_queries = ctx.saved_tensors
+    rows = (query_padding_mask, valid_keys, valid_queries)
+    grads = _attention_backward(grad_out, *tensors, key_padding_mask, ctx.dropout_p, seed, ctx.scale, *rows)
+    return *grads, *[None] * 7
 
 
 _attention = torch.library.custom_op(
@@ -353,7 +391,8 @@ _attention = torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, float dropout_p, Tensor? seed, "
-    "float scale, Tensor? query_padding_mask=None) -> (Tensor, Tensor)",
+    "float scale, Tensor? query_padding_mask=None, Tensor? valid_keys=None, Tensor? valid_queries=None) -> "
+    "(Tensor, Tensor)",
 )
 _attention.register_fake(_forward_fake)
 _attention_backward = torch.library.custom_op(
@@ -361,11 +400,11 @@ _attention_backward = torch.library.custom_op(
     _backward,
     mutates_args=(),
     schema="(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
-    "Tensor? key_padding_mask, float dropout_p, Tensor? seed, float scale, Tensor? query_padding_mask=None) -> "
-    "(Tensor, Tensor, Tensor)",
+    "Tensor? key_padding_mask, float dropout_p, Tensor? seed, float scale, Tensor? query_padding_mask=None, "
+    "Tensor? valid_keys=None, Tensor? valid_queries=None) -> (Tensor, Tensor, Tensor)",
 )
 _attention_backward.register_fake(_backward_fake)
-_attention.register_autograd(functools.partial(_differentiate, _attention_backward), setup_context=_save_for_backward)
+_attention.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
 @_attention.register_vmap

@@ -1,29 +1,31 @@
-"""Convolution, frozen batch norm, residual and ReLU as one step.
+"""`folded_conv`: convolution, frozen batch norm, residual and ReLU as one step.
 
 A frozen norm is y = scale * x + bias with constants, so it folds into the convolution before it: the weights are
-multiplied by scale, the bias is added by the convolution. What is left of conv → norm → (+ residual) → ReLU is one
-convolution, on a GPU one cuDNN kernel (`aten.cudnn_convolution_relu`, `aten.cudnn_convolution_add_relu`), and of the
-four activations that autograd would keep only the last one is: it tells where ReLU was active, and it is the next
+multiplied by `scale`, and `bias` is the convolution's. On a GPU what is left is one cuDNN kernel. Of the four
+activations that autograd would keep only the last is kept: it tells where ReLU was active, and it is the next
 convolution's input anyway.
 
     forward:   out = relu(conv(x, scale * W) + bias + residual)
     backward:  g = grad where out > 0;  dresidual = g;  dx = conv_backward(g, scale * W);
                dW = scale * conv_backward_weight(g, x)
 
-The weights are folded in float32 (float64 for float64) and rounded once to the activations' dtype.
+The weights are folded in float32 (float64 for float64) and rounded once to the activations' dtype. On every device the
+op runs the folded formula; `folded_conv_reference` is the unfolded one, to test against.
 """
 
-import warnings
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from detr_fast.ops._dispatch import is_plain_eager, refuse_transforms
+
 Affine = tuple[Tensor, Tensor | None]
 
-# What cuDNN has no fused kernel for on this machine: then the steps are computed one by one.
-_REFUSED: set[tuple] = set()
+_cudnn_relu = torch.ops.aten.cudnn_convolution_relu
+_cudnn_add_relu = torch.ops.aten.cudnn_convolution_add_relu
 
 
 def folded_conv(
@@ -41,8 +43,7 @@ def folded_conv(
 ) -> Tensor:
     """relu(conv(x, scale * weight) + bias + residual), differentiable once in x, weight and residual.
 
-    Under autocast x and residual are cast as a convolution's would be. Where no input needs a gradient nothing is
-    kept. A channels-last x gives a channels-last result.
+    Under autocast x and residual are cast as a convolution's input would be.
 
     Args:
         x: [B, C, H, W], floating point.
@@ -53,10 +54,12 @@ def folded_conv(
         stride, padding, dilation, groups: of the convolution.
 
     Returns:
-        [B, O, h, w] in x's dtype, or in autocast's.
+        [B, O, h, w] in x's dtype, or in autocast's; channels-last if x is, else contiguous.
 
     Raises:
         ValueError: scale or bias does not fit the weight.
+        NotImplementedError: inside `torch.vmap` or `torch.func`'s transforms, or with forward-mode tangents.
+        RuntimeError: when differentiated twice.
     """
     if scale.shape != weight.shape[:1] or (bias is not None and bias.shape != scale.shape):
         shapes = f"scale is {list(scale.shape)}, bias {None if bias is None else list(bias.shape)}"
@@ -65,19 +68,13 @@ def folded_conv(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
-    geometry = (stride, padding, dilation, groups)
-    inputs = (x, weight, residual)
-    if torch.compiler.is_compiling():
-        # The compiler differentiates and fuses this itself; torch 2.11's gives wrong gradients for a function that
-        # defines its own.
-        folded = (weight * scale[:, None, None, None]).to(x.dtype)
-        out = F.conv2d(x, folded, None if bias is None else bias.to(x.dtype), *geometry)
-        out = out if residual is None else out + residual
-        return out.relu() if relu else out
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _FoldedConv.apply(x, weight, scale, bias, residual, relu, geometry)
-    with torch.no_grad():
-        return _forward(x, _fold(x, weight, scale), bias, residual, relu, geometry)
+    differentiable = (x, weight) if residual is None else (x, weight, residual)
+    refuse_transforms("folded_conv", *differentiable)
+    op = _folded_conv
+    if is_plain_eager(*differentiable, scale):
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
+        op = _FoldedConv.apply if needs_grad else _forward
+    return op(x, weight, scale, bias, residual, relu, stride, padding, dilation, groups)
 
 
 def folded_conv_reference(
@@ -104,91 +101,161 @@ def folded_conv_reference(
     return (out.relu() if relu else out).to(x.dtype)
 
 
-class _FoldedConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, scale, bias, residual, relu, geometry):
-        folded = _fold(x, weight, scale)
-        out = _forward(x, folded, bias, residual, relu, geometry)
-        x_needed, weight_needed = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(
-            x if weight_needed else None,
-            folded if x_needed else None,
-            scale if weight_needed else None,
-            out if relu else None,
-        )
-        ctx.geometry, ctx.x_shape, ctx.weight_shape, ctx.weight_dtype = geometry, x.shape, weight.shape, weight.dtype
-        ctx.weight_format = _format(weight)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, folded, scale, out = ctx.saved_tensors
-        x_needed, weight_needed, _, _, residual_needed = ctx.needs_input_grad[:5]
-        if out is not None:
-            grad = torch.ops.aten.threshold_backward(grad, out, 0)
-        grad_x = grad_weight = None
-        if x_needed or weight_needed:
-            stride, padding, dilation, groups = ctx.geometry
-            grad_x, grad_folded, _ = torch.ops.aten.convolution_backward(
-                grad,
-                # Where only the other gradient is wanted, its shape is enough (as in torch.nn.grad).
-                grad.new_empty(1).expand(ctx.x_shape) if x is None else x,
-                grad.new_empty(1).expand(ctx.weight_shape) if folded is None else folded,
-                None, stride, padding, dilation, False, (0, 0), groups, (x_needed, weight_needed, False),
-            )  # fmt: skip
-        if weight_needed:
-            grad_weight = torch.empty(
-                ctx.weight_shape, dtype=ctx.weight_dtype, device=grad.device, memory_format=ctx.weight_format
-            )
-            torch.mul(grad_folded, scale[:, None, None, None], out=grad_weight)
-        return grad_x, grad_weight, None, None, grad if residual_needed else None, None, None
-
-
 def _format(x: Tensor) -> torch.memory_format:
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
 
+def _empty(shape, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Channels-last if `like` is, else contiguous."""
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=_format(like))
+
+
 def _fold(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """scale * weight in x's dtype and memory format, in one pass."""
-    folded = torch.empty(weight.shape, dtype=x.dtype, device=weight.device, memory_format=_format(x))
-    return torch.mul(weight, scale[:, None, None, None], out=folded)
+    return torch.mul(weight, scale[:, None, None, None], out=_empty(weight.shape, x.dtype, x))
 
 
-def _forward(x: Tensor, folded: Tensor, bias, residual, relu: bool, geometry) -> Tensor:
+def _forward(x, weight, scale, bias, residual, relu, stride, padding, dilation, groups) -> Tensor:
+    with torch.no_grad():
+        folded = _fold(x, weight, scale)
+        return _convolve(x, folded, bias, residual, relu, stride, padding, dilation, groups)
+
+
+def _convolve(x, folded, bias, residual, relu, stride, padding, dilation, groups) -> Tensor:
+    geometry = (stride, padding, dilation, groups)
+    memory_format = _format(x)
     bias = None if bias is None else bias.to(x.dtype)
-    if relu and x.device.type == "cuda":
-        out = _cudnn(x, folded, bias, residual, geometry)
-        if out is not None:
-            return out
-    out = F.conv2d(x, folded, bias, *geometry)
+    if relu and _has_fused_kernel(x, folded, groups):
+        if residual is None:
+            return _cudnn_relu(x, folded, bias, *geometry)
+        return _cudnn_add_relu(x, folded, residual.contiguous(memory_format=memory_format), 1.0, bias, *geometry)
+    out = F.conv2d(x, folded, bias, *geometry).contiguous(memory_format=memory_format)
     if residual is not None:
         out += residual
     return out.relu_() if relu else out
 
 
-def _cudnn(x: Tensor, folded: Tensor, bias, residual, geometry) -> Tensor | None:
-    """cuDNN's fused kernel, or None where it cannot be used."""
-    stride, padding, dilation, groups = geometry
-    kind = (x.device, x.dtype, residual is not None, tuple(folded.shape[1:]), geometry)
-    if kind in _REFUSED or not x.numel() or not torch.backends.cudnn.is_acceptable(x):
-        return None
-    try:
-        if residual is None:
-            return torch.ops.aten.cudnn_convolution_relu(x, folded, bias, stride, padding, dilation, groups)
-        residual = residual.contiguous(memory_format=_format(x))
-        return torch.ops.aten.cudnn_convolution_add_relu(
-            x, folded, residual, 1.0, bias, stride, padding, dilation, groups
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        _REFUSED.add(kind)
-        reason = str(error).strip().split("\n")[0]
-        warnings.warn(
-            f"cuDNN has no fused convolution for a {list(folded.shape)} kernel, {x.dtype}: bias, residual and ReLU are "
-            f"computed one by one there ({reason})",
-            stacklevel=2,
-        )
-        return None
+def _has_fused_kernel(x: Tensor, folded: Tensor, groups: int) -> bool:
+    """Whether cuDNN's convolution with bias, residual and ReLU in one kernel takes these.
+
+    Its kernels want one group, whole 16-byte vectors of channels (with an RGB image's three it is far slower than the
+    steps: pytorch #68506) and 32-bit offsets. bfloat16 needs compute capability 8.0.
+    `torch.backends.cudnn.is_acceptable` is not asked: it knows no bfloat16.
+    """
+    if x.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    if not (torch.backends.cudnn.enabled and torch.backends.cudnn.is_available()):
+        return False
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return False
+    if x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    in_channels, out_channels = x.shape[1], folded.shape[0]
+    vector = 16 // x.dtype.itemsize
+    if groups != 1 or in_channels % vector or out_channels % vector:
+        return False
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return 0 < pixels * max(in_channels, out_channels) < 2**31
+
+
+def _backward(
+    grad, x, weight, scale, stride, padding, dilation, groups, x_needed, weight_needed, folded=None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of conv(x, scale * weight) in x and weight, each like its input; one that is not needed is empty."""
+    if folded is None:
+        folded = _fold(x, weight, scale) if x_needed else _shape_alone(x, weight.shape)
+    grad_x, grad_folded, _ = torch.ops.aten.convolution_backward(
+        grad, x, folded, None, stride, padding, dilation, False, (0, 0), groups, (x_needed, weight_needed, False)
+    )
+    grad_x = grad_x.contiguous(memory_format=_format(x)) if x_needed else _empty_gradient(x, False)
+    grad_weight = _empty_gradient(weight, weight_needed)
+    if weight_needed:
+        torch.mul(grad_folded, scale[:, None, None, None], out=grad_weight)
+    return grad_x, grad_weight
+
+
+def _empty_gradient(like: Tensor, needed: bool) -> Tensor:
+    return _empty(like.shape, like.dtype, like) if needed else like.new_empty(0)
+
+
+def _shape_alone(like: Tensor, shape) -> Tensor:
+    """Stands for an input of which only the shape is read: that of the one gradient wanted (as in `torch.nn.grad`)."""
+    return like.new_empty(1).expand(shape)
+
+
+def _save_for_backward(ctx, inputs, output, *folded):
+    x, weight, scale, _, _, relu, *ctx.geometry = inputs
+    x_needed, weight_needed = ctx.needs_input_grad[:2]
+    if not (x_needed or weight_needed):
+        weight = scale = None
+    ctx.save_for_backward(x if weight_needed else None, weight, scale, output if relu else None, *folded)
+    ctx.x_shape = x.shape
+
+
+def _differentiate(backward, ctx, grad):
+    x, weight, scale, out, *folded = ctx.saved_tensors
+    x_needed, weight_needed, _, _, residual_needed = ctx.needs_input_grad[:5]
+    if out is not None:
+        grad = torch.ops.aten.threshold_backward(grad, out, 0)
+    grad_x = grad_weight = None
+    if x_needed or weight_needed:
+        x = _shape_alone(grad, ctx.x_shape) if x is None else x
+        grad_x, grad_weight = backward(grad, x, weight, scale, *ctx.geometry, x_needed, weight_needed, *folded)
+    return (
+        grad_x if x_needed else None, grad_weight if weight_needed else None, None, None,
+        grad if residual_needed else None, *[None] * 5,
+    )  # fmt: skip
+
+
+class _FoldedConv(torch.autograd.Function):
+    """What the custom op does, without the dispatcher; and the folded weight is kept instead of folded again."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # a setup_context of its own has torch look up forward's signature in every call
+        x, weight, scale, *rest = inputs
+        folded = _fold(x, weight, scale)
+        out = _convolve(x, folded, *rest)
+        _save_for_backward(ctx, inputs, out, folded if ctx.needs_input_grad[0] else None)
+        return out
+
+    backward = staticmethod(once_differentiable(functools.partial(_differentiate, _backward)))
+
+
+_folded_conv = torch.library.custom_op(
+    "detr_fast::folded_conv",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, bool relu, SymInt[2] stride, "
+    "SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
+)
+
+
+@_folded_conv.register_fake
+def _folded_conv_fake(x, weight, scale, bias, residual, relu, stride, padding, dilation, groups):
+    shape = F.conv2d(x, weight.to(x.dtype), None, stride, padding, dilation, groups).shape
+    return _empty(shape, x.dtype, x)
+
+
+_folded_conv_backward = torch.library.custom_op(
+    "detr_fast::folded_conv_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor scale, SymInt[2] stride, SymInt[2] padding, "
+    "SymInt[2] dilation, SymInt groups, bool x_needed, bool weight_needed) -> (Tensor, Tensor)",
+)
+
+
+@_folded_conv_backward.register_fake
+def _folded_conv_backward_fake(grad, x, weight, scale, stride, padding, dilation, groups, x_needed, weight_needed):
+    return _empty_gradient(x, x_needed), _empty_gradient(weight, weight_needed)
+
+
+_folded_conv.register_autograd(
+    functools.partial(_differentiate, _folded_conv_backward), setup_context=_save_for_backward
+)
+
+
+@_folded_conv.register_vmap
+def _folded_conv_vmap(info, in_dims, *args):
+    raise NotImplementedError("folded_conv has no vmap rule; fold the mapped dimension into the batch")

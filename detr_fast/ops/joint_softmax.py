@@ -14,8 +14,8 @@ def joint_softmax(scores: torch.Tensor, key_padding_mask: torch.Tensor | None = 
         key_padding_mask: [B, L] bool, True = padding: these keys get weight 0. None: there is no padding.
 
     Returns:
-        Weights [B, Q, H, L], contiguous, in the scores' dtype. All zeros, with a gradient of zeros, for a query whose
-        keys are all padded.
+        Weights [B, Q, H, L], contiguous, in the scores' dtype. A query whose keys are all padded gets zeros, and its
+        scores a gradient of zeros.
 
     Raises:
         TypeError: `scores` is not floating point, `key_padding_mask` not bool.
@@ -68,39 +68,45 @@ def _on_kernel(scores: torch.Tensor) -> bool:
     return use_kernel(scores.device) and scores.dtype != torch.float64
 
 
+def _empty_like(scores: torch.Tensor) -> torch.Tensor:
+    """[B, Q, H, L], contiguous whatever the strides of `scores`."""
+    return torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+
+
 @torch.library.custom_op("detr_fast::joint_softmax", mutates_args=())
 def _joint_softmax(scores: torch.Tensor, key_padding_mask: torch.Tensor | None) -> torch.Tensor:
     if not _on_kernel(scores):
         return joint_softmax_reference(scores, key_padding_mask)
     from detr_fast.kernels.joint_softmax import joint_softmax_forward
 
-    weights = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    weights = _empty_like(scores)
     joint_softmax_forward(scores, key_padding_mask, weights=weights)
     return weights
 
 
 @_joint_softmax.register_fake
 def _joint_softmax_fake(scores, key_padding_mask):
-    return torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    return _empty_like(scores)
 
 
 @torch.library.custom_op("detr_fast::joint_softmax_backward", mutates_args=())
 def _joint_softmax_backward(grad: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    grad_scores = _empty_like(weights)
     if _on_kernel(weights):
         from detr_fast.kernels.joint_softmax import joint_softmax_backward
 
-        grad_scores = torch.empty_like(weights)
         joint_softmax_backward(grad, weights, grad_scores=grad_scores)
-        return grad_scores
-    dtype = torch.promote_types(weights.dtype, torch.float32)
-    grad, promoted = grad.to(dtype), weights.to(dtype)
-    dot = (grad * promoted).sum(dim=(2, 3), keepdim=True)
-    return (promoted * (grad - dot)).to(weights.dtype).contiguous()
+    else:
+        dtype = torch.promote_types(weights.dtype, torch.float32)
+        grad, weights = grad.to(dtype), weights.to(dtype)
+        dot = (grad * weights).sum(dim=(2, 3), keepdim=True)
+        grad_scores.copy_(weights * (grad - dot))
+    return grad_scores
 
 
 @_joint_softmax_backward.register_fake
 def _joint_softmax_backward_fake(grad, weights):
-    return torch.empty_like(weights)
+    return _empty_like(weights)
 
 
 def _setup_context(ctx, inputs, output):

@@ -18,9 +18,9 @@ def matching_cost(
 ) -> torch.Tensor:
     """The matcher's costs, ``cost_bbox * L1 - cost_class * probability - cost_giou * GIoU``.
 
-    Computed in float32, float64 for float64 predictions (in plain PyTorch on every device). On CUDA nothing waits for
-    the device, so that values are not checked: a pair that must not be matched, because the target's label is not among
-    the K classes or its width or height is negative, or whose cost is not finite, costs NaN. Not differentiable.
+    Computed in float32, or in float64 for float64 predictions (in plain PyTorch on every device). Values are not
+    checked, so that nothing waits for the GPU: a pair costs NaN if its label is not among the K classes, its target's
+    width or height is negative, or its cost is not finite. Not differentiable.
 
     Args:
         logits: [L, B, Q, K] floating point: layers, images, queries, classes (no-object included).
@@ -115,16 +115,23 @@ def _matching_cost(
     cost_bbox: float,
     cost_giou: float,
 ) -> torch.Tensor:
-    if use_kernel(logits.device) and logits.dtype == torch.float32:
-        from detr_fast.kernels.matching_cost import matching_cost_forward
+    if not use_kernel(logits.device) or logits.dtype != torch.float32:
+        return _reference(logits, boxes, labels, target_boxes, offsets, cost_class, cost_bbox, cost_giou)
+    from detr_fast.kernels.matching_cost import matching_cost_forward
 
-        tensors = [t.contiguous() for t in (logits, boxes, labels, target_boxes, offsets)]
-        return matching_cost_forward(*tensors, cost_class, cost_bbox, cost_giou)
-    return _reference(logits, boxes, labels, target_boxes, offsets, cost_class, cost_bbox, cost_giou)
+    cost = _empty_cost(logits, labels)
+    tensors = [t.contiguous() for t in (logits, boxes, labels, target_boxes, offsets)]
+    matching_cost_forward(*tensors, cost_class, cost_bbox, cost_giou, cost=cost)
+    return cost
 
 
 @_matching_cost.register_fake
 def _matching_cost_fake(logits, boxes, labels, target_boxes, offsets, cost_class, cost_bbox, cost_giou):
+    return _empty_cost(logits, labels)
+
+
+def _empty_cost(logits, labels) -> torch.Tensor:
+    """[L, T, Q], contiguous."""
     return logits.new_empty((logits.shape[0], labels.shape[0], logits.shape[2]))
 
 

@@ -1,12 +1,10 @@
-"""pad_collate: images of different sizes become one zero-padded batch and its padding mask, in one launch.
+"""`pad_collate`: images of different sizes become one zero-padded batch and its padding mask, in one launch.
 
-What `nested_tensor_from_tensor_list` of the original does image by image (three copies each), with the steps around it
-fused in: uint8 -> float, mean/std, cast, channels_last, rounding the size up. `kernels/pad_collate.py` is the kernel;
-here are the ops, their shapes for the compiler, their gradient and the plain-PyTorch reference, which is also the CPU
-implementation.
+Fused with it: uint8 -> float, mean/std, cast, channels_last, rounding the size up. Without the kernel the ops run the
+plain-PyTorch reference.
 
-Source: facebookresearch/detr, `util/misc.py` (`nested_tensor_from_tensor_list`); `ToTensor` and `Normalize` of
-torchvision for the order of the arithmetic.
+Source: facebookresearch/detr, `util/misc.py` (`nested_tensor_from_tensor_list`); torchvision's `ToTensor` and
+`Normalize` for the order of the arithmetic.
 """
 
 import math
@@ -45,37 +43,31 @@ def pad_collate(
     channels_last: bool = False,
     size_divisor: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Pads images to the largest of each axis with zeros and tells where the padding is.
+    """Pad images with zeros to the largest size, and tell where the padding is.
 
-    Deterministic, and the same inside and outside autocast: the output's dtype is `dtype` or the first image's.
+    Deterministic. Autocast changes nothing: the output's dtype is `dtype` or the first image's.
 
     Args:
-        images: B >= 1 images [C_i, H_i, W_i] with any strides and sizes, 0 included, or a batched tensor [B, C, H, W].
-            bool, integers, float16, bfloat16, float32 or float64; images of another dtype than the first one's are
-            converted to it, as the original does. All must lie on one device: what the original does with images of
-            several devices is a hidden copy that waits for the GPU.
-        mean: one value per channel, subtracted from the images: from uint8 ones after division by 255 (as `ToTensor`
-            and `Normalize` do), from float ones as they are. Needs `std`, and uint8 or float images. Floats or a CPU
-            tensor (inside torch.compile: floats).
-        std: one value per channel, by which what is left is divided.
-        dtype: floating dtype of the batch, or the images' own dtype. Default: the images' dtype, except for uint8
-            images with `mean` and `std`, whose default is float32.
+        images: B >= 1 images [C_i, H_i, W_i], any strides and sizes, 0 included, or a tensor [B, C, H, W], on one
+            device. bool, integers or floats; images of another dtype than the first are converted to its dtype, as the
+            original does.
+        mean, std: one value per channel, both or neither, floats or CPU tensors (inside torch.compile: floats). Images
+            become (image - mean) / std, uint8 ones after division by 255. For uint8 and floating images.
+        dtype: of the batch: floating, or the images' own. Default: the images' own, but float32 for uint8 images with
+            `mean` and `std`.
         channels_last: the batch's memory is [B, H, W, C]; its shape stays [B, C, H, W].
         size_divisor: H and W are rounded up to a multiple of it.
 
     Returns:
-        batch: [B, C, H, W] with C, H, W the largest of the images (H and W rounded up). Padding is exactly 0, after
-            normalisation, too. Differentiable in the images: each gets its crop of the gradient, over `std`.
+        batch: [B, C, H, W], C, H, W the largest of the images (H and W rounded up). Padding is exactly 0, also after
+            normalisation. Differentiable in the images: each gets its crop of the gradient, over `std`.
         mask: [B, H, W] bool, True = padding. An image's own pixels are False, also in channels that it lacks.
 
     Raises:
-        ValueError: no image, an image that is not 3-D, images on several devices, only one of `mean` and `std`, a
-            `mean` or `std` whose length is not the number of channels, a value that is not finite, a `std` below 1e-30,
-            a `size_divisor` below 1.
-        TypeError: no sequence of images, an item that is not a (strided) tensor, a complex or other unsupported dtype,
-            `mean` and `std` with integer images other than uint8, an output dtype that is neither floating nor the
-            images' own, `mean` or `std` on a GPU or without a value per channel, a `size_divisor` that is not an
-            integer.
+        ValueError: no image; an image that is not 3-D; several devices; only one of `mean` and `std`, or one with the
+            wrong length or a value that is not finite; a `std` below 1e-30; a `size_divisor` below 1.
+        TypeError: not a sequence of strided tensors; an unsupported dtype of images or batch; `mean` and `std` with
+            integers other than uint8, on a GPU, or not one value per channel; a `size_divisor` that is no integer.
         NotImplementedError: inside `torch.vmap` or `torch.func`'s transforms, or with forward-mode tangents.
     """
     if not hasattr(images, "__iter__") or (isinstance(images, Tensor) and images.ndim == 0):
@@ -104,10 +96,10 @@ def pad_collate_packed(
     channels_last: bool = False,
     size_divisor: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """`pad_collate` of uint8 images that lie in one flat buffer, as `pack_images` makes it in a loader's worker.
+    """`pad_collate` of uint8 images in one flat buffer, as `pack_images` makes it in a loader's worker.
 
-    One buffer means one copy to the GPU, of one byte per value. The header stays on the CPU, where it gives the batch's
-    size without waiting for the GPU.
+    One buffer is one copy to the GPU, of one byte per value. The header stays on the CPU: the batch's size is known
+    without waiting for the GPU.
 
     Args:
         buffer: [N] uint8, contiguous, on the device of the result.
@@ -116,7 +108,7 @@ def pad_collate_packed(
         mean, std, dtype, channels_last, size_divisor: as in `pad_collate`.
 
     Returns:
-        (batch, mask) as `pad_collate` returns them.
+        (batch, mask) as `pad_collate`.
 
     Raises:
         ValueError: a header of another shape, without images, or that points outside the buffer; a buffer that is not
@@ -153,12 +145,12 @@ def pad_collate_packed(
 
 
 def pack_images(images: Sequence[Tensor], *, layout: str | None = None) -> tuple[Tensor, Tensor]:
-    """Writes uint8 images into one flat buffer with a header, for `pad_collate_packed`. Meant for a loader's worker.
+    """Write uint8 images into one flat buffer with a header, for `pad_collate_packed`, in a loader's worker.
 
     Args:
         images: B >= 1 uint8 CPU images [C_i, H_i, W_i] of any strides.
-        layout: "chw" or "hwc", the order of every image in the buffer. Default: each image's own, so that a decoded
-            image (`torch.from_numpy(array).permute(2, 0, 1)`) is copied without being transposed.
+        layout: "chw" or "hwc", the order of every image in the buffer. Default: each image's own, so that nothing is
+            transposed.
 
     Returns:
         buffer: [N] uint8, the images one after the other.
@@ -195,13 +187,13 @@ def pad_collate_reference(
     channels_last: bool = False,
     size_divisor: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """`pad_collate` in plain PyTorch, image by image; arguments and results are the same. Differentiable."""
+    """`pad_collate` in plain PyTorch, image by image; same arguments and results. Differentiable."""
     dtype = _output_dtype(dtype, images[0].dtype, mean is not None)
-    channels, height, width = (max(image.shape[axis] for image in images) for axis in range(3))
-    shape = (len(images), channels, _round_up(height, size_divisor), _round_up(width, size_divisor))
     device = images[0].device
-    batch = torch.empty(shape, dtype=dtype, device=device, memory_format=_memory_format(channels_last)).zero_()
-    mask = torch.ones((shape[0], *shape[2:]), dtype=torch.bool, device=device)
+    shapes = [tuple(image.shape) for image in images]
+    batch, mask = _empty_outputs(shapes, dtype, device, channels_last, size_divisor)
+    batch.zero_()
+    mask.fill_(True)
     for index, image in enumerate(images):
         channels, height, width = image.shape
         image = image.to(images[0].dtype)
@@ -216,8 +208,20 @@ def pad_collate_reference(
     return batch, mask
 
 
-# The ops. What the public functions above have checked is not checked again, except what would let the kernel read
-# memory that is not an image's.
+# The ops check again only what would make the kernel read memory outside the images.
+
+
+def _forward(images, mean, std, dtype, channels_last, size_divisor) -> tuple[Tensor, Tensor]:
+    if not use_kernel(images[0].device):
+        return pad_collate_reference(
+            images, mean=mean, std=std, dtype=dtype, channels_last=channels_last, size_divisor=size_divisor
+        )
+    from detr_fast.kernels.pad_collate import pad_collate_forward
+
+    shapes = [tuple(image.shape) for image in images]
+    batch, mask = _empty_outputs(shapes, dtype, images[0].device, channels_last, size_divisor)
+    pad_collate_forward(images, mean, std, batch=batch, mask=mask)
+    return batch, mask
 
 
 @torch.library.custom_op("detr_fast::pad_collate", mutates_args=())
@@ -232,18 +236,13 @@ def _pad_collate(
     for index, image in enumerate(images):
         if image.ndim != 3 or image.dtype != images[0].dtype or image.device != images[0].device:
             raise ValueError(f"image {index} is {_describe(image)}; expected 3-D, as image 0: {_describe(images[0])}")
-    if use_kernel(images[0].device):
-        from detr_fast.kernels.pad_collate import pad_collate_forward
-
-        return pad_collate_forward(images, mean, std, dtype, channels_last, size_divisor)
-    return pad_collate_reference(
-        images, mean=mean, std=std, dtype=dtype, channels_last=channels_last, size_divisor=size_divisor
-    )
+    return _forward(images, mean, std, dtype, channels_last, size_divisor)
 
 
 @_pad_collate.register_fake
 def _pad_collate_fake(images, mean, std, dtype, channels_last, size_divisor):
-    return _empty_outputs(images[0], [tuple(image.shape) for image in images], dtype, channels_last, size_divisor)
+    shapes = [tuple(image.shape) for image in images]
+    return _empty_outputs(shapes, dtype, images[0].device, channels_last, size_divisor)
 
 
 @torch.library.custom_op("detr_fast::pad_collate_packed", mutates_args=())
@@ -263,18 +262,12 @@ def _pad_collate_packed(
         images.append(
             values.view(height, width, channels).permute(2, 0, 1) if is_hwc else values.view(channels, height, width)
         )
-    if use_kernel(buffer.device):
-        from detr_fast.kernels.pad_collate import pad_collate_forward
-
-        return pad_collate_forward(images, mean, std, dtype, channels_last, size_divisor)
-    return pad_collate_reference(
-        images, mean=mean, std=std, dtype=dtype, channels_last=channels_last, size_divisor=size_divisor
-    )
+    return _forward(images, mean, std, dtype, channels_last, size_divisor)
 
 
 @_pad_collate_packed.register_fake
 def _pad_collate_packed_fake(buffer, header, mean, std, dtype, channels_last, size_divisor):
-    return _empty_outputs(buffer, [row[1:4] for row in _rows(header)], dtype, channels_last, size_divisor)
+    return _empty_outputs([row[1:4] for row in _rows(header)], dtype, buffer.device, channels_last, size_divisor)
 
 
 @torch.library.custom_op("detr_fast::pad_collate_backward", mutates_args=())
@@ -282,23 +275,25 @@ def _pad_collate_backward(
     grad: Tensor, shapes: Sequence[int], std: Sequence[float] | None, dtype: torch.dtype
 ) -> list[Tensor]:
     """Crops of grad [B, C, H, W], over std, as contiguous [C_i, H_i, W_i]; `shapes` is flat: 3 values per image."""
+    grad_images = _empty_images(shapes, dtype, grad.device)
     if use_kernel(grad.device):
         from detr_fast.kernels.pad_collate import pad_collate_backward
 
-        return pad_collate_backward(grad, _triples(shapes), std, dtype)
-    crops = []
-    for grad_CHW, (channels, height, width) in zip(grad, _triples(shapes), strict=True):
+        pad_collate_backward(grad, std, grad_images=grad_images)
+        return grad_images
+    for grad_CHW, grad_image in zip(grad, grad_images, strict=True):
+        channels, height, width = grad_image.shape
         crop = grad_CHW[:channels, :height, :width]
         if std is not None:
             crop = crop.to(_compute_dtype(grad.dtype, dtype))
             crop = crop / torch.as_tensor(std[:channels], dtype=crop.dtype, device=crop.device)[:, None, None]
-        crops.append(torch.empty((channels, height, width), dtype=dtype, device=grad.device).copy_(crop))
-    return crops
+        grad_image.copy_(crop)
+    return grad_images
 
 
 @_pad_collate_backward.register_fake
 def _pad_collate_backward_fake(grad, shapes, std, dtype):
-    return [grad.new_empty(shape, dtype=dtype) for shape in _triples(shapes)]
+    return _empty_images(shapes, dtype, grad.device)
 
 
 def _setup_context(ctx, inputs, output):
@@ -392,10 +387,6 @@ def _compute_dtype(source: torch.dtype, target: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in (source, target) else torch.float32
 
 
-def _memory_format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 def _round_up(size: int, divisor: int) -> int:
     return (size + divisor - 1) // divisor * divisor
 
@@ -404,11 +395,13 @@ def _rows(header: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(header[i : i + _HEADER_COLUMNS]) for i in range(0, len(header), _HEADER_COLUMNS)]
 
 
-def _triples(shapes: Sequence[int]) -> list[tuple[int, int, int]]:
-    return [tuple(shapes[i : i + 3]) for i in range(0, len(shapes), 3)]
+def _empty_images(shapes: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Contiguous [C_i, H_i, W_i]; `shapes` is flat: 3 values per image."""
+    return [torch.empty(tuple(shapes[i : i + 3]), dtype=dtype, device=device) for i in range(0, len(shapes), 3)]
 
 
-def _empty_outputs(like: Tensor, shapes, dtype, channels_last, size_divisor) -> tuple[Tensor, Tensor]:
+def _empty_outputs(shapes, dtype, device, channels_last, size_divisor) -> tuple[Tensor, Tensor]:
+    """Batch [B, C, H, W] and mask [B, H, W] for images of these shapes, which may be symbols."""
     channels, height, width = shapes[0]
     for shape in shapes[1:]:
         channels = torch.sym_max(channels, shape[0])
@@ -418,10 +411,10 @@ def _empty_outputs(like: Tensor, shapes, dtype, channels_last, size_divisor) -> 
     batch = torch.empty(
         (len(shapes), channels, height, width),
         dtype=dtype,
-        device=like.device,
-        memory_format=_memory_format(channels_last),
+        device=device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
-    return batch, torch.empty((len(shapes), height, width), dtype=torch.bool, device=like.device)
+    return batch, torch.empty((len(shapes), height, width), dtype=torch.bool, device=device)
 
 
 def _describe(value) -> str:

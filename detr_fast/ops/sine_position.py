@@ -1,5 +1,6 @@
 """`sine_position`: the sine position embedding of a feature map, straight from the batch's padding mask."""
 
+import functools
 import math
 
 import torch
@@ -9,10 +10,6 @@ from detr_fast.ops._dispatch import use_kernel
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LAYOUTS = ("nchw", "tokens")
-
-# Divisor tables by (device, stream, feature count, temperature). The stream is part of the key because nothing else
-# orders the kernels that fill a table before those that read it.
-_tables: dict[tuple, torch.Tensor] = {}
 
 
 def sine_position(
@@ -28,18 +25,18 @@ def sine_position(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sine position embedding of a feature map, and the padding mask at the feature map's size.
 
-    The mask is resized as ``F.interpolate(mask.float(), size)`` does (nearest, rounding down); any mask is taken, also
-    one with holes or without an unpadded cell. Nothing here is differentiable: the outputs never require grad.
+    The mask is resized as ``F.interpolate(mask.float(), size)`` does (nearest, rounding down). Any mask will do, also
+    one with holes or without a valid cell. Not differentiable.
 
     Args:
         mask: [B, H, W] bool, any strides, True = padding.
         size: (h, w) of the feature map; None keeps the mask's own.
         num_pos_feats: F, features per axis; even.
         temperature: base of the geometric row of periods.
-        normalize: divide the counts by the last one of their column or row (plus 1e-6) and multiply by `scale`.
+        normalize: divide each count by the last one of its column or row (plus 1e-6) and multiply by `scale`.
         scale: with `normalize` only; None means 2 pi.
         dtype: of the embedding. float32, bfloat16 and float16 are computed in float32 and cast, as the original does;
-            float64 is computed in float64, in plain PyTorch on every device, to measure the others against.
+            float64 in float64, in plain PyTorch on every device.
         layout: "nchw" or "tokens".
 
     Returns:
@@ -123,19 +120,24 @@ def _frequencies(num_pos_feats: int, temperature: float, dtype: torch.dtype, dev
 def _frequency_table(mask: torch.Tensor, num_pos_feats: int, temperature: float, dtype: torch.dtype) -> torch.Tensor:
     """`_frequencies` on the mask's device, remembered between calls in eager mode on CUDA.
 
-    Not remembered while compiling or tracing, where the five small ops belong to the graph, nor while a CUDA graph is
-    captured: its memory pool must not hold what others keep.
+    Not remembered while compiling or tracing, where its five small ops belong to the graph, nor during the capture of a
+    CUDA graph, whose memory belongs to that graph.
     """
     device = mask.device
     if torch.compiler.is_compiling() or type(mask) is not torch.Tensor or device.type != "cuda":
         return _frequencies(num_pos_feats, temperature, dtype, device)
     if torch.cuda.is_current_stream_capturing():
         return _frequencies(num_pos_feats, temperature, dtype, device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream, num_pos_feats, temperature, dtype)
-    if key not in _tables:
-        with torch.inference_mode(False):
-            _tables[key] = _frequencies(num_pos_feats, temperature, dtype, device)
-    return _tables[key]
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return _remembered_frequencies(num_pos_feats, temperature, dtype, device, stream)
+
+
+# A model uses one table per device and stream. Each stream has its own because only within a stream the launches that
+# fill a table come before those that read it, and before those that reuse its memory when it is dropped.
+@functools.lru_cache(maxsize=32)
+def _remembered_frequencies(num_pos_feats, temperature, dtype, device, stream: int) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return _frequencies(num_pos_feats, temperature, dtype, device)
 
 
 def _reference(mask, frequencies, height, width, normalize, scale, dtype, tokens):
@@ -168,15 +170,22 @@ def _sine_position(
     dtype: torch.dtype,
     tokens: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if use_kernel(mask.device) and dtype != torch.float64:
-        from detr_fast.kernels.sine_position import sine_position_forward
+    if not use_kernel(mask.device) or dtype == torch.float64:
+        return _reference(mask, frequencies, height, width, normalize, scale, dtype, tokens)
+    from detr_fast.kernels.sine_position import sine_position_forward
 
-        return sine_position_forward(mask, frequencies, height, width, normalize, scale, dtype, tokens)
-    return _reference(mask, frequencies, height, width, normalize, scale, dtype, tokens)
+    pos, resized = _empty_outputs(mask, frequencies, height, width, dtype, tokens)
+    sine_position_forward(mask, frequencies, normalize, scale, pos=pos, resized=resized)
+    return pos, resized
 
 
 @_sine_position.register_fake
 def _sine_position_fake(mask, frequencies, height, width, normalize, scale, dtype, tokens):
+    return _empty_outputs(mask, frequencies, height, width, dtype, tokens)
+
+
+def _empty_outputs(mask, frequencies, height, width, dtype, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embedding and resized mask, contiguous."""
     batch, channels = mask.shape[0], 2 * frequencies.shape[0]
     shape = (batch, height * width, channels) if tokens else (batch, channels, height, width)
     return mask.new_empty(shape, dtype=dtype), mask.new_empty((batch, height, width))

@@ -1,4 +1,4 @@
-"""Training and evaluation loops, checkpoints, processes, logs and configuration."""
+"""Training: the run, one epoch, checkpoints, logs."""
 
 from detr_fast.distributed import (
     all_gather,

@@ -11,14 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detr_fast.models.weights import load_url
-
-# What `load_weights` may leave at its fresh values: the parts whose size depends on the task.
-_REPLACEABLE = ("class_embed.", "query_embed.")
-# In a model with masks the detector's names begin with this.
-DETECTOR = "detr."
 
 
 def save_checkpoint(state: Mapping, path: str | os.PathLike) -> None:
@@ -78,61 +73,6 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return checkpoint
 
 
-def load_model(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads all of `state` into all of `model`.
-
-    Args:
-        model: gets the values.
-        state: name → tensor.
-        source: what the error message calls the state.
-
-    Raises:
-        ValueError: names or shapes differ; the message says which.
-    """
-    problems = _differences(model, state)
-    if problems:
-        raise ValueError(f"{source} does not fit this model: {_some(problems)}")
-    model.load_state_dict(state)
-
-
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> list[str]:
-    """Loads `state`, leaving the class head and the queries fresh where their sizes differ.
-
-    A model with masks also takes the weights of one without; its mask head is then left fresh.
-
-    Args:
-        model: gets the values.
-        state: name → tensor.
-        source: what the error message calls the state.
-
-    Returns:
-        One line for each tensor that was left as it is, with both shapes, and one for the mask head.
-
-    Raises:
-        ValueError: anything else does not fit; the message says what.
-    """
-    own = model.state_dict()
-    lines, fresh = [], {}
-    if has_masks(own) and not has_masks(state):
-        state = {f"{DETECTOR}{name}": value for name, value in state.items()}
-        fresh = {name: value for name, value in own.items() if not name.startswith(DETECTOR)}
-        lines.append(f"the mask head, which {source} does not have")
-    replaced = [
-        name
-        for name in own
-        if name.removeprefix(DETECTOR).startswith(_REPLACEABLE)
-        and name in state
-        and state[name].shape != own[name].shape
-    ]
-    load_model(model, {**state, **fresh, **{name: own[name] for name in replaced}}, source)
-    return [f"{name}: {list(state[name].shape)} there, {list(own[name].shape)} here" for name in replaced] + lines
-
-
-def has_masks(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is that of a model with masks."""
-    return any(name.startswith(DETECTOR) for name in state)
-
-
 def rng_state(device: torch.device) -> dict:
     """The states of Python's, NumPy's and torch's generators, and of `device`'s if it is a GPU, as plain values."""
     version, python, gauss = random.getstate()
@@ -158,33 +98,5 @@ def set_rng_state(state: Mapping, device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def plain_args(args: argparse.Namespace) -> dict:
-    """The arguments as a dict of numbers, strings and lists, for a checkpoint that loads with ``weights_only=True``."""
-    return {
-        name: value if isinstance(value, (int, float, str, list, dict, type(None))) else str(value)
-        for name, value in vars(args).items()
-    }
-
-
 def _is_state_dict(value) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
-
-
-def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    own = model.state_dict()
-    shapes = [
-        f"{name} is {list(state[name].shape)} there and {list(own[name].shape)} here"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    missing = [f"{name} is missing there" for name in own if name not in state]
-    # Left by code that trains batch norm; the models drop it on loading.
-    unexpected = [
-        f"{name} is unknown here" for name in state if name not in own and not name.endswith("num_batches_tracked")
-    ]
-    return shapes + missing + unexpected
-
-
-def _some(problems: list[str], most: int = 6) -> str:
-    rest = len(problems) - most
-    return "; ".join(problems[:most]) + (f"; and {rest} more" if rest > 0 else "")

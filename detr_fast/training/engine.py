@@ -4,22 +4,23 @@ Source: facebookresearch/detr, engine.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from typing import Any
 
 import torch
-from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from detr_fast.data.categories import Categories
-from detr_fast.data.panoptic import CocoPanoptic
 from detr_fast.data.prefetch import Prefetcher
-from detr_fast.evaluation import CocoEvaluator, LineEvaluator, PanopticEvaluator
+from detr_fast.errors import NonFiniteLossError
+from detr_fast.evaluation import Evaluator
 from detr_fast.nested_tensor import NestedTensor
+from detr_fast.tasks import Task, task_of_postprocessors
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.log import Metrics, Progress
-from detr_fast.training.nonfinite import FiniteWatch, NonFiniteLossError, explain_gradients, explain_non_finite
+from detr_fast.training.nonfinite import FiniteWatch, explain_gradients, explain_non_finite
 
+# The names are `detr_fast.config.PRECISIONS`.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -87,7 +88,6 @@ def train_one_epoch(
         raise NonFiniteLossError(_explain(model, criterion, batch, epoch, device, dtype))
 
     for index, (samples, targets) in enumerate(progress):
-        samples, targets = _to_device(samples, targets, device)
         batch = (index, samples, targets)
         group_start = index - index % accumulate_steps
         group_size = min(accumulate_steps, batches - group_start)
@@ -137,91 +137,60 @@ def evaluate(
     criterion: nn.Module,
     postprocessors: Mapping[str, nn.Module],
     data_loader: Iterable,
-    base_ds: COCO,
+    base_ds: Any,
     device: torch.device,
     output_dir: str = "",
     *,
+    task: Task | None = None,
     categories: Categories | None = None,
     precision: str = "fp32",
     print_freq: int = 10,
-    on_results: Callable[[dict[int, dict[str, Tensor]]], None] | None = None,
-) -> tuple[dict[str, float | list[float] | dict[str, float]], CocoEvaluator | LineEvaluator]:
-    """Losses and COCO's numbers (of lines: L-CNN's) over the loader's images.
+    on_results: Callable[[dict[int, dict[str, Any]]], None] | None = None,
+) -> tuple[dict[str, Any], Evaluator]:
+    """Losses and the task's numbers over the loader's images.
 
     Args:
         model, criterion, data_loader, device, precision, print_freq: as in `train_one_epoch`.
-        postprocessors: "bbox": outputs, sizes [B, 2] → scores, labels and boxes of each image; "segm", optional, adds
-            masks (`PostProcessSegm`); "panoptic", optional, gives panoptic pictures (`PostProcessPanoptic`), and the
-            loader's dataset is then a `CocoPanoptic`. Or "line" alone: lines of each image (`PostProcess_Line`).
-        base_ds: the annotations of boxes and masks.
-        output_dir: panoptic pictures and lists are written to its ``panoptic_eval/``; empty: nowhere.
+        postprocessors: by name, as the task's `build` returns them.
+        base_ds: what the results are compared with, see `Task.annotations`; COCO's annotations of boxes and masks.
+        output_dir: gets the files that belong to the evaluation, such as panoptic pictures; empty: they are not kept.
+        task: None: the one whose post-processors these are.
         categories: maps the model's labels to category ids. None: they are the same.
-        on_results: called for every batch with {image id: {"scores", "labels" (category ids), "boxes", "masks"}}.
+        on_results: called for every batch with {image id: {"scores", "labels" (category ids), …}}.
 
     Returns:
-        Means of the losses as in `train_one_epoch`, with "coco_eval_bbox" and, for masks, "coco_eval_masks" =
-        pycocotools' twelve numbers; for panoptic pictures "PQ_all", "PQ_th" and "PQ_st" (see `evaluation.pq_compute`;
-        not in other processes than the first); for lines "line_eval", see `LineEvaluator.stats`; and the evaluator.
+        Means of the losses as in `train_one_epoch` with what the evaluator adds: "coco_eval_bbox" and, for masks,
+        "coco_eval_masks" = pycocotools' twelve numbers; for panoptic pictures "PQ_all", "PQ_th" and "PQ_st" (in the
+        first process); for lines "line_eval", see `LineEvaluator.stats`; and the evaluator.
     """
     dtype = _autocast_dtype(precision)
     model.eval()
     criterion.eval()
     metrics = Metrics()
-    iou_types = [kind for kind in ("segm", "bbox") if kind in postprocessors]
-    evaluator = LineEvaluator(base_ds) if "line" in postprocessors else CocoEvaluator(base_ds, iou_types)
-    panoptic = _panoptic_evaluator(data_loader, output_dir) if "panoptic" in postprocessors else None
+    task = task_of_postprocessors(postprocessors) if task is None else task
+    evaluator = task.evaluator(base_ds, data_loader.dataset, output_dir)
 
-    for samples, targets in Progress(data_loader, "Test:", metrics, print_freq, device):
-        image_ids = [int(target["image_id"]) for target in targets]
+    for samples, targets in Progress(Prefetcher(data_loader, device), "Test:", metrics, print_freq, device):
+        image_ids = torch.cat([target["image_id"] for target in targets]).tolist()
         original_sizes, sizes = (torch.stack([target[key] for target in targets]) for key in ("orig_size", "size"))
-        samples, targets = _to_device(samples, targets, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             outputs = outputs_of(model, samples)
         loss_dict = criterion(outputs, targets)
         loss = _weighted_sum(loss_dict, criterion.weight_dict)
         metrics.update(_named_losses(loss_dict, loss, criterion.weight_dict, samples))
 
-        results = postprocessors["line" if "line" in postprocessors else "bbox"](outputs, original_sizes)
-        if "segm" in postprocessors:
-            results = postprocessors["segm"](results, outputs, original_sizes, sizes)
+        results = task.postprocess(postprocessors, outputs, original_sizes, sizes, samples.tensors.shape[-2:])
         if categories is not None:
             results = [{**result, "labels": categories.to_id(result["labels"])} for result in results]
-        results = dict(zip(image_ids, results, strict=True))
-        evaluator.update(results)
+        by_image = dict(zip(image_ids, results, strict=True))
+        evaluator.update(by_image)
         if on_results is not None:
-            on_results(results)
-        if panoptic is not None:
-            padded_size = samples.tensors.shape[-2:]
-            pictures = postprocessors["panoptic"](outputs, sizes, original_sizes, padded_size=padded_size)
-            for image_id, picture in zip(image_ids, pictures, strict=True):
-                picture.update(image_id=image_id, file_name=f"{image_id:012d}.png")
-            panoptic.update(pictures)
+            on_results(by_image)
 
     evaluator.synchronize_between_processes()
     evaluator.accumulate()
     evaluator.summarize()
-    stats = metrics.averages(device)
-    for kind, name in (("bbox", "coco_eval_bbox"), ("segm", "coco_eval_masks")):
-        if kind in iou_types:
-            stats[name] = evaluator.coco_eval[kind].stats.tolist()
-    if "line" in postprocessors:
-        stats["line_eval"] = evaluator.stats
-    if panoptic is not None:
-        panoptic.synchronize_between_processes()
-        quality = panoptic.summarize()
-        if quality is not None:
-            stats.update(PQ_all=quality["All"], PQ_th=quality["Things"], PQ_st=quality["Stuff"])
-    return stats, evaluator
-
-
-def _panoptic_evaluator(data_loader, output_dir: str) -> PanopticEvaluator:
-    dataset = data_loader.dataset
-    while not isinstance(dataset, CocoPanoptic) and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
-    if not isinstance(dataset, CocoPanoptic):
-        raise ValueError(f"panoptic pictures are evaluated on a CocoPanoptic, got a {type(dataset).__name__}")
-    folder = Path(output_dir) / "panoptic_eval" if output_dir else None
-    return PanopticEvaluator(dataset.ann_file, dataset.ann_folder, folder)
+    return {**metrics.averages(device), **evaluator.log_row()}, evaluator
 
 
 def _optimizer_step(
@@ -277,11 +246,6 @@ def outputs_of(model: nn.Module, samples: NestedTensor) -> dict:
     """The model's outputs; LETR's second stage returns something beside them."""
     outputs = model(samples)
     return outputs[0] if isinstance(outputs, tuple) else outputs
-
-
-def _to_device(samples, targets, device: torch.device) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
-    samples = samples.to(device, non_blocking=True)
-    return samples, [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in targets]
 
 
 def _autocast_dtype(precision: str) -> torch.dtype:

@@ -10,10 +10,6 @@ from torch.utils import _pytree as pytree
 from detr_fast.nested_tensor import NestedTensor
 
 
-class NonFiniteLossError(RuntimeError):
-    """Training met NaN or infinity; the message says where it first appears. The optimiser has not taken that step."""
-
-
 class FiniteWatch:
     """Collects one flag per step and reads it two steps later, when it has long been computed: nobody waits.
 

@@ -3,62 +3,63 @@
 Source: facebookresearch/detr, main.py.
 """
 
-import argparse
 import datetime
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from detr_fast.config import MODEL_SETTINGS, Config, check_for_training, make_output_dir, usage_errors
 from detr_fast.data.categories import Categories
-from detr_fast.data.coco import CocoDetection, build_dataset
-from detr_fast.data.lines import LineDetection, make_line_transforms
-from detr_fast.data.panoptic import CocoPanoptic
-from detr_fast.data.transforms import Compose, RandomHorizontalFlip, make_coco_transforms
-from detr_fast.distributed import all_gather, barrier, get_rank, is_main_process, say
-from detr_fast.models.letr import LETRstack, load_first_stage
-from detr_fast.training.checkpoint import (
-    load_model,
-    load_weights,
-    plain_args,
-    read_checkpoint,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
+from detr_fast.distributed import (
+    all_gather,
+    barrier,
+    get_rank,
+    get_world_size,
+    is_dist_avail_and_initialized,
+    is_main_process,
+    say,
 )
-from detr_fast.training.config import UsageError, check_train_args, make_output_dir, usage_errors
+from detr_fast.errors import UsageError
+from detr_fast.models.weights import load_model, load_weights
+from detr_fast.tasks import task_of
+from detr_fast.tasks.pictures import draw_sheet
+from detr_fast.training.checkpoint import read_checkpoint, rng_state, save_checkpoint, set_rng_state
+from detr_fast.training.curves import draw_curves
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.engine import evaluate, train_one_epoch
-from detr_fast.training.inference import save_evaluation
 from detr_fast.training.log import RunLog
 from detr_fast.training.optim import build_optimizer, build_scheduler, load_optimizer, steps_every
-from detr_fast.training.pictures import draw_curves, draw_samples
 from detr_fast.training.regions import compile_regions
-from detr_fast.training.setup import MODEL_ARGS, box_annotations, build, loader_for, start
+from detr_fast.training.setup import build, loader_for, start, with_norm
 
-# COCO's panoptic ids end at 200; the original's models, and so its checkpoints, have this many classes.
-_COCO_PANOPTIC_CLASSES = 250
-_LAST_COCO_THING = 90
+_SAMPLE_THRESHOLD = 0.5  # lowest score of what is drawn in samples/
 
 
-def train(args: argparse.Namespace) -> dict:
-    """Trains as the flags say (see `config.get_args_parser`) and evaluates on the way.
+def train(config: Config) -> dict:
+    """Trains as the configuration says and evaluates on the way.
 
     Returns:
         The last epoch's log row; its "test_coco_eval_bbox" are pycocotools' twelve numbers, and so are, with masks,
         "test_coco_eval_masks".
 
     Raises:
-        UsageError: the flags, the data or a checkpoint do not fit; the message is for the user.
+        UsageError: the configuration, the data or a checkpoint do not fit; the message is for the user.
         NonFiniteLossError: the loss or a gradient became NaN or infinite.
     """
-    check_train_args(args)
     with usage_errors():
-        trainer = Trainer(args, start(args))
+        task = task_of(config)
+        check_for_training(config)
+        task.check_image_size(config)
+        trainer = Trainer(*start(config))
     return trainer.run()
 
 
@@ -66,89 +67,80 @@ class Trainer:
     """All that a training run holds; `run` trains.
 
     Args:
-        args: checked flags.
+        config: as `start` returned it. What the data say about the classes is added.
         device: where to train.
 
     Attributes:
+        config: see above; what a checkpoint keeps.
+        task: what is trained.
         epoch: the next epoch.
         steps: optimiser steps so far.
-        best: the best AP so far (of masks, if there are some, otherwise of boxes; of lines sAP10), None before the
-            first evaluation.
+        best: the best score so far (see `Task.score`), None before the first evaluation.
     """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args, self.device = args, device
-        self.output_dir = make_output_dir(args.output_dir) if args.output_dir else None
-        self.dataset_train = build_dataset("train", args, uint8=True)
-        if args.augmentation == "flip":
-            if isinstance(self.dataset_train, LineDetection):
-                resize = make_line_transforms("val", scale=args.image_size, max_size=args.max_size, uint8=True)
-            else:
-                resize = make_coco_transforms("val", scales=args.image_size, max_size=args.max_size, uint8=True)
-            transforms = "transforms" if isinstance(self.dataset_train, CocoPanoptic) else "_transforms"
-            setattr(self.dataset_train, transforms, Compose([RandomHorizontalFlip(), resize]))
-        self.dataset_val = build_dataset("val", args, categories=self.dataset_train.categories, uint8=True)
-        self.coco_val = box_annotations(self.dataset_val, args)
-        self.categories = self.dataset_train.categories
-        args.num_classes = self.categories.num_classes
-        if isinstance(self.dataset_train, CocoPanoptic):
-            args.thing_classes = self.dataset_train.thing_classes
-            if _LAST_COCO_THING < self.categories.ids[-1] < _COCO_PANOPTIC_CLASSES:
-                args.num_classes = _COCO_PANOPTIC_CLASSES
-        self.loader_train = loader_for(self.dataset_train, args, train=True)
-        self.loader_val = loader_for(self.dataset_val, args, train=False)
-        checkpoint = self._resume_from()
-        weights = _read_weights(args.weights) if args.weights and checkpoint is None else None
-        frozen = _read_weights(args.frozen_weights) if args.frozen_weights and checkpoint is None else None
+    def __init__(self, config: Config, device: torch.device):
+        self.task, self.device = task_of(config), device
+        self.output_dir = make_output_dir(config.output_dir) if config.output_dir else None
+        self.dataset_train: Any = self.task.build_dataset("train", config, uint8=True)
+        self.categories: Categories = self.dataset_train.categories
+        self.dataset_val: Any = self.task.build_dataset("val", config, categories=self.categories, uint8=True)
+        self.annotations = self.task.annotations(self.dataset_val, config)
+        config = replace(config, **self.task.classes(self.dataset_train))
+        self.loader_train = loader_for(self.task, self.dataset_train, config, train=True)
+        self.loader_val = loader_for(self.task, self.dataset_val, config, train=False)
+        config, checkpoint = self._resume_from(config)
+        self.config = config = with_norm(config)
+        weights = _read_weights(config.weights) if config.weights and checkpoint is None else None
+        frozen = _read_weights(config.frozen_weights) if config.frozen_weights and checkpoint is None else None
 
-        self.model, self.criterion, self.postprocessors = build(args, own_weights=bool(checkpoint or weights or frozen))
+        self.model, self.criterion, self.postprocessors = build(
+            self.task, config, own_weights=bool(checkpoint or weights or frozen)
+        )
         self.model.to(device)
         self.n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if weights is not None:
-            for line in load_weights(self.model, weights, args.weights):
+            for line in load_weights(self.model, weights, config.weights):
                 say(f"--weights: not taken, starts fresh: {line}")
-        if frozen is not None and isinstance(self.model, LETRstack):
-            load_first_stage(self.model, frozen)
-        elif frozen is not None:
-            load_model(self.model.detr, frozen, f"--frozen_weights {args.frozen_weights}")
-        self.optimizer = build_optimizer(self.model, args)
-        self.steps_per_epoch = math.ceil(len(self.loader_train) / args.accumulate_steps)
-        self.scheduler = build_scheduler(self.optimizer, args, self.steps_per_epoch)
-        self.scaler = GradScaler(device.type) if args.precision == "fp16" else None
-        self.ema = ModelEma(self.model, args.ema_decay) if args.ema_decay else None
+        if frozen is not None:
+            self.task.load_frozen(self.model, frozen, f"--frozen_weights {config.frozen_weights}")
+        self.optimizer = build_optimizer(self.model, config)
+        self.steps_per_epoch = math.ceil(len(self.loader_train) / config.accumulate_steps)
+        self.scheduler = build_scheduler(self.optimizer, config, self.steps_per_epoch)
+        self.scaler = GradScaler(device.type) if config.precision == "fp16" else None
+        self.ema = ModelEma(self.model, config.ema_decay) if config.ema_decay else None
 
-        self.epoch, self.steps, self.best = args.start_epoch, 0, None
+        self.epoch, self.steps, self.best = config.start_epoch, 0, None
         self._unevaluated: dict | None = None  # training numbers of an epoch whose evaluation was interrupted
         if checkpoint is not None:
             self._continue(checkpoint)
         self.log = None
         if self.output_dir is not None and is_main_process():
-            self.log = RunLog(self.output_dir, self.epoch - (self._unevaluated is not None), args.tensorboard)
+            self.log = RunLog(self.output_dir, self.epoch - (self._unevaluated is not None), config.tensorboard)
 
-        if args.compile:
+        if config.compile:
             compile_regions(self.model, say)
         self.wrapped = self.model
-        if args.distributed:
+        if is_dist_avail_and_initialized():
             ids = [device.index] if device.type == "cuda" else None
             self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
 
     def run(self) -> dict:
-        """Trains up to `args.epochs` or `args.max_steps`. Returns the last epoch's log row, empty if none was left."""
-        args, row = self.args, {}
+        """Trains to the end that the configuration sets. Returns the last epoch's log row, empty if none was left."""
+        config, row = self.config, {}
         say(
             f"{self.n_parameters} trained parameters, {len(self.dataset_train)} training and {len(self.dataset_val)} "
-            f"validation images, {self.args.num_classes} classes, {self.steps_per_epoch} steps per epoch"
+            f"validation images, {self.config.num_classes} classes, {self.steps_per_epoch} steps per epoch"
         )
         began = time.perf_counter()
         if self._unevaluated is not None:
             row = self._finish(self.epoch - 1, self._unevaluated)
-        elif self.epoch >= args.epochs or self._at_last_step():
-            limit = f"--max_steps {args.max_steps}" if self._at_last_step() else f"--epochs {args.epochs}"
+        elif self.epoch >= config.epochs or self._at_last_step():
+            limit = f"--max_steps {config.max_steps}" if self._at_last_step() else f"--epochs {config.epochs}"
             say(
-                f"nothing is left to train: {args.resume} has {self.epoch} epochs, {self.steps} steps, and the run "
+                f"nothing is left to train: {config.resume} has {self.epoch} epochs, {self.steps} steps, and the run "
                 f"ends at {limit}. To train longer, give a larger one; to evaluate, use detr-fast eval"
             )
-        while self.epoch < args.epochs and not self._at_last_step():
+        while self.epoch < config.epochs and not self._at_last_step():
             self.loader_train.set_epoch(self.epoch)
             stats = train_one_epoch(
                 self.wrapped,
@@ -157,18 +149,18 @@ class Trainer:
                 self.optimizer,
                 self.device,
                 self.epoch,
-                args.clip_max_norm,
-                precision=args.precision,
+                config.clip_max_norm,
+                precision=config.precision,
                 scaler=self.scaler,
-                accumulate_steps=args.accumulate_steps,
-                step_scheduler=self.scheduler if steps_every(args) == "step" else None,
+                accumulate_steps=config.accumulate_steps,
+                step_scheduler=self.scheduler if steps_every(config) == "step" else None,
                 ema=self.ema,
-                max_steps=args.max_steps - self.steps if args.max_steps else None,
-                print_freq=args.print_freq,
+                max_steps=config.max_steps - self.steps if config.max_steps else None,
+                print_freq=config.print_freq,
             )
-            if steps_every(args) == "epoch":
+            if steps_every(config) == "epoch":
                 self.scheduler.step()
-            left = args.max_steps - self.steps if args.max_steps else self.steps_per_epoch
+            left = config.max_steps - self.steps if config.max_steps else self.steps_per_epoch
             self.steps += min(self.steps_per_epoch, left)
             self.epoch += 1
             row = self._finish(self.epoch - 1, stats)
@@ -178,11 +170,11 @@ class Trainer:
         return row
 
     def _at_last_step(self) -> bool:
-        return bool(self.args.max_steps) and self.steps >= self.args.max_steps
+        return bool(self.config.max_steps) and self.steps >= self.config.max_steps
 
     def _share_buffers(self) -> None:
         """Gives all processes the first one's batch norm statistics: each has seen other images."""
-        if self.args.distributed:
+        if is_dist_avail_and_initialized():
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
             if self.ema is not None:
@@ -190,17 +182,15 @@ class Trainer:
 
     def _finish(self, epoch: int, train_stats: Mapping[str, float]) -> dict:
         """Saves, evaluates if it is time, and logs. Returns the log row."""
-        args = self.args
+        config = self.config
         self._share_buffers()
-        is_last = self.epoch >= args.epochs or self._at_last_step()
+        is_last = self.epoch >= config.epochs or self._at_last_step()
         row = {f"train_{name}": value for name, value in train_stats.items()}
-        if is_last or (epoch + 1) % args.eval_every == 0:
+        if is_last or (epoch + 1) % config.eval_every == 0:
             # Saved before as well: an evaluation that fails costs no training.
             self._save(epoch, unevaluated=dict(train_stats))
             row.update({f"test_{name}": value for name, value in self._evaluate(epoch).items()})
-        # Of masks, where there are some: a frozen detector's boxes are always the same.
-        stats = row.get("test_coco_eval_masks", row.get("test_coco_eval_bbox"))
-        score = row["test_line_eval"]["sAP10"] if "test_line_eval" in row else stats[0] if stats else None
+        score = self.task.score({name.removeprefix("test_"): value for name, value in row.items()})
         is_best = score is not None and (self.best is None or score > self.best)
         if is_best:
             self.best = score
@@ -209,17 +199,17 @@ class Trainer:
             self.log.append(row)
             if not draw_curves(self.output_dir):
                 say("no curves.png: matplotlib is not installed (pip install matplotlib)")
-        self._save(epoch, is_best=is_best, numbered=(epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0)
+        self._save(epoch, is_best=is_best, numbered=(epoch + 1) % config.lr_drop == 0 or (epoch + 1) % 100 == 0)
         return row
 
     def _evaluate(self, epoch: int) -> dict:
-        samples: dict[int, dict[str, Tensor]] = {}
+        samples: dict[int, dict[str, Any]] = {}
 
         def keep(results):
             for image_id, result in results.items():
                 # Those of the smallest ids, in whatever order they come: every evaluation shows the same.
                 samples[image_id] = result
-                if len(samples) > self.args.sample_images:
+                if len(samples) > self.config.sample_images:
                     del samples[max(samples)]
 
         if self.ema is not None:
@@ -231,16 +221,11 @@ class Trainer:
             folder = self.output_dir / "eval"
             folder.mkdir(exist_ok=True)
             for name in ["latest.pth"] + ([f"{epoch:03}.pth"] if epoch % 50 == 0 else []):
-                save_evaluation(evaluator, folder / name)
+                save_checkpoint(evaluator.state(), folder / name)
             if samples:
                 folder = self.output_dir / "samples"
                 folder.mkdir(exist_ok=True)
-                draw_samples(
-                    folder / f"epoch{epoch:04}.png",
-                    self.coco_val,
-                    _image_folder(self.dataset_val),
-                    dict(sorted(samples.items())),
-                )
+                self._draw(folder / f"epoch{epoch:04}.png", dict(sorted(samples.items())))
         return stats
 
     def _evaluate_model(self, on_results):
@@ -249,14 +234,26 @@ class Trainer:
             self.criterion,
             self.postprocessors,
             self.loader_val,
-            self.coco_val,
+            self.annotations,
             self.device,
-            self.args.output_dir,
+            self.config.output_dir,
+            task=self.task,
             categories=self.categories,
-            precision=self.args.precision,
-            print_freq=self.args.print_freq,
+            precision=self.config.precision,
+            print_freq=self.config.print_freq,
             on_results=on_results,
         )
+
+    def _draw(self, path: Path, results: Mapping[int, Mapping[str, Any]]) -> None:
+        """Writes a picture with a row for each image: what is annotated, and what is predicted."""
+        coco, rows = self.annotations, []
+        names = {c["id"]: str(c.get("name", c["id"])) for c in coco.loadCats(coco.getCatIds())}
+        for image_id, result in results.items():
+            with Image.open(Path(self.dataset_val.img_folder) / coco.loadImgs(image_id)[0]["file_name"]) as file:
+                image = file.convert("RGB")
+            truth = [entry for entry in coco.loadAnns(coco.getAnnIds(image_id)) if not entry.get("iscrowd", 0)]
+            rows.append(self.task.draw_sample(image, truth, result, names, _SAMPLE_THRESHOLD, coco))
+        draw_sheet(path, rows)
 
     def _save(self, epoch: int, *, is_best: bool = False, numbered: bool = False, unevaluated: dict | None = None):
         """Writes checkpoint.pth, and checkpoint_best.pth and checkpoint0123.pth if asked for."""
@@ -269,7 +266,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.scheduler.state_dict(),
                 "epoch": epoch,
-                "args": plain_args(self.args),
+                "args": self.config.to_dict(),
                 "categories": self.categories.to_dict(),
                 "steps": self.steps,
                 "best": self.best,
@@ -288,26 +285,29 @@ class Trainer:
                 save_checkpoint(state, self.output_dir / name)
         barrier()
 
-    def _resume_from(self) -> dict | None:
-        path = self.args.resume
+    def _resume_from(self, config: Config) -> tuple[Config, dict | None]:
+        """The checkpoint to continue from, or None, and the configuration with its path."""
+        path: str | Path = config.resume
         if path == "auto":
             path = self.output_dir / "checkpoint.pth"
             if not path.is_file():
                 say(f"--resume auto: there is no {path} yet, starting anew")
-                return None
+                return config, None
         if not path:
-            return None
+            return config, None
         checkpoint = read_checkpoint(path)
-        self.args.resume = str(path)
+        config = replace(config, resume=str(path))
+        if config.backbone_norm is None:
+            config = replace(config, backbone_norm=checkpoint.get("args", {}).get("backbone_norm"))
         for name in ("weights", "frozen_weights"):
-            if getattr(self.args, name):
+            if getattr(config, name):
                 say(f"--{name} is not read again: the run continues from {path}")
-        _check_same_run(self.args, checkpoint, self.categories)
-        return checkpoint
+        _check_same_run(config, checkpoint, self.categories)
+        return config, checkpoint
 
     def _continue(self, checkpoint: dict) -> None:
         """Takes over a checkpoint's state, as far as it has one."""
-        source = self.args.resume
+        source = self.config.resume
         load_model(self.model, checkpoint["model"], source)
         if not {"optimizer", "lr_scheduler", "epoch"} <= set(checkpoint):
             say(f"--resume: {source} holds only weights; the optimiser starts fresh at epoch {self.epoch}")
@@ -318,8 +318,8 @@ class Trainer:
             raise UsageError(f"--resume: the optimiser in {source} does not fit: {error}") from error
         self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
         self.epoch = checkpoint["epoch"] + 1
-        if self.args.start_epoch not in (0, self.epoch):
-            say(f"--start_epoch {self.args.start_epoch} has no effect: {source} continues with epoch {self.epoch}")
+        if self.config.start_epoch not in (0, self.epoch):
+            say(f"--start_epoch {self.config.start_epoch} has no effect: {source} continues with epoch {self.epoch}")
         self.steps = checkpoint.get("steps", self.epoch * self.steps_per_epoch)
         self.best = checkpoint.get("best")
         self._unevaluated = checkpoint.get("unevaluated")
@@ -328,16 +328,16 @@ class Trainer:
         if self.ema is not None and "ema" in checkpoint:
             self.ema.load_state_dict(checkpoint["ema"])
         elif self.ema is not None:
-            self.ema = ModelEma(self.model, self.args.ema_decay)
+            self.ema = ModelEma(self.model, self.config.ema_decay)
             say(f"--ema_decay: {source} holds no averaged weights; the average starts from its weights")
         generators = checkpoint.get("rng", [])
-        if len(generators) == self.args.world_size:
+        if len(generators) == get_world_size():
             set_rng_state(generators[get_rank()], self.device)
             say(f"continuing {source} with epoch {self.epoch}")
         else:
             say(
                 f"continuing {source} with epoch {self.epoch}; it holds random states of {len(generators)} processes "
-                f"and there are {self.args.world_size}: not the very same numbers as without the interruption"
+                f"and there are {get_world_size()}: not the very same numbers as without the interruption"
             )
 
 
@@ -347,31 +347,21 @@ def _read_weights(path: str) -> dict[str, Tensor]:
     return checkpoint.get("ema", {}).get("values", checkpoint["model"])
 
 
-def _image_folder(dataset: CocoDetection | CocoPanoptic):
-    return dataset.img_folder if isinstance(dataset, CocoPanoptic) else dataset.root
-
-
-def _check_same_run(args: argparse.Namespace, checkpoint: Mapping, categories: Categories) -> None:
+def _check_same_run(config: Config, checkpoint: Mapping, categories: Categories) -> None:
     """Refuses to continue a checkpoint with another model or other classes; says what else differs."""
-    theirs = checkpoint.get("args", {})
-    differing = {
-        name: (theirs[name], getattr(args, name))
-        for name in theirs
-        if hasattr(args, name) and theirs[name] != plain_args(args)[name]
-    }
-    if "backbone_norm" in differing and args.backbone_norm is None:
-        del differing["backbone_norm"]  # filled in when the model is built
-    model = [name for name in (*MODEL_ARGS, "dropout", "lr_schedule") if name in differing]
+    theirs, ours = checkpoint.get("args", {}), config.to_dict()
+    differing = {name: (theirs[name], ours[name]) for name in theirs if name in ours and theirs[name] != ours[name]}
+    model = [name for name in (*MODEL_SETTINGS, "dropout", "lr_schedule") if name in differing]
     if model:
         text = ", ".join(f"--{name} was {differing[name][0]} and is {differing[name][1]}" for name in model)
-        raise UsageError(f"--resume {args.resume}: {text}; to start a new run from its weights, use --weights")
+        raise UsageError(f"--resume {config.resume}: {text}; to start a new run from its weights, use --weights")
     if "categories" in checkpoint and checkpoint["categories"] != categories.to_dict():
         raise UsageError(
-            f"--resume {args.resume}: it was trained for the categories {checkpoint['categories']['names']}, the data "
-            f"has {list(categories.names)}; to start a new run from its weights, use --weights"
+            f"--resume {config.resume}: it was trained for the categories {checkpoint['categories']['names']}, the "
+            f"data has {list(categories.names)}; to start a new run from its weights, use --weights"
         )
-    own = {"resume", "weights", "output_dir", "start_epoch", "rank", "gpu", "world_size", "distributed", "device"}
-    changed = [name for name in differing if name not in own and name not in MODEL_ARGS]
+    own = {"resume", "weights", "output_dir", "start_epoch", "world_size", "device"}
+    changed = [name for name in differing if name not in own and name not in MODEL_SETTINGS]
     for name in changed:
         kept = name in ("lr", "lr_backbone", "weight_decay")
         note = "the checkpoint's is kept" if kept else "the new one counts"

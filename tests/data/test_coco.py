@@ -140,7 +140,7 @@ def test_tensor_images_have_pils_pixels(tmp_path, mode, suffix, progressive, mon
     got = load_image_tensor(tmp_path / f"image.{suffix}")
     assert got.dtype == torch.uint8 and got.shape == (3, 43, 61)
     assert np.array_equal(got.permute(1, 2, 0).numpy(), expected)
-    monkeypatch.setattr("detr_fast.data.coco.decode_jpeg", None)
+    monkeypatch.setattr("detr_fast.data.images.decode_jpeg", None)
     assert torch.equal(load_image_tensor(tmp_path / f"image.{suffix}"), got)
 
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from detr_fast.data import build_dataset
-from detr_fast.data.lines import STRUCTURES, LineDetection, make_line_transforms, make_lines_dataset
+from detr_fast.data.generate.wireframes import STRUCTURES, make_lines_dataset
+from detr_fast.data.lines import LineDetection, make_line_transforms
 from detr_fast.data.transforms import crop, hflip, resize, vflip
 from detr_fast.geometry.lines import crop_lines, hflip_lines, ordered_ends, vflip_lines
 

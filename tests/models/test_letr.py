@@ -10,7 +10,7 @@ from plain_detr import plain_detr, plain_features, plain_position, plain_transfo
 from torch import nn
 
 from detr_fast.cli import main
-from detr_fast.data.lines import make_lines_dataset
+from detr_fast.data import make_lines_dataset
 from detr_fast.models.letr import (
     LETR,
     HungarianMatcher_Line,

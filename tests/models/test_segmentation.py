@@ -8,8 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from detr_fast.layers import PositionEmbeddingSine
-from detr_fast.models import DETR, Backbone, DETRsegm, Joiner, MaskHeadSmallConv, MHAttentionMap, Transformer
-from detr_fast.models.build import build_model
+from detr_fast.models import (
+    DETR,
+    Backbone,
+    DETRsegm,
+    Joiner,
+    MaskHeadSmallConv,
+    MHAttentionMap,
+    Transformer,
+    build_model,
+)
 from detr_fast.nested_tensor import nested_tensor_from_tensor_list
 from tests.models.test_build import _args
 

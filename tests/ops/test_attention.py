@@ -39,10 +39,8 @@ def make_mask(k_len=70, all_padded=True):
 
 @pytest.fixture(params=["one_image", "batch"])
 def grouping(request, monkeypatch):
-    """Images with padding one at a time, as a CPU computes much work, or the whole batch together."""
-    scores = 0 if request.param == "one_image" else 2**60
-    monkeypatch.setattr(_attention_chunked, "_ONE_IMAGE", scores)
-    monkeypatch.setattr(_attention_chunked, "_ONE_IMAGE_WITH_DROPOUT", scores)
+    """Images with padding one at a time, as on a CPU, or the whole batch together, as elsewhere."""
+    monkeypatch.setattr(_attention_chunked, "_may_read_masks", lambda device: request.param == "one_image")
     return request.param
 
 
@@ -228,9 +226,7 @@ def test_attention_without_padding(keys, queries, numbers, grouping):
 @pytest.mark.parametrize("dims", [(4, 6), (8, 8)], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_attention_computes_the_valid_pairs_alone(p, dims, monkeypatch):
-    """Where an image is much work, its scores in either pass are its queries times its keys without padding."""
-    for name in ("_ONE_IMAGE", "_ONE_IMAGE_WITH_DROPOUT"):
-        monkeypatch.setattr(_attention_chunked, name, 2 * 13 * 70)
+    """On a CPU an image's scores in either pass are its valid queries times its valid keys."""
     computed, has_fused = [], _attention_chunked._has_fused
 
     def count(q, k, v, seed):
@@ -250,9 +246,6 @@ def test_attention_computes_the_valid_pairs_alone(p, dims, monkeypatch):
             assert len(computed) == (1 if {keys, queries} <= {"none", "unused"} else 3)
             torch.autograd.grad(out, inputs, torch.ones_like(out))
             assert sum(computed) == 4 * (query_counts * key_counts).sum()
-    computed.clear()
-    attention(*(x[:, :, :12] for x in inputs), padding_masks(12)["suffix"], p, seed=SEED)
-    assert computed == [3 * 2 * 12 * 12]  # little work
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -263,7 +256,7 @@ def test_attention_in_chunks_reads_no_mask_on_a_gpu(p):
     with FakeTensorMode():
         inputs = [x.detach().to("cuda") for x in make_inputs(torch.float64, 2, 8, 300, 300)]
         mask = torch.zeros(2, 300, dtype=torch.bool, device="cuda")
-        settings = (mask, torch.zeros(1, dtype=torch.int64, device="cuda") if p else None, 77, 1.4, 0.5, mask)
+        settings = (mask, mask, torch.zeros(1, dtype=torch.int64, device="cuda") if p else None, 77, 1.4, 0.5)
         out, logsumexp = torch.empty_like(inputs[2]), inputs[0].new_empty(2, 8, 300)
         _attention_chunked.chunked_forward(*inputs, *settings, out=out, logsumexp=logsumexp)
         grads = {f"grad_{name}": x.clone() for name, x in zip(("query", "key", "value"), inputs, strict=True)}
@@ -285,67 +278,15 @@ def test_attention_in_chunks(scores, grouping, monkeypatch):
             torch.testing.assert_close(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(want, inputs, grad))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_attention_with_and_without_the_dispatcher(p, masked):
-    """What anybody sees who watches (a dispatch mode, a subclass, a compiler) is the op, with the same results."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    inputs, mask = make_inputs(torch.float32), make_mask() if masked else None
-
-    def run():
-        out, lse = attention(*inputs, mask, p, seed=SEED)
-        return out, lse, *torch.autograd.grad(out, inputs, torch.ones_like(out))
-
-    alone = run()
-    with Watch():
-        watched = run()
-    assert {"detr_fast.attention.default", "detr_fast.attention_backward.default"} <= set(seen)
-    torch.testing.assert_close(alone, watched)
-    for a, b in zip(alone, watched, strict=True):
-        assert a.stride() == b.stride()
-    assert not alone[1].requires_grad and not watched[1].requires_grad
-
-
-def test_attention_remembers_small_dropout(grouping, monkeypatch):
-    """A backward that takes over the forward's matrices gives what one gives that computes them again; twice."""
-    inputs, mask, drawn = make_inputs(), make_mask(all_padded=False), []
-    draw = _attention_chunked.dropout_bytes
-    monkeypatch.setattr(_attention_chunked, "dropout_bytes", lambda *args: drawn.append(args) or draw(*args))
-
-    def grads():
-        drawn.clear()
-        out, _ = attention(*inputs, mask, 0.3, seed=SEED)
-        return [torch.autograd.grad(out, inputs, torch.ones_like(out), retain_graph=True) for _ in range(2)]
-
-    first, second = grads()
-    groups = 2 if grouping == "one_image" else 1
-    assert len(drawn) == groups
-    monkeypatch.setattr(_attention_chunked, "_REMEMBERED", 0)
-    anew, _ = grads()
-    assert len(drawn) == 3 * groups
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-    torch.testing.assert_close(first, anew)
-
-
-@pytest.mark.parametrize("sizes", [(0, 3, 5), (2, 0, 5), (2, 3, 0), (1, 1, 1), (3, 5, 64), (2, 9, 200)])
-def test_dropout_bytes_by_numpy_and_by_torch(sizes, monkeypatch):
-    from detr_fast.ops import _dropout_bits
-
-    slices, rows = torch.arange(sizes[0]) + 2**31, torch.arange(sizes[1]) + 7
-    results = []
-    for limit in (0, 2**30):
-        monkeypatch.setattr(_dropout_bits, "_FEW_COUNTERS", limit)
-        results.append(_dropout_bits.dropout_bytes(torch.tensor([-5]), slices, rows, sizes[2]))
-    assert results[0].shape == sizes
-    assert torch.equal(*results)
+@pytest.mark.parametrize("length", [0, 1, 43, 1025])
+def test_valid_rows(length):
+    """In plain PyTorch, for tensors that no kernel takes."""
+    mask = torch.rand(3, length) < 0.5
+    mask[1], mask[2] = True, False
+    torch.library.opcheck(torch.ops.detr_fast.valid_rows.default, (mask,))
+    for row, image in zip(torch.ops.detr_fast.valid_rows(mask).tolist(), mask, strict=True):
+        valid, padding = (x.nonzero().flatten().tolist() for x in (~image, image))
+        assert row == [len(valid), *valid, *padding[::-1]]
 
 
 def test_dropout_words_are_philox():

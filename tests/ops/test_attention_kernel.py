@@ -220,9 +220,7 @@ def test_attention_computes_no_tile_of_padding(monkeypatch):
 
 @pytest.mark.parametrize("length", [0, 1, 43, 1023, 1024, 1025, 2500])
 def test_valid_rows(length):
-    """The lists of rows without padding, of masks with any strides."""
-    from detr_fast.kernels.attention import valid_rows
-
+    """The lists of valid rows, of masks with any strides."""
     drawn = torch.rand(3, length) < 0.5
     drawn[1], drawn[2] = True, False
     for mask in (
@@ -231,14 +229,68 @@ def test_valid_rows(length):
         torch.stack((drawn, ~drawn), dim=2)[..., 0],
         drawn[:1].expand(3, -1),
     ):
-        for of_mask in (valid_rows(mask, None)[0], valid_rows(None, mask)[1]):
-            for row, image in zip(of_mask.tolist(), mask, strict=True):
-                valid = (~image).nonzero().flatten().tolist()
-                assert row[: 1 + len(valid)] == [len(valid), *valid]
-                assert row[1 + len(valid) :] == image.nonzero().flatten().flip(0).tolist()
-    assert valid_rows(None, None) == (None, None)
-    keys, queries = valid_rows(drawn, drawn)
-    assert keys is queries
+        for row, image in zip(torch.ops.detr_fast.valid_rows(mask).tolist(), mask, strict=True):
+            valid = (~image).nonzero().flatten().tolist()
+            assert row[: 1 + len(valid)] == [len(valid), *valid]
+            assert row[1 + len(valid) :] == image.nonzero().flatten().flip(0).tolist()
+
+
+def test_attention_lists_valid_rows_once(monkeypatch):
+    """Forward and backward read one list of a mask, also where it is both the keys' and the queries'."""
+    from detr_fast.kernels import attention as kernels
+
+    launched, launch = [], kernels.valid_rows
+    monkeypatch.setattr(kernels, "valid_rows", lambda mask, *, out: launched.append(mask) or launch(mask, out=out))
+    inputs = [make_tensor(2, 1, 43, 16, "blhd", torch.float32).requires_grad_() for _ in range(3)]
+    mask = make_mask("suffix", 2, 43)
+    for options, lists in (((), 0), ((mask,), 1), ((mask, mask), 1), ((mask, mask.clone()), 2), ((None, mask), 1)):
+        launched.clear()
+        key_padding_mask, query_padding_mask = (*options, None, None)[:2]
+        out, _ = attention(*inputs, key_padding_mask, 0.1, query_padding_mask=query_padding_mask)
+        torch.autograd.grad(out, inputs, torch.randn_like(out))
+        assert len(launched) == lists
+
+
+def test_attention_op_makes_the_lists_it_is_not_given():
+    inputs = [make_tensor(2, 1, 43, 16, "blhd", torch.float32).requires_grad_() for _ in range(3)]
+    mask, seed = make_mask("suffix", 2, 43), torch.tensor([7])
+    want, _ = attention(*inputs, mask, 0.1, seed=seed, query_padding_mask=mask)
+    out, _ = torch.ops.detr_fast.attention(*inputs, mask, 0.1, seed, 0.25, mask)
+    grad = torch.randn_like(out)
+    assert torch.equal(out, want)
+    for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(want, inputs, grad), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiled_layers_share_the_lists_of_a_mask():
+    """A compiled graph of two layers under one mask makes one list."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+
+    def layers(q, k, v, mask):
+        for _ in range(2):
+            q, _ = attention(q, k, v, mask, query_padding_mask=mask)
+        return q
+
+    inputs = [make_tensor(2, 1, 43, 16, "blhd", torch.float32).requires_grad_() for _ in range(3)]
+    mask = make_mask("suffix", 2, 43)
+    out = torch.compile(layers, fullgraph=True, backend=backend)(*inputs, mask)
+    grad = torch.randn_like(out)
+    assert torch.equal(out, layers(*inputs, mask))
+    torch.testing.assert_close(
+        torch.autograd.grad(out, inputs, grad), torch.autograd.grad(layers(*inputs, mask), inputs, grad)
+    )
+    calls = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert calls.count("detr_fast.attention.default") == calls.count("detr_fast.attention_backward.default") == 2
+    assert calls.count("detr_fast.valid_rows.default") == 1
 
 
 def test_attention_padded_queries_reach_nothing():

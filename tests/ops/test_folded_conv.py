@@ -1,10 +1,11 @@
 """Convolution with a folded frozen norm, residual and ReLU."""
 
-import warnings
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from detr_fast.layers import FrozenBatchNorm2d
 from detr_fast.layers.norm import frozen_affines
@@ -81,12 +82,13 @@ def test_only_what_is_needed_is_kept():
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             out = folded_conv(*inputs, **options)
-        return out, [t.data_ptr() for t in saved]
+        # The model holds the weight and its scale anyway.
+        return out, [t.data_ptr() for t in saved if t.data_ptr() not in (weight.data_ptr(), scale.data_ptr())]
 
     out, saved = kept(x, weight, scale, bias, residual)
-    assert len(saved) == 4 and {x.data_ptr(), scale.data_ptr(), out.data_ptr()} < set(saved)
+    assert len(saved) == 3 and {x.data_ptr(), out.data_ptr()} < set(saved)  # and the folded weights
     out, saved = kept(x.detach(), weight, scale, bias, residual)
-    assert set(saved) == {x.data_ptr(), scale.data_ptr(), out.data_ptr()}  # no folded weights
+    assert len(saved) == 2 and set(saved) == {x.data_ptr(), out.data_ptr()}
     out, saved = kept(x, weight.detach(), scale, bias, residual)
     assert len(saved) == 2 and out.data_ptr() in saved and x.data_ptr() not in saved
     out, saved = kept(x.detach(), weight.detach(), scale, bias, residual)
@@ -149,17 +151,98 @@ def test_frozen_affines_are_the_norms(dtype):
         torch.testing.assert_close(x * scale[:, None, None] + bias[:, None, None], norm.to(scale.dtype)(x))
 
 
-def test_refused_by_cudnn_is_told_once_and_computed_all_the_same(monkeypatch):
-    """On the CPU cuDNN's operators refuse everything: what `_forward` does then on a GPU."""
-    monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda x: True)
-    monkeypatch.setattr(folded_conv_module, "_REFUSED", set())
-    x, folded, geometry = torch.randn(1, 4, 3, 3), torch.randn(6, 4, 1, 1), ((1, 1), (0, 0), (1, 1), 1)
-    for residual in (None, torch.randn(1, 6, 3, 3)):
-        with pytest.warns(UserWarning, match="cuDNN has no fused convolution"):
-            assert folded_conv_module._cudnn(x, folded, None, residual, geometry) is None
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert folded_conv_module._cudnn(x, folded, None, residual, geometry) is None
+def _op_arguments(name, dtype, channels_last=False):
+    (x, weight, scale, bias, residual), options = _case(name, dtype)
+    if channels_last:
+        x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    geometry = [options.get(key, (1, 1)) for key in ("stride", "padding", "dilation")]
+    geometry[1] = options.get("padding", (0, 0))
+    return x, weight, scale, bias, residual, options.get("relu", True), *geometry, options.get("groups", 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["3x3-stride2", "residual", "no-bias"])
+def test_folded_conv_opcheck(name, dtype):
+    arguments = _op_arguments(name, dtype, channels_last=dtype == torch.bfloat16)
+    torch.library.opcheck(torch.ops.detr_fast.folded_conv.default, arguments)
+    x, weight, scale, *_ = (t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
+    grad = torch.randn_like(torch.ops.detr_fast.folded_conv(*arguments))
+    for needed in ((True, True), (True, False), (False, True)):
+        backward = (grad, x, weight, scale, *arguments[6:], *needed)
+        torch.library.opcheck(torch.ops.detr_fast.folded_conv_backward.default, backward)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_folded_conv_op_gradcheck(name):
+    """The op itself, past the short cut of plain eager mode."""
+    arguments = _op_arguments(name, torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: torch.ops.detr_fast.folded_conv(*t, *arguments[5:]), arguments[:5])
+
+
+FUSED_DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+
+
+def _fused_calls(x, weight, capability=(9, 0), residual=None, **options):
+    """Names of cuDNN's fused operators that a convolution of fake CUDA tensors calls, as on a GPU with cuDNN."""
+    calls = []
+
+    def stub(name):
+        def call(x, folded, *rest):
+            calls.append(name)
+            bias, *geometry = rest if name == "relu" else rest[2:]
+            return torch.nn.functional.conv2d(x, folded, bias, *geometry)
+
+        return call
+
+    with (
+        mock.patch.object(folded_conv_module, "_cudnn_relu", stub("relu")),
+        mock.patch.object(folded_conv_module, "_cudnn_add_relu", stub("add_relu")),
+        mock.patch.object(torch.backends.cudnn, "is_available", lambda: True),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability),
+        FakeTensorMode(),
+    ):
+        x, weight = (torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in (x, weight))
+        residual = None if residual is None else torch.empty(residual, dtype=x.dtype, device="cuda")
+        scale = torch.empty(weight.shape[0], device="cuda")
+        geometry = (options.get("stride", (1, 1)), (0, 0), (1, 1), options.get("groups", 1))
+        folded_conv_module._forward(x, weight, scale, scale, residual, options.get("relu", True), *geometry)
+    return calls
+
+
+@FUSED_DTYPES
+def test_cudnns_fused_operators_are_called(dtype):
+    x, weight = ((2, 64, 6, 5), dtype), ((128, 64, 1, 1), torch.float32)
+    assert _fused_calls(x, weight) == ["relu"]
+    assert _fused_calls(x, weight, residual=(2, 128, 6, 5)) == ["add_relu"]
+    assert _fused_calls(x, weight, stride=(2, 2)) == ["relu"]
+
+
+def test_cudnns_fused_operators_are_not_called_by_rule():
+    weight = ((128, 64, 1, 1), torch.float32)
+    half = ((2, 64, 6, 5), torch.bfloat16)
+    assert _fused_calls(half, weight) == ["relu"]
+    assert _fused_calls(half, weight, capability=(7, 5)) == []
+    assert _fused_calls(half, weight, relu=False) == []
+    assert _fused_calls(half, ((128, 32, 1, 1), torch.float32), groups=2) == []
+    assert _fused_calls(((2, 3, 6, 5), torch.float16), ((64, 3, 1, 1), torch.float32)) == []
+    assert _fused_calls(((2, 64, 6, 5), torch.float16), ((36, 64, 1, 1), torch.float32)) == []
+    assert _fused_calls(((2, 64, 6, 5), torch.float64), weight) == []
+    assert _fused_calls(((0, 64, 6, 5), torch.float16), weight) == []
+    assert _fused_calls(((1, 64, 2**14, 2**11), torch.float16), weight) == []  # 2^32 elements
+    with mock.patch.object(torch.version, "hip", "6.4"):
+        assert _fused_calls(half, weight) == []
+    with torch.backends.cudnn.flags(enabled=False):
+        assert _fused_calls(half, weight) == []
+
+
+def test_an_error_of_the_fused_operator_is_not_swallowed():
+    """It may be an earlier kernel's, which a GPU reports late."""
+    with (
+        mock.patch.object(folded_conv_module, "_has_fused_kernel", lambda *args: True),
+        mock.patch.object(folded_conv_module, "_cudnn_relu", side_effect=RuntimeError("an illegal memory access")),
+        pytest.raises(RuntimeError, match="illegal memory access"),
+    ):
+        folded_conv(torch.zeros(1, 4, 2, 2), torch.zeros(6, 4, 1, 1), torch.ones(6), torch.zeros(6))
 
 
 def check_against_float64(name, dtype, device):
@@ -193,13 +276,22 @@ def check_against_float64(name, dtype, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@FUSED_DTYPES
 @pytest.mark.parametrize("name", CASES)
 def test_folded_conv_on_a_gpu(name, dtype):
-    """cuDNN's fused kernels; they must be there for a block's convolutions in half precision."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error" if "groups" not in name and dtype != torch.float32 else "default")
-        check_against_float64(name, dtype, "cuda")
+    check_against_float64(name, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@FUSED_DTYPES
+def test_cudnns_fused_operators_run_on_a_gpu(dtype):
+    x, weight = torch.randn(2, 64, 24, 20), torch.randn(128, 64, 1, 1)
+    x, weight = x.to("cuda", dtype, memory_format=torch.channels_last), weight.to("cuda")
+    scale = torch.ones(128, device="cuda")
+    for residual, name in ((None, "convolution_relu"), (x.new_zeros(2, 128, 24, 20), "convolution_add_relu")):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            folded_conv(x, weight, scale, scale, residual)
+        assert f"aten::cudnn_{name}" in {event.key for event in profiler.key_averages()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -210,19 +302,24 @@ def test_folded_conv_in_bfloat16(name):
 class _Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(6, 4, 1, 1))
+        self.weight = nn.Parameter(torch.randn(6, 4, 3, 3))
 
-    def forward(self, x):
-        return folded_conv(x, self.weight, torch.ones(6), torch.zeros(6))
+    def forward(self, x, residual):
+        return folded_conv(x, self.weight, torch.full((6,), 0.5), torch.ones(6), residual, padding=(1, 1))
 
 
 def test_folded_conv_compiles_dynamic():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     net = _Net()
     compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager")
-    for size in ((2, 4, 6, 5), (3, 4, 7, 9)):
-        x = torch.randn(size)
-        out = compiled(x)
-        torch.testing.assert_close(out, net(x))
-        cotangent = torch.randn_like(out)
-        torch.testing.assert_close(*(torch.autograd.grad(f(x), net.weight, cotangent) for f in (compiled, net)))
+    for size in ((2, 4, 8, 5), (3, 4, 7, 9), (5, 4, 12, 10)):
+        x, residual = torch.randn(size, requires_grad=True), torch.randn(size[0], 6, *size[2:], requires_grad=True)
+        out = compiled(x, residual)
+        torch.testing.assert_close(out, net(x, residual))
+        cotangent, inputs = torch.randn_like(out), (net.weight, x, residual)
+        for value, right in zip(
+            *(torch.autograd.grad(f(x, residual), inputs, cotangent) for f in (compiled, net)), strict=True
+        ):
+            torch.testing.assert_close(value, right)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

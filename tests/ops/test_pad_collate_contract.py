@@ -147,3 +147,15 @@ def test_pad_collate_exports():
     images = [torch.rand(3, 13, 4), torch.rand(3, 7, 21)]
     for actual, expected in zip(program.module()(images), pad_collate(images, **IMAGENET, size_divisor=4), strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="the launcher's module imports triton")
+def test_pad_collate_table_of_a_captured_graph_holds_the_values_exactly():
+    """There nothing is copied from the host; addresses need all of an int64's bits."""
+    from detr_fast.kernels.pad_collate import _baked
+
+    words = [2**62 + 1, 2**47 + 5, -3, 0]
+    assert _baked(words, torch.int64, torch.device("cpu")).tolist() == words
+    floats = _baked([0.1, -2.5, 1e-30], torch.float32, torch.device("cpu"))
+    assert torch.equal(floats, torch.tensor([0.1, -2.5, 1e-30]))
+    assert _baked([], torch.float64, torch.device("cpu")).shape == (0,)

@@ -8,14 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from detr_fast.training.checkpoint import (
-    load_model,
-    load_weights,
-    read_checkpoint,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-)
+from detr_fast.models.weights import load_model, load_weights
+from detr_fast.training.checkpoint import read_checkpoint, rng_state, save_checkpoint, set_rng_state
 
 
 class Heads(nn.Module):

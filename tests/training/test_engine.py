@@ -1,14 +1,18 @@
 """The training step: accumulation, clipping, skipping what is not finite and saying where it came from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from detr_fast.config import Config
+from detr_fast.errors import NonFiniteLossError
 from detr_fast.nested_tensor import NestedTensor
-from detr_fast.training.config import get_args_parser
+from detr_fast.tasks import task_of
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.engine import train_one_epoch
-from detr_fast.training.nonfinite import FiniteWatch, NonFiniteLossError, explain_non_finite
+from detr_fast.training.nonfinite import FiniteWatch, explain_non_finite
 from detr_fast.training.setup import build
 
 CPU = torch.device("cpu")
@@ -160,12 +164,12 @@ def _nan_target():
 
 @pytest.fixture
 def detector():
-    args = get_args_parser().parse_args(
+    config = Config.from_arguments(
         "--backbone resnet18 --backbone_weights none --backbone_level 1 --hidden_dim 32 --nheads 2 --enc_layers 1 "
         "--dec_layers 2 --dim_feedforward 32 --num_queries 5 --device cpu".split()
     )
-    args.num_classes = 3
-    return build(args, own_weights=False)
+    config = replace(config, num_classes=3)
+    return build(task_of(config), config, own_weights=False)
 
 
 def detector_batch():

@@ -5,7 +5,7 @@ import torch
 
 from detr_fast.cli import main
 from detr_fast.data import make_shapes_dataset
-from detr_fast.training import inference
+from detr_fast.inference import evaluation
 
 
 @pytest.fixture(scope="module")
@@ -15,13 +15,13 @@ def results_of(trained, tmp_path_factory):
     data = make_shapes_dataset(folder / "data", num_train=0, num_val=12, image_size=48)
 
     def run(monkeypatch, *flags):
-        seen, padded, evaluate = {}, [], inference.evaluate
+        seen, padded, evaluate = {}, [], evaluation.evaluate
 
         def watched(model, *args, **kwargs):
             model.register_forward_hook(lambda module, inputs, outputs: padded.append(inputs[0].tensors.shape))
             return evaluate(model, *args, **kwargs, on_results=seen.update)
 
-        monkeypatch.setattr(inference, "evaluate", watched)
+        monkeypatch.setattr(evaluation, "evaluate", watched)
         argv = ["eval", "--weights", str(trained / "checkpoint.pth"), "--coco_path", str(data), "--num_workers", "0"]
         assert main([*argv, "--device", "cpu", "--output_dir", str(folder / "out"), *flags]) == 0
         monkeypatch.undo()

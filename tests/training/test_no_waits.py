@@ -13,10 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from detr_fast.config import Config
 from detr_fast.data import PackedCollate
 from detr_fast.models import build_model
-from detr_fast.ops import folded_conv as folded_conv_module
-from detr_fast.training.config import get_args_parser
 from detr_fast.training.engine import train_one_epoch
 
 TINY = [
@@ -45,8 +44,6 @@ def fake_cuda():
     with contextlib.ExitStack() as stack:
         for patch in (
             mock.patch.object(torch.Tensor, "pin_memory", lambda self: self),
-            # cuDNN is not there, either.
-            mock.patch.object(folded_conv_module, "_cudnn", lambda *args: None),
             # A model of fake tensors cannot be moved; it is made where it belongs.
             mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self),
         ):
@@ -57,7 +54,7 @@ def fake_cuda():
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_and_losses_read_nothing_from_the_gpu(kind):
-    args = get_args_parser().parse_args([*TINY, *KINDS[kind], "--device", "cuda"])
+    args = Config.from_arguments([*TINY, *KINDS[kind], "--device", "cuda"])
     samples, targets = make_batch(kind)
     with fake_cuda(), torch.random.fork_rng(devices=[]):
         with torch.device("cuda"):
@@ -73,7 +70,7 @@ def test_forward_and_losses_read_nothing_from_the_gpu(kind):
 
 def train_six_steps(kind, device, set_sync_debug_mode):
     """A loss of training on pinned batches, of which the later ones are trained on in the mode "error"."""
-    args = get_args_parser().parse_args([*TINY, *KINDS[kind], "--device", device.type])
+    args = Config.from_arguments([*TINY, *KINDS[kind], "--device", device.type])
     model, criterion, _ = build_model(args)
     model, criterion = model.to(device), criterion.to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)

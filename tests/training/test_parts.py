@@ -1,6 +1,5 @@
 """Flags, schedule, logs and pictures, one by one."""
 
-import argparse
 import json
 
 import numpy as np
@@ -8,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from detr_fast.training import config
+from detr_fast import config
+from detr_fast.tasks import task_of
+from detr_fast.tasks.pictures import best_detections, colour_of, draw_detections
 from detr_fast.training.log import Metrics, RunLog, read_log
 from detr_fast.training.optim import build_optimizer, build_scheduler, load_optimizer
-from detr_fast.training.pictures import best_detections, colour_of, draw_detections
 
 # Name → default of every flag of the original's main.py, but for --device (cuda there, auto here).
 ORIGINAL = {
@@ -27,12 +27,13 @@ ORIGINAL = {
 
 
 def parse(*argv):
-    return config.get_args_parser().parse_args(config.normalise_options(argv))
+    return config.Config.from_arguments(argv)
 
 
 def test_flags_have_the_originals_names_and_defaults():
-    args = vars(parse())
+    args = vars(config.get_args_parser().parse_args([]))
     assert {name: args[name] for name in ORIGINAL} == ORIGINAL
+    assert {name: parse().to_dict()[name] for name in ORIGINAL} == ORIGINAL
 
 
 def test_dashes_and_underscores_are_alike():
@@ -64,7 +65,8 @@ def test_given_flags_are_told_from_defaults():
 )
 def test_flags_that_cannot_be_honoured_are_refused(argv, message):
     with pytest.raises(config.UsageError, match=message):
-        config.check_train_args(parse(*argv))
+        task_of(parse(*argv))
+        config.check_for_training(parse(*argv))
 
 
 def test_device_is_chosen_or_refused(monkeypatch):
@@ -209,10 +211,3 @@ def test_best_detections_are_sorted_and_cut():
 
 def test_colours_differ():
     assert len({colour_of(label) for label in range(91)}) > 80
-
-
-def test_plain_namespace_has_only_plain_values():
-    from detr_fast.training.checkpoint import plain_args
-
-    plain = plain_args(argparse.Namespace(a=1, b="x", c=None, d=torch.device("cpu")))
-    assert plain == {"a": 1, "b": "x", "c": None, "d": "cpu"}

@@ -1,11 +1,13 @@
 """Reduced precision from the loader to the loss."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from detr_fast.data import build_dataset, make_shapes_dataset
-from detr_fast.models import build_model
-from detr_fast.training.config import get_args_parser
+from detr_fast.config import Config
+from detr_fast.data import make_shapes_dataset
+from detr_fast.tasks import task_of
 from detr_fast.training.engine import train_one_epoch
 from detr_fast.training.setup import loader_for
 
@@ -26,12 +28,12 @@ def test_bf16_trains_on_images_that_are_padded_into_bf16(data):
     """Autocast would round the same images to the same values."""
     losses, dtypes = {}, {}
     for precision in ("fp32", "bf16"):
-        args = get_args_parser().parse_args([*TINY, "--coco_path", str(data), "--precision", precision])
-        dataset = build_dataset("val", args, uint8=True)
-        args.num_classes, args.distributed = dataset.categories.num_classes, False
+        config = Config.from_arguments([*TINY, "--coco_path", str(data), "--precision", precision])
+        task = task_of(config)
+        dataset = task.build_dataset("val", config, uint8=True)
         torch.manual_seed(0)
-        model, criterion, _ = build_model(args)
-        loader = loader_for(dataset, args, train=False)
+        model, criterion, _ = task.build(replace(config, **task.classes(dataset)))
+        loader = loader_for(task, dataset, config, train=False)
         dtypes[precision] = {samples.to("cpu").tensors.dtype for samples, _ in loader}
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
         losses[precision] = train_one_epoch(

@@ -141,12 +141,11 @@ def test_weights_start_a_run_with_other_classes(trained, tiny_flags, shapes, tmp
 
 WORKER = """
 import sys, torch, torch.distributed as dist
-from detr_fast.training.config import get_args_parser
+from detr_fast.config import Config
 from detr_fast.training.setup import start
 from detr_fast.training.trainer import Trainer
 output, *flags = sys.argv[1:]
-args = get_args_parser().parse_args(flags + ["--output_dir", output])
-trainer = Trainer(args, start(args))
+trainer = Trainer(*start(Config.from_arguments(flags + ["--output_dir", output])))
 row = trainer.run()
 state = {name: value.double() for name, value in trainer.model.state_dict().items()}
 states, rows = [None, None], [None, None]

@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from detr_fast.data.generate.canvas import ASPECT_RATIOS, SUPERSAMPLE, background, place
 from detr_fast.geometry.segment_ids import id2rgb
 
 SHAPES = ("circle", "square", "triangle")
 STUFF = ("sky", "ground")
-_ASPECT_RATIOS = (1.0, 4 / 3, 3 / 2)
 _DESCRIPTION = "detr_fast generated shapes"
-_SUPERSAMPLE = 4  # edges are drawn at this many times the size
 
 
 def make_shapes_dataset(
@@ -121,9 +120,9 @@ def _draw_image(
 ) -> tuple[Image.Image, list[dict], np.ndarray]:
     """The picture, its objects' annotations, and what each pixel shows: [H, W], -2 sky, -1 ground, or the object."""
     short = int(rng.integers(low, high + 1))
-    long = round(short * _ASPECT_RATIOS[rng.integers(len(_ASPECT_RATIOS))])
+    long = round(short * ASPECT_RATIOS[rng.integers(len(ASPECT_RATIOS))])
     width, height = (long, short) if rng.random() < 0.5 else (short, long)
-    pixels = _background(rng, width, height)
+    pixels = background(rng, width, height)
     parts = np.full((height, width), -2)
     if with_ground:
         horizon = round(rng.uniform(0.35, 0.65) * height)
@@ -131,7 +130,7 @@ def _draw_image(
         parts[horizon:] = -1
     count = 0 if rng.random() < empty_fraction else int(rng.integers(1, max_objects + 1))
     objects = []
-    for box in _place(rng, width, height, count):
+    for box in place(rng, width, height, count):
         kind = int(rng.integers(len(SHAPES)))
         polygon = _outline(SHAPES[kind], box)
         alpha = _coverage(polygon, width, height)
@@ -159,39 +158,11 @@ def _segments(parts: np.ndarray, objects: list[dict]) -> tuple[Image.Image, list
     return Image.fromarray(id2rgb(ids)), segments
 
 
-def _background(rng, width: int, height: int) -> np.ndarray:
-    """float [height, width, 3]: dim, soft blotches with fine grain."""
-    blotches = rng.uniform(40, 130, (int(rng.integers(3, 8)), int(rng.integers(3, 8)), 3)).astype(np.uint8)
-    soft = np.asarray(Image.fromarray(blotches).resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
-    grey = soft.mean(axis=2, keepdims=True)
-    return grey + 0.3 * (soft - grey) + rng.normal(0, 8, (height, width, 1))
-
-
 def _colour(rng, kind: int) -> np.ndarray:
     """float [3]: a bright red, green or blue by class, so that a small model tells the classes apart in minutes."""
     colour = rng.uniform(0, 90, 3)
     colour[kind] = rng.uniform(190, 255)
     return colour
-
-
-def _place(rng, width: int, height: int, count: int) -> list[tuple[float, float, float]]:
-    """Up to ``count`` squares (x, y, side) in the image; any two overlap by at most a tenth of the smaller."""
-    placed: list[tuple[float, float, float]] = []
-    short = min(width, height)
-    for _ in range(50):
-        if len(placed) == count:
-            break
-        side = rng.uniform(0.35, 0.6) * short
-        x, y = rng.uniform(0, width - side), rng.uniform(0, height - side)
-        if all(_overlap((x, y, side), other) <= 0.1 * min(side, other[2]) ** 2 for other in placed):
-            placed.append((x, y, side))
-    return placed
-
-
-def _overlap(a: tuple[float, float, float], b: tuple[float, float, float]) -> float:
-    overlap_x = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    overlap_y = min(a[1] + a[2], b[1] + b[2]) - max(a[1], b[1])
-    return max(0.0, overlap_x) * max(0.0, overlap_y)
 
 
 def _outline(shape: str, box: tuple[float, float, float]) -> list[tuple[float, float]]:
@@ -207,10 +178,10 @@ def _outline(shape: str, box: tuple[float, float, float]) -> list[tuple[float, f
 
 def _coverage(polygon: list[tuple[float, float]], width: int, height: int) -> np.ndarray:
     """float [height, width, 1]: how much of each pixel the polygon covers, 0..1."""
-    canvas = Image.new("L", (width * _SUPERSAMPLE, height * _SUPERSAMPLE))
+    canvas = Image.new("L", (width * SUPERSAMPLE, height * SUPERSAMPLE))
     # PIL's coordinates name pixel centres.
-    ImageDraw.Draw(canvas).polygon([(x * _SUPERSAMPLE - 0.5, y * _SUPERSAMPLE - 0.5) for x, y in polygon], fill=255)
-    return np.asarray(canvas.reduce(_SUPERSAMPLE), dtype=np.float64)[..., None] / 255
+    ImageDraw.Draw(canvas).polygon([(x * SUPERSAMPLE - 0.5, y * SUPERSAMPLE - 0.5) for x, y in polygon], fill=255)
+    return np.asarray(canvas.reduce(SUPERSAMPLE), dtype=np.float64)[..., None] / 255
 
 
 def _annotation(category_id: int, polygon: list[tuple[float, float]]) -> dict:

@@ -1,4 +1,4 @@
-"""Pictures for people: detections drawn on images, predictions beside the truth, and training curves."""
+"""Detections as pictures and as json: what several tasks share."""
 
 import colorsys
 import importlib.util
@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from pycocotools.coco import COCO
-
-from detr_fast.training.log import read_log, scalars
+from pycocotools import mask as mask_utils
 
 # Smaller images are enlarged for drawing, so that captions can be read.
 _SHORTEST_LONG_SIDE = 480
@@ -131,44 +129,17 @@ def _enlarged(image: Image.Image) -> tuple[Image.Image, int]:
     return image.convert("RGB").resize(size, Image.Resampling.BICUBIC), factor
 
 
-def draw_samples(
-    path: str | os.PathLike,
-    coco: COCO,
-    images_dir: str | os.PathLike,
-    results: Mapping[int, Mapping[str, torch.Tensor]],
-    threshold: float = 0.5,
-) -> None:
-    """One picture with a row per image: the truth on the left, the predictions on the right.
+def draw_sheet(path: str | os.PathLike, rows: Sequence[tuple[Image.Image, Image.Image]]) -> None:
+    """Writes one picture with a row for each pair, side by side.
 
     Args:
         path: the file to write.
-        coco: the annotations.
-        images_dir: folder of the images.
-        results: image id → "boxes" [n, 4] x0, y0, x1, y1 in pixels, "labels" [n] category ids, "scores" [n], and, to
-            draw masks, "masks" [n, 1, H, W]; or "lines" [n, 4] x1, y1, x2, y2 in pixels and "scores" [n].
-        threshold: lowest score to draw. Where no prediction reaches it, the best three are drawn (of lines none).
+        rows: pairs of pictures; at least one.
     """
-    names = {category["id"]: str(category.get("name", category["id"])) for category in coco.loadCats(coco.getCatIds())}
-    rows = []
-    for image_id, result in results.items():
-        with Image.open(Path(images_dir) / coco.loadImgs(image_id)[0]["file_name"]) as file:
-            image = file.convert("RGB")
-        truth = [ann for ann in coco.loadAnns(coco.getAnnIds(image_id)) if not ann.get("iscrowd", 0)]
-        if "lines" in result:
-            lines = [(x, y, x + dx, y + dy) for x, y, dx, dy in (ann["line"] for ann in truth)]
-            rows.append(_beside(draw_lines(image, lines), draw_lines(image, best_lines(result, threshold)[0])))
-            continue
-        boxes = [(x, y, x + w, y + h) for x, y, w, h in (ann["bbox"] for ann in truth)]
-        masks = [coco.annToMask(ann) for ann in truth] if "masks" in result else None
-        left = draw_detections(image, boxes, [ann["category_id"] for ann in truth], names, masks=masks)
-        boxes, labels, scores = best_detections(result, threshold, at_least=3)
-        masks = best_masks(result, len(scores))
-        right = draw_detections(image, boxes, labels, names, scores, masks)
-        rows.append(_beside(left, right))
-    width = max(row.width for row in rows)
-    sheet = Image.new("RGB", (width, sum(row.height for row in rows) + 8 * (len(rows) - 1)), "white")
+    pairs = [_beside(left, right) for left, right in rows]
+    sheet = Image.new("RGB", (max(row.width for row in pairs), sum(row.height + 8 for row in pairs) - 8), "white")
     y = 0
-    for row in rows:
+    for row in pairs:
         sheet.paste(row, (0, y))
         y += row.height + 8
     sheet.save(path)
@@ -195,6 +166,12 @@ def best_masks(result: Mapping[str, torch.Tensor], count: int) -> list[np.ndarra
     return list(result["masks"].cpu()[order].flatten(0, 1).numpy())
 
 
+def run_lengths(mask: np.ndarray) -> dict:
+    """COCO's compressed run-length encoding of a mask [H, W], as json takes it."""
+    encoded = mask_utils.encode(np.asfortranarray(mask))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
+
+
 def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
     font = ImageFont.load_default(size=16)
     sheet = Image.new("RGB", (left.width + right.width + 8, left.height + 24), "white")
@@ -204,55 +181,3 @@ def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
     sheet.paste(left, (0, 24))
     sheet.paste(right, (left.width + 8, 24))
     return sheet
-
-
-_CURVES = (
-    ("loss", ("loss",)),
-    (
-        "losses, unweighted",
-        (
-            "loss_ce_unscaled",
-            "loss_bbox_unscaled",
-            "loss_giou_unscaled",
-            "loss_mask_unscaled",
-            "loss_dice_unscaled",
-            "loss_line_unscaled",
-        ),
-    ),
-    ("class error [%]", ("class_error",)),
-    (
-        "COCO average precision, panoptic quality",
-        ("coco_eval_bbox_AP", "coco_eval_bbox_AP50", "coco_eval_masks_AP", "PQ_all_pq", "line_eval_sAP10"),
-    ),
-)
-
-
-def draw_curves(output_dir: str | os.PathLike) -> bool:
-    """Draws ``output_dir/curves.png`` from ``log.txt``: training solid, validation dashed, over epochs.
-
-    Returns:
-        False if matplotlib is not installed: nothing is drawn then.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    rows = [scalars(row) for row in read_log(output_dir)]
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, names) in zip(figure.subplots(2, 2).flat, _CURVES, strict=True):
-        for colour, name in enumerate(names):
-            for prefix, style in (("train", "-"), ("test", "--")):
-                points = [(row["epoch"], row[f"{prefix}_{name}"]) for row in rows if f"{prefix}_{name}" in row]
-                if points:
-                    label = f"{prefix} {name.removeprefix('coco_eval_').removesuffix('_unscaled')}"
-                    marker = "." if prefix == "train" else "x"  # tells them apart when there is one epoch
-                    axes.plot(*zip(*points, strict=True), style, color=f"C{colour}", label=label, marker=marker)
-        axes.set_title(title)
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    figure.savefig(Path(output_dir) / "curves.png", dpi=90)
-    return True

@@ -1,0 +1,571 @@
+"""The configuration of a run: every setting once, as a field of a frozen dataclass and as a flag of the command line.
+
+`Config` has all settings in one flat object, under the names of the original's flags. Its parts, `ModelConfig`,
+`LossConfig`, `OptimisationConfig`, `DataConfig` and `RunConfig`, are its base classes: a function that takes one of
+them says what it reads, and takes a whole `Config` as well. The values are checked on construction, in Python as on the
+command line, and an error names the flag. Nothing is changed later; `dataclasses.replace` makes a new, checked object.
+
+    config = Config(coco_path="data/coco", output_dir="outputs/r50", lr=2e-4)
+    config = Config.from_arguments(["--coco_path", "data/coco", "--lr", "2e-4"])
+
+A checkpoint keeps `Config.to_dict` under "args". Neither torch nor anything else of this package is imported here, so
+that ``--help`` answers at once.
+
+Source of names and defaults: facebookresearch/detr, main.py; mlpc-ucsd/LETR, src/args.py.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import os
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from detr_fast.errors import UsageError
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+LABEL_LOSSES = ("cross_entropy", "focal_loss")
+_NO_TRAINING = "nothing is trained"
+_OLD_EMBEDDINGS = {"v2": "sine", "v3": "learned"}  # further names that the original takes
+
+# What a value must be, and how that is said.
+_POSITIVE = (lambda value: value >= 1, "at least 1")
+_NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "finite and not negative")
+_FRACTION = (lambda value: 0 <= value < 1, "at least 0 and below 1")
+_SEED = (lambda value: 0 <= value < 2**32, "in 0..2**32 - 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """What a field's flag looks like, and what its value must be.
+
+    Attributes:
+        help: for ``--help``.
+        names: the option's names; empty: the field's. ``--no_…`` for a field that is True by default.
+        choices, metavar: as argparse's.
+        check: (condition, words for it), or None.
+        idle: why the flag does nothing for a checkpoint that is only evaluated or predicted with; empty: it does.
+        group: the heading in ``--help`` under which it stands; empty: that of its class.
+    """
+
+    help: str
+    names: tuple[str, ...] = ()
+    choices: Sequence | None = None
+    metavar: str | None = None
+    check: tuple[Callable[[Any], bool], str] | None = None
+    idle: str = ""
+    group: str = ""
+
+
+def flag(default: Any, help: str, **options: Any) -> Any:
+    """A field with a flag; see `Flag` for the options."""
+    return dataclasses.field(default=default, metadata={"flag": Flag(help, **options)})
+
+
+def _second(default: Any, check=_POSITIVE, **options: Any) -> Any:
+    """A field of LETR's second stage; the help is completed with the first stage's flag."""
+    return flag(default, "--{first} of the second stage", check=check, group=_LINES_GROUP, **options)
+
+
+_LINES_GROUP = "model of lines (LETR, --dataset_file lines)"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of the configuration. Construction checks every value.
+
+    Raises:
+        UsageError: a value of another type, or outside its range; the message names the flag.
+    """
+
+    heading = ""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                object.__setattr__(self, field.name, value)
+            _check_value(field, value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimisationConfig(Part):
+    """Learning rates, schedule, length, clipping, accumulation, averaging."""
+
+    heading = "optimiser"
+
+    lr: float = flag(1e-4, "learning rate", check=_NOT_NEGATIVE, idle=_NO_TRAINING)
+    lr_backbone: float = flag(
+        1e-5, "learning rate of the backbone; 0 freezes it", check=_NOT_NEGATIVE, idle=_NO_TRAINING
+    )
+    batch_size: int = flag(2, "images per process", check=_POSITIVE)
+    weight_decay: float = flag(1e-4, "of AdamW", check=_NOT_NEGATIVE, idle=_NO_TRAINING)
+    epochs: int = flag(300, "passes over the training images", check=_POSITIVE, idle=_NO_TRAINING)
+    max_steps: int = flag(
+        0, "stop after so many optimiser steps (default 0: no limit)", check=_NOT_NEGATIVE, idle=_NO_TRAINING
+    )
+    lr_drop: int = flag(
+        200,
+        "with the step schedule: epochs after which the rate drops to a tenth; every so many epochs a numbered "
+        "checkpoint is kept, too",
+        check=_POSITIVE,
+        idle=_NO_TRAINING,
+    )
+    lr_schedule: str = flag(
+        "step",
+        "step: the original's drops; cosine: to zero at the end",
+        choices=("step", "cosine"),
+        idle=_NO_TRAINING,
+    )
+    warmup_steps: int = flag(0, "optimiser steps of linear warm-up", check=_NOT_NEGATIVE, idle=_NO_TRAINING)
+    clip_max_norm: float = flag(
+        0.1, "largest norm of the gradients; 0: no clipping", check=_NOT_NEGATIVE, idle=_NO_TRAINING
+    )
+    accumulate_steps: int = flag(1, "batches per optimiser step", check=_POSITIVE, idle=_NO_TRAINING)
+    ema_decay: float = flag(
+        0.0, "keep and evaluate averaged weights, e.g. 0.9997; 0: none", check=_FRACTION, idle=_NO_TRAINING
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(Part):
+    """What the model is made of.
+
+    `num_classes` and `thing_classes` have no flags: they come from the annotations or a checkpoint. `num_classes` is
+    the highest category id + 1 (without no-object); `thing_classes` are the labels of things in panoptic data.
+    """
+
+    heading = "model"
+
+    frozen_weights: str | None = flag(
+        None,
+        "with --masks: a trained detector, which stays as it is while the mask head is trained; with --LETRpost: "
+        "a trained first stage, from which the second one starts",
+        metavar="PATH",
+        idle="the checkpoint has all weights",
+    )
+    masks: bool = flag(False, "a mask for every detection")
+    backbone: str = flag("resnet50", "resnet18, resnet34, resnet50 or resnet101")
+    backbone_weights: str = flag(
+        "imagenet",
+        "torchvision's ImageNet weights, random ones, or a file",
+        metavar="imagenet|none|PATH",
+        idle="the checkpoint has all weights",
+    )
+    backbone_norm: str | None = flag(
+        None,
+        "normalisation (default: frozen batch norm with weights, trained batch norm without)",
+        choices=("frozen", "batch", "group"),
+    )
+    backbone_level: int | None = flag(
+        None,
+        "the stage that the transformer reads, at stride 4, 8, 16 or 32 (default 3, the last)",
+        choices=range(4),
+    )
+    dilation: bool = flag(False, "stride 16 instead of 32 in the last stage (DC5)")
+    position_embedding: str = flag("sine", "of the feature map", choices=("sine", "learned"))
+    enc_layers: int = flag(6, "layers of the encoder", check=_POSITIVE)
+    dec_layers: int = flag(6, "layers of the decoder", check=_POSITIVE)
+    dim_feedforward: int = flag(2048, "hidden features of a layer's two-layer part", check=_POSITIVE)
+    hidden_dim: int = flag(256, "features of the transformer", check=_POSITIVE)
+    dropout: float = flag(0.1, "in the transformer, while training", check=_FRACTION, idle="dropout is for training")
+    nheads: int = flag(8, "attention heads", check=_POSITIVE)
+    num_queries: int = flag(100, "the most objects that can be found in an image", check=_POSITIVE)
+    pre_norm: bool = flag(False, "layer norm before each part of a layer, not after it")
+
+    layer1_num: int = flag(3, "backbone level of the first stage", choices=range(4), group=_LINES_GROUP)
+    LETRpost: bool = flag(False, "add the second, fine stage", group=_LINES_GROUP)
+    layer2_num: int = flag(2, "backbone level of the second stage", choices=range(4), group=_LINES_GROUP)
+    layer1_frozen: bool = flag(False, "train the second stage alone", group=_LINES_GROUP, idle=_NO_TRAINING)
+    second_enc_layers: int = _second(6)
+    second_dec_layers: int = _second(6)
+    second_dim_feedforward: int = _second(2048)
+    second_hidden_dim: int = _second(256)
+    second_nheads: int = _second(8)
+    second_dropout: float = _second(0.1, check=_FRACTION, idle="dropout is for training")
+    second_pre_norm: bool = _second(False, check=None)
+
+    num_classes: int | None = None
+    thing_classes: Sequence[int] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hidden_dim % self.nheads or self.hidden_dim % 2:
+            raise UsageError(
+                f"--hidden_dim is {self.hidden_dim}; expected an even number that is divisible by --nheads, here "
+                f"{self.nheads}"
+            )
+        if self.num_classes is not None and self.num_classes < 1:
+            raise UsageError(f"num_classes must be at least 1, got {self.num_classes}")
+        if self.thing_classes is not None:
+            object.__setattr__(self, "thing_classes", tuple(int(label) for label in self.thing_classes))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig(Part):
+    """Weights of the matching costs and of the losses."""
+
+    heading = "loss"
+
+    aux_loss: bool = flag(True, "no loss at the earlier layers", names=("--no_aux_loss",))
+    set_cost_class: float = flag(1, "matching cost of the class", check=_NOT_NEGATIVE)
+    set_cost_bbox: float = flag(5, "matching cost of the boxes' L1 distance", check=_NOT_NEGATIVE)
+    set_cost_giou: float = flag(2, "matching cost of the boxes' generalised IoU", check=_NOT_NEGATIVE)
+    mask_loss_coef: float = flag(1, "weight of the masks' focal loss", check=_NOT_NEGATIVE)
+    dice_loss_coef: float = flag(1, "weight of the masks' dice loss", check=_NOT_NEGATIVE)
+    bbox_loss_coef: float = flag(5, "weight of the boxes' L1 loss", check=_NOT_NEGATIVE)
+    giou_loss_coef: float = flag(2, "weight of the boxes' generalised IoU loss", check=_NOT_NEGATIVE)
+    set_cost_line: float = flag(5, "matching cost of the lines' L1 distance", check=_NOT_NEGATIVE)
+    line_loss_coef: float = flag(5, "weight of the lines' L1 loss", check=_NOT_NEGATIVE)
+    label_loss_func: str = flag("cross_entropy", "classification loss of lines", choices=LABEL_LOSSES)
+    label_loss_params: str = flag("{}", "of lines' focal loss, such as '{\"gamma\": 2.0}'")
+    eos_coef: float = flag(0.1, "relative weight of the no-object class", check=_NOT_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Part):
+    """Where images and annotations are, and at what size they are read."""
+
+    heading = "data"
+
+    dataset_file: str = flag(
+        "coco",
+        "coco: boxes, with --masks also masks; coco_panoptic: things and stuff; lines: line segments (LETR)",
+        metavar="TASK",
+    )
+    coco_path: str | None = flag(
+        None,
+        "folder with annotations/instances_{train,val}2017.json (lines: lines_…), train2017/, val2017/",
+        metavar="DIR",
+    )
+    coco_panoptic_path: str | None = flag(
+        None,
+        "for coco_panoptic: folder with annotations/panoptic_{train,val}2017.json, panoptic_{train,val}2017/",
+        metavar="DIR",
+    )
+    remove_difficult: bool = flag(False, "the original's flag; refused, COCO has no such mark", idle=_NO_TRAINING)
+    augmentation: str = flag(
+        "detr",
+        "detr: flip, random size, random crop, as the original; flip: only that",
+        choices=("detr", "flip"),
+        idle=_NO_TRAINING,
+    )
+    train_ann: str | None = flag(
+        None, "own data: annotations of the training images", metavar="JSON", idle=_NO_TRAINING
+    )
+    train_images: str | None = flag(None, "own data: folder of the training images", metavar="DIR", idle=_NO_TRAINING)
+    group_by_size: bool = flag(
+        True,
+        "batches in the original's order, instead of images of like size together (more padding)",
+        names=("--no_group_by_size",),
+    )
+    val_ann: str | None = flag(None, "own data: annotations of the validation images", metavar="JSON")
+    val_images: str | None = flag(None, "own data: folder of the validation images", metavar="DIR")
+    image_size: int | None = flag(
+        None,
+        "short side of the images in pixels, while training the largest one (default: a checkpoint's own, or 800; "
+        "while evaluating lines 1100)",
+        names=("--image_size", "--short_side"),
+        check=_POSITIVE,
+    )
+    max_size: int | None = flag(
+        None, "longest side in pixels (default 1333, in proportion to --image_size)", check=_POSITIVE
+    )
+    num_workers: int = flag(2, "loader processes", check=_NOT_NEGATIVE)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.remove_difficult:
+            raise UsageError("--remove_difficult cannot be honoured: COCO annotations have no 'difficult' mark")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Part):
+    """Where and how to compute, where results go, where the run starts from, and how often it tells."""
+
+    heading = "run"
+
+    device: str = flag("auto", "auto (a GPU if there is one), cuda, cuda:N or cpu", group="device")
+    precision: str = flag("fp32", "fp32, or autocast in bf16 or fp16", choices=PRECISIONS, group="device")
+    compile: bool = flag(False, "torch.compile the transformer's layers and the box head", group="device")
+
+    output_dir: str = flag("", "where to save; without it nothing is saved", metavar="DIR")
+    seed: int = flag(42, "of weights, order, augmentation and dropout", check=_SEED, idle="nothing is drawn at random")
+    resume: str = flag(
+        "",
+        "continue a run from its checkpoint; auto: from output_dir if a checkpoint is there",
+        metavar="PATH|auto",
+    )
+    weights: str = flag(
+        "", "start a new run from a checkpoint's weights; heads that do not fit are replaced", metavar="PATH"
+    )
+    start_epoch: int = flag(0, "number of the first epoch", metavar="N", check=_NOT_NEGATIVE, idle=_NO_TRAINING)
+    eval: bool = flag(False, "only evaluate --resume's or --weights' checkpoint")
+    eval_every: int = flag(1, "epochs between evaluations; the last is evaluated", check=_POSITIVE, idle=_NO_TRAINING)
+    print_freq: int = flag(10, "batches between progress lines", check=_POSITIVE)
+    sample_images: int = flag(
+        4, "pictures per evaluation in output_dir/samples", check=_NOT_NEGATIVE, idle=_NO_TRAINING
+    )
+    tensorboard: bool = flag(False, "write event files to output_dir/tensorboard", idle=_NO_TRAINING)
+    world_size: int = flag(1, "number of processes, checked against torchrun's", check=_POSITIVE)
+    dist_url: str = flag("env://", "where torchrun's processes meet; refused without torchrun")
+
+
+_Self = TypeVar("_Self", bound="Config")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig, DataConfig, LossConfig, ModelConfig, OptimisationConfig):
+    """All settings of a run, each under the name of its flag; see the parts, its base classes."""
+
+    @classmethod
+    def from_arguments(cls: type[_Self], arguments: Sequence[str] = ()) -> _Self:
+        """From the flags of ``detr-fast train``, as on the command line.
+
+        Raises:
+            UsageError: a flag that there is not, or a value that it does not take.
+        """
+        return cls.from_mapping(vars(get_args_parser(_Parser).parse_args(normalise_options(arguments))))
+
+    @classmethod
+    def from_mapping(cls: type[_Self], values: Mapping[str, Any]) -> _Self:
+        """From values by name, such as those a checkpoint keeps. What is missing gets its default; names that are no
+        setting of ours, such as those of a checkpoint of the original, are passed over."""
+        known = {name: values[name] for name in _FIELDS if name in values}
+        if known.get("position_embedding") in _OLD_EMBEDDINGS:
+            known["position_embedding"] = _OLD_EMBEDDINGS[known["position_embedding"]]
+        return cls(**known)
+
+    @classmethod
+    def of(cls: type[_Self], args: Any) -> _Self:
+        """A `Config` as it is; anything else by its attributes: the argparse namespace of code that was written for
+        the original, or an object with some of its names."""
+        return args if isinstance(args, cls) else cls.from_mapping(vars(args))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers, strings, lists and None by name, for a checkpoint that loads with ``weights_only=True``."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+_FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Config)}
+_FLAGS: dict[str, Flag] = {name: field.metadata["flag"] for name, field in _FIELDS.items() if field.metadata}
+
+# Settings that define the model and how it sees images: a checkpoint brings them along.
+MODEL_SETTINGS = (
+    "backbone", "backbone_norm", "backbone_level", "dilation", "position_embedding", "enc_layers", "dec_layers",
+    "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "masks", "image_size", "max_size",
+    "layer1_num", "LETRpost", "layer2_num", "second_enc_layers", "second_dec_layers", "second_dim_feedforward",
+    "second_hidden_dim", "second_nheads", "second_dropout", "second_pre_norm",
+)  # fmt: skip
+# And those that a checkpoint brings along for its losses to be computed as in training.
+LOSS_SETTINGS = tuple(field.name for field in dataclasses.fields(LossConfig))
+# Flags that a checkpoint which is only evaluated, or predicted with, leaves without effect, and why.
+IDLE_IN_INFERENCE = {name: settings.idle for name, settings in _FLAGS.items() if settings.idle}
+
+
+def default_of(name: str) -> Any:
+    """The default of a setting."""
+    return _FIELDS[name].default
+
+
+def check_for_training(config: Config) -> None:
+    """Refuses what a training run cannot honour, before anything is read or built.
+
+    Raises:
+        UsageError: says which flag, what it was and what is expected.
+    """
+    for name in ("tensorboard", "sample_images"):
+        if not config.output_dir and getattr(config, name) != default_of(name):
+            raise UsageError(f"--{name} writes to --output_dir, which is empty")
+    if config.resume == "auto" and not config.output_dir:
+        raise UsageError("--resume auto looks in --output_dir, which is empty")
+    if config.start_epoch >= config.epochs:
+        raise UsageError(f"--start_epoch {config.start_epoch} leaves nothing to train of --epochs {config.epochs}")
+
+
+def make_output_dir(path: str) -> Path:
+    """The folder `path`, made if need be.
+
+    Raises:
+        UsageError: it cannot be made, for instance because there is a file of that name.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "there is a file of that name" if Path(path).is_file() else error.strerror
+        raise UsageError(f"--output_dir {path}: {reason}; expected a folder, or the name of a new one") from error
+    return Path(path)
+
+
+def choose_device(name: str, precision: str = "fp32") -> str:
+    """The device for `name`: "auto" is "cuda" where there is a GPU and "cpu" elsewhere.
+
+    Raises:
+        UsageError: there is no such device, or it cannot compute in `precision`.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device must be auto, cuda, cuda:N or cpu, got {name!r}") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise UsageError(f"--device {name}: torch sees no GPU on this machine; use --device cpu or auto")
+        if device.index is not None and device.index >= count:
+            raise UsageError(f"--device {name}: there are only {count} GPUs")
+    elif device.type != "cpu":
+        raise UsageError(f"--device must be auto, cuda, cuda:N or cpu, got {name!r}")
+    if precision == "fp16" and device.type == "cpu":
+        raise UsageError("--precision fp16 needs a GPU; on the CPU use bf16 or fp32")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UsageError(
+            f"--precision bf16: {torch.cuda.get_device_name(device)} does not support it; use fp16 or fp32"
+        )
+    return name
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """While a run is set up, what a part refuses is the user's business: its message becomes a UsageError's."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, NotImplementedError) as error:
+        raise UsageError(str(error)) from error
+
+
+# Flags ↔ fields
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the default to a flag's help, except where there is none to speak of or the help names it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.nargs == 0 or action.default in (None, "", argparse.SUPPRESS)
+        silent = silent or "default" in action.help or action.help.startswith("no effect")
+        return action.help if silent else f"{action.help} (default %(default)s)"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X"}.get(action.type) or super()._get_default_metavar_for_optional(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises UsageError where argparse would print its page of flags and exit."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def command_parser(command: str, description: str, **options: Any) -> argparse.ArgumentParser:
+    """A parser for ``detr-fast <command>``; errors are one line. `options`: argparse's."""
+    return _Parser(prog=f"detr-fast {command}", description=description, formatter_class=HelpFormatter, **options)
+
+
+def get_args_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """All flags of training, as the original's function of this name (without ``--help``, to be used as a parent)."""
+    parser = kind("DETR training", add_help=False)
+    for part in (OptimisationConfig, ModelConfig, LossConfig, DataConfig, RunConfig):
+        add_flags(parser, part)
+    return parser
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    part: type[Part],
+    *,
+    only: Iterable[str] | None = None,
+    without: Iterable[str] = (),
+    inference: bool = False,
+) -> None:
+    """Adds the flags of a part of the configuration.
+
+    Args:
+        parser: gets them, in the groups that the fields name.
+        part: the part.
+        only, without: names of the settings to add, and to leave out. Default: all.
+        inference: say of those that do nothing for a finished model that they do nothing.
+    """
+    groups = {group.title: group for group in parser._action_groups}
+    for field in dataclasses.fields(part):
+        settings = _FLAGS.get(field.name)
+        if settings is None or field.name in without or (only is not None and field.name not in only):
+            continue
+        title = settings.group or part.heading
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_flag(groups[title], field, inference and bool(settings.idle))
+
+
+def _add_flag(group, field: dataclasses.Field, is_idle: bool) -> None:
+    settings = _FLAGS[field.name]
+    text = settings.help.replace("{first}", field.name.removeprefix("second_"))
+    options: dict[str, Any] = {"help": f"no effect: {settings.idle}" if is_idle else text, "default": field.default}
+    kind = _type_of(field)
+    if kind is bool:
+        options["action"] = "store_false" if field.default else "store_true"
+    else:
+        options |= {"type": kind, "choices": settings.choices, "metavar": settings.metavar}
+    group.add_argument(*(settings.names or (f"--{field.name}",)), dest=field.name, **options)
+
+
+def normalise_options(argv: Sequence[str]) -> list[str]:
+    """Option names with ``_`` for ``-``: ``--batch-size=2`` and ``--batch_size=2`` are the same. Values stay."""
+    return [_normalise(argument) for argument in argv]
+
+
+def _normalise(argument: str) -> str:
+    if not argument.startswith("--") or len(argument) == 2:
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def parse_with_given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
+    """Parses `argv`, and tells which flags were really given (by the names of their settings)."""
+    args = parser.parse_args(argv)
+    # argparse leaves alone what a namespace already has: what still holds the mark was not given.
+    mark = object()
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), mark)))
+    return args, {name for name, value in vars(given).items() if value is not mark}
+
+
+@functools.cache
+def _types() -> dict[str, Any]:
+    return typing.get_type_hints(Config)
+
+
+def _type_of(field: dataclasses.Field) -> type:
+    """str, int, float or bool: the type of a field's values other than None."""
+    kind = _types()[field.name]
+    if isinstance(kind, types.UnionType):
+        (kind,) = (each for each in typing.get_args(kind) if each is not types.NoneType)
+    return kind
+
+
+def _check_value(field: dataclasses.Field, value: Any) -> None:
+    settings = field.metadata.get("flag")
+    if settings is None or (value is None and field.default is None):
+        return
+    kind = _type_of(field)
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise UsageError(f"--{field.name} must be of type {kind.__name__}, got {value!r}")
+    if settings.choices is not None and value not in settings.choices:
+        choices = ", ".join(map(str, settings.choices))
+        raise UsageError(f"--{field.name} is {value!r}; expected one of {choices}")
+    if settings.check is not None:
+        holds, expected = settings.check
+        if not holds(value):
+            raise UsageError(f"--{field.name} must be {expected}, got {value}")

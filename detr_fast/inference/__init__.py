@@ -1,0 +1,1 @@
+"""A finished model: loaded, evaluated, and put to work on files."""

@@ -1,0 +1,69 @@
+"""Evaluation of a checkpoint.
+
+Source: facebookresearch/detr, main.py (``--eval``).
+"""
+
+from collections.abc import Collection
+
+from detr_fast.config import Config, make_output_dir, usage_errors
+from detr_fast.distributed import is_main_process
+from detr_fast.errors import UsageError
+from detr_fast.inference.loading import load_for_inference
+from detr_fast.tasks import task_of
+from detr_fast.training.checkpoint import save_checkpoint
+from detr_fast.training.engine import evaluate
+from detr_fast.training.setup import loader_for, start
+
+
+def evaluate_checkpoint(config: Config, given: Collection[str], path: str) -> dict:
+    """Evaluates a checkpoint on the validation data and prints the task's numbers, COCO's and those of each class.
+
+    Masks are evaluated where the model has some, and with `dataset_file` "coco_panoptic" panoptic pictures.
+
+    Args:
+        config: data, device and processes; the model's settings are the checkpoint's.
+        given: names of the settings that the user chose, see `load_for_inference`.
+        path: the checkpoint.
+
+    Returns:
+        The losses and what `evaluate` adds to them.
+
+    Raises:
+        UsageError: what was given does not fit the checkpoint, or the data needs more classes than it has.
+    """
+    with usage_errors():
+        task_of(config)  # refuses settings that do not go together
+        config, device = start(config)
+        output_dir = make_output_dir(config.output_dir) if config.output_dir else None
+        loaded = load_for_inference(config, given, path)
+        task, config, categories = loaded.task, loaded.config, loaded.categories
+        if categories is None:
+            categories = task.bare_categories(config)
+        dataset = task.build_dataset("val", config, categories=categories, uint8=True)
+        if dataset.categories.num_classes > config.num_classes:
+            raise UsageError(
+                f"{path} has {config.num_classes} classes, the annotations need {dataset.categories.num_classes}: "
+                f"category ids up to {dataset.categories.ids[-1]}"
+            )
+        task.fit_postprocessors(loaded.postprocessors, dataset, config)
+        annotations = task.annotations(dataset, config)
+        loader = loader_for(task, dataset, config, train=False)
+    stats, evaluator = evaluate(
+        loaded.model,
+        loaded.criterion,
+        loaded.postprocessors,
+        loader,
+        annotations,
+        device,
+        config.output_dir,
+        task=task,
+        categories=dataset.categories,
+        precision=config.precision,
+        print_freq=config.print_freq,
+    )
+    if is_main_process():
+        for line in task.report(evaluator):
+            print(line)
+        if output_dir is not None:
+            save_checkpoint(evaluator.state(), output_dir / "eval.pth")
+    return stats
