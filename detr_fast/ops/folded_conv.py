@@ -18,9 +18,8 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from detr_fast.ops._dispatch import is_plain_eager, refuse_transforms
+from detr_fast.ops._dispatch import refuse_transforms
 
 Affine = tuple[Tensor, Tensor | None]
 
@@ -70,11 +69,7 @@ def folded_conv(
         x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
     differentiable = (x, weight) if residual is None else (x, weight, residual)
     refuse_transforms("folded_conv", *differentiable)
-    op = _folded_conv
-    if is_plain_eager(*differentiable, scale):
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-        op = _FoldedConv.apply if needs_grad else _forward
-    return op(x, weight, scale, bias, residual, relu, stride, padding, dilation, groups)
+    return _folded_conv(x, weight, scale, bias, residual, relu, stride, padding, dilation, groups)
 
 
 def folded_conv_reference(
@@ -206,20 +201,6 @@ def _differentiate(backward, ctx, grad):
         grad_x if x_needed else None, grad_weight if weight_needed else None, None, None,
         grad if residual_needed else None, *[None] * 5,
     )  # fmt: skip
-
-
-class _FoldedConv(torch.autograd.Function):
-    """What the custom op does, without the dispatcher; and the folded weight is kept instead of folded again."""
-
-    @staticmethod
-    def forward(ctx, *inputs):  # a setup_context of its own has torch look up forward's signature in every call
-        x, weight, scale, *rest = inputs
-        folded = _fold(x, weight, scale)
-        out = _convolve(x, folded, *rest)
-        _save_for_backward(ctx, inputs, out, folded if ctx.needs_input_grad[0] else None)
-        return out
-
-    backward = staticmethod(once_differentiable(functools.partial(_differentiate, _backward)))
 
 
 _folded_conv = torch.library.custom_op(

@@ -86,11 +86,11 @@ def test_only_what_is_needed_is_kept():
         return out, [t.data_ptr() for t in saved if t.data_ptr() not in (weight.data_ptr(), scale.data_ptr())]
 
     out, saved = kept(x, weight, scale, bias, residual)
-    assert len(saved) == 3 and {x.data_ptr(), out.data_ptr()} < set(saved)  # and the folded weights
+    assert set(saved) == {x.data_ptr(), out.data_ptr()}  # the weights are folded again
     out, saved = kept(x.detach(), weight, scale, bias, residual)
     assert len(saved) == 2 and set(saved) == {x.data_ptr(), out.data_ptr()}
     out, saved = kept(x, weight.detach(), scale, bias, residual)
-    assert len(saved) == 2 and out.data_ptr() in saved and x.data_ptr() not in saved
+    assert saved == [out.data_ptr()]
     out, saved = kept(x.detach(), weight.detach(), scale, bias, residual)
     assert saved == [out.data_ptr()]
     out, saved = kept(x.detach(), weight.detach(), scale, bias, residual.detach())
@@ -130,7 +130,7 @@ def test_double_backward_is_an_error():
     tensors, options = _case("1x1")
     out = folded_conv(*tensors, **options)
     (gradient,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         gradient.sum().backward()
 
 
