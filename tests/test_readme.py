@@ -24,7 +24,7 @@ def test_readme_snippets_run():
 def test_readme_tree_is_the_real_one():
     tree = README.split("## Where things are")[1].split("## ")[0]
     named, folder = set(), ""
-    for indent, names in re.findall(r"^    ( *)(\S+(?:, \S+)*)", tree, re.MULTILINE):
+    for indent, names in re.findall(r"^    ( *)([^\s,]+(?:, [^\s,]+)*)", tree, re.MULTILINE):
         for name in names.split(", "):
             folder = "" if not indent else folder
             assert (ROOT / folder / name).exists(), folder + name
