@@ -12,7 +12,7 @@ else
 endif
 BASE_PYTHON ?= python3
 
-.PHONY: test gate demo gpu clean
+.PHONY: test test-all gate demo gpu clean
 
 $(VENV)/ready: setup.py pyproject.toml
 	@echo "installing into $(VENV); torch is large, this takes minutes the first time"
@@ -21,14 +21,16 @@ $(VENV)/ready: setup.py pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --quiet -e ".[test]"
 	@touch $@
 
-# Two processes side by side: the kernels through Triton's interpreter, and everything else. The interpreter must be
-# chosen before Triton is imported, so one process cannot do both.
-test: $(READY)
-	@set -o pipefail; \
-	(OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -m "interpret and not gpu" > .interpret.log 2>&1; echo $$? > .interpret.rc) & \
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -m "not interpret and not gpu"; rest=$$?; \
-	wait; cat .interpret.log; rc=$$(cat .interpret.rc); rm -f .interpret.log .interpret.rc; \
-	exit $$(( rest != 0 || rc != 0 ))
+# First everything but the kernels, then the kernels through Triton's interpreter, which must be chosen before Triton is
+# imported, so that one process cannot do both. Each half in JOBS processes; `test-all` adds what is marked slow.
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
+test: CHOSEN := not gpu and not slow
+test-all: CHOSEN := not gpu
+test test-all: $(READY)
+	@$(PYTEST) -m "not interpret and $(CHOSEN)"; rest=$$?; \
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpret and $(CHOSEN)"; interpreted=$$?; \
+	exit $$(( rest != 0 || interpreted != 0 ))
 
 # Every kernel, with every configuration that its launcher can choose, compiled for sm_75, sm_80, sm_90 and sm_100 and
 # held to their limits of registers and shared memory. Needs no GPU; ten minutes on two cores, then cached.

@@ -1,4 +1,4 @@
-"""Shared test set-up. One thread per process: the suite runs as two processes side by side (`make test`)."""
+"""Shared test set-up. One thread per process: the suite runs in two processes side by side (`make test`)."""
 
 import os
 

@@ -65,7 +65,8 @@ def worker(rank, folder):
 
 
 def test_two_processes(tmp_path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    # Forked: two processes that import torch anew take seconds.
+    torch.multiprocessing.start_processes(worker, (str(tmp_path),), nprocs=2, start_method="fork")
     for rank in range(2):
         state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert state["args"] == [True, rank, 2, rank, "gloo"]

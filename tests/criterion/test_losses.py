@@ -321,7 +321,8 @@ def averaging_process(rank, folder):
 
 
 def test_boxes_are_averaged_over_two_processes(tmp_path):
-    torch.multiprocessing.spawn(averaging_process, (str(tmp_path),), nprocs=2)
+    # Forked: two processes that import torch anew take seconds.
+    torch.multiprocessing.start_processes(averaging_process, (str(tmp_path),), nprocs=2, start_method="fork")
     for rank, own in ((0, 1), (1, 5)):
         outputs, targets, pairs, losses = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         alone = expected_losses(outputs, targets, pairs)

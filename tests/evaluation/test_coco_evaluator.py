@@ -200,7 +200,8 @@ def merging_process(rank, folder):
 
 
 def test_two_processes_are_merged(tmp_path):
-    torch.multiprocessing.spawn(merging_process, (str(tmp_path),), nprocs=2)
+    # Forked: two processes that import torch anew take seconds.
+    torch.multiprocessing.start_processes(merging_process, (str(tmp_path),), nprocs=2, start_method="fork")
     alone = run([{i: perfect(i) for i in (1, 3, 5)}, {2: {}}])
     for rank in range(2):
         stats, image_ids, printed = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairwise import pairwise
 from test_detr import _flat, tiny_detr
 from test_letr import make_args
 from test_segmentation import small_detr
@@ -71,9 +72,9 @@ class _QueryPadding:
         return [mask.double().mean(dim=1).tolist() for mask in self.masks]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "gelu", "glu"])
+@pytest.mark.parametrize(
+    ("activation", "pre_norm", "dropout"), pairwise(["relu", "gelu", "glu"], [False, True], [0.0, 0.3])
+)
 def test_detr_and_gradients_equal_those_with_padded_rows(pre_norm, activation, dropout):
     model = tiny_detr(level=1, pre_norm=pre_norm, activation=activation, dropout=dropout).double().train()
     recorded, samples = _QueryPadding(model.transformer), _padded()
@@ -90,9 +91,7 @@ def test_detr_and_gradients_equal_those_with_padded_rows(pre_norm, activation, d
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("stack", [False, True], ids=["LETR", "LETRstack"])
+@pytest.mark.parametrize(("stack", "pre_norm", "dropout"), pairwise([False, True], [False, True], [0.0, 0.3]))
 def test_letr_and_gradients_equal_those_with_padded_rows(stack, pre_norm, dropout):
     kinds = dict(pre_norm=pre_norm, second_pre_norm=pre_norm, dropout=dropout, second_dropout=dropout)
     model = letr.build(make_args(LETRpost=stack, layer1_num=2, layer2_num=1, **kinds))[0].double().train()

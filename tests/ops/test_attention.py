@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from pairwise import pairwise
 from torch.utils.checkpoint import checkpoint
 
 from detr_fast.ops import _attention_chunked, applied_dropout, attention, attention_dropout_mask, attention_reference
 
 SEED = torch.tensor([12345678901234567])
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def make_inputs(dtype=torch.float64, batch=2, heads=3, q_len=5, k_len=70, dim=4, value_dim=6):
@@ -89,8 +91,7 @@ def test_attention_output_memory():
         assert lse.is_contiguous() and lse.dtype == torch.float32 and not lse.requires_grad
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("p", "masked"), [(0.0, False), (0.0, True), (0.3, True)])
 def test_attention_gradcheck(p, masked):
     inputs = make_inputs(k_len=11)
     mask = make_mask(11) if masked else None
@@ -100,10 +101,9 @@ def test_attention_gradcheck(p, masked):
         assert torch.autograd.gradcheck(lambda *x, f=function: f(*x, mask, query_padding_mask=make_rows())[0], inputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [(), (None,), (make_rows(),)], ids=["absent", "none", "rows"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "masked", "rows"), pairwise(DTYPES, [False, True], ["absent", "none", "rows"]))
 def test_attention_opcheck(dtype, masked, rows):
+    rows = {"absent": (), "none": (None,), "rows": (make_rows(),)}[rows]
     inputs = make_inputs(dtype, k_len=11)
     args = (*inputs, make_mask(11) if masked else None, 0.3 * masked, SEED if masked else None, 0.5, *rows)
     torch.library.opcheck(torch.ops.detr_fast.attention.default, args)
@@ -130,10 +130,9 @@ def test_attention_dropout_is_the_helpers_mask():
             assert (p == 1) == bool((out == 0).all())
 
 
-@pytest.mark.parametrize("dims", [(4, 6), (8, 8)], ids=str)
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "masked", "p", "dims"), pairwise(DTYPES, [False, True], [0.0, 0.3], [(4, 6), (8, 8)]), ids=str
+)
 def test_attention_padded_queries(dtype, masked, p, dims, grouping):
     """Zeros and +inf in their rows, whatever they hold; the rest is what it is without a mask of queries."""
     inputs, mask = make_inputs(dtype, dim=dims[0], value_dim=dims[1]), make_mask() if masked else None
@@ -186,21 +185,18 @@ KINDS = ["none", "unused", "suffix", "anywhere", "image", "everything"]
 
 
 # Without dropout, one head dimension and two make the difference between PyTorch's fused attention and ours.
-@pytest.mark.parametrize(
-    ("dtype", "dims", "p"),
-    [
-        (torch.float64, (4, 6), 0.3),
-        (torch.float32, (8, 8), 0.0),
-        (torch.float32, (4, 6), 0.0),
-        (torch.bfloat16, (8, 8), 0.3),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("queries", KINDS)
-@pytest.mark.parametrize("keys", KINDS)
-def test_attention_without_padding(keys, queries, dtype, dims, p, grouping):
+NUMBERS = {
+    "fp64-dropout": (torch.float64, (4, 6), 0.3),
+    "fp32-fused": (torch.float32, (8, 8), 0.0),
+    "fp32": (torch.float32, (4, 6), 0.0),
+    "bf16-dropout": (torch.bfloat16, (8, 8), 0.3),
+}
+
+
+@pytest.mark.parametrize(("keys", "queries", "numbers"), pairwise(KINDS, KINDS, list(NUMBERS)))
+def test_attention_without_padding(keys, queries, numbers, grouping):
     """Whatever the padding holds: output and gradients are the reference's in float64 of inputs with zeros there."""
-    q_len, k_len = 13, 70
+    q_len, k_len, (dtype, dims, p) = 13, 70, NUMBERS[numbers]
     mask, rows = padding_masks(k_len)[keys], padding_masks(q_len)[queries]
     clean = [x.detach() for x in make_inputs(dtype, 3, 2, q_len, k_len, *dims)]
     grad = torch.randn(3, 2, q_len, dims[1]).to(dtype)

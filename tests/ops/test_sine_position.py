@@ -303,9 +303,9 @@ def test_sine_position_compiles_with_inductor():
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 def test_sine_position_kernel_generated_cases(seed):
-    """80 cases of sizes, strides, masks, options, dtypes and layouts."""
+    """40 cases of sizes, strides, masks, options, dtypes and layouts."""
     choose = random.Random(seed)
     for case in range(8):
         generator = torch.Generator().manual_seed(100 * seed + case)
