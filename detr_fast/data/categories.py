@@ -20,7 +20,7 @@ class Categories:
             COCO (ids to 90: 91 classes, and one more for no-object). True: labels are 0..len(ids) - 1.
 
     Raises:
-        ValueError: no category, ids that are negative, unsorted or repeated, or as many names as there are not ids.
+        ValueError: no category, ids that are negative, unsorted or repeated, or more or fewer names than ids.
     """
 
     ids: tuple[int, ...]
@@ -60,14 +60,8 @@ class Categories:
         """label → name. Labels between COCO's ids that belong to no category have none."""
         return {self.label_of[i]: name for i, name in zip(self.ids, self.names, strict=True)}
 
-    def to_label(self, category_id: int) -> int:
-        """The label of a category id. Raises ValueError for an unknown one."""
-        if category_id not in self.label_of:
-            raise ValueError(f"unknown category id {category_id!r}; known ids are {list(self.ids)}")
-        return self.label_of[category_id]
-
     def to_id(self, label: int | torch.Tensor) -> int | torch.Tensor:
-        """The category id of a label, or of each label of an int64 tensor. Inverse of ``to_label``.
+        """The category id of a label, or of each label of an int64 tensor: `label_of` backwards.
 
         Where ids are used as they are every label is its own id, also those between the ids that belong to no category.
         """

@@ -40,7 +40,7 @@ def evaluate_checkpoint(config: Config, given: Collection[str], path: str) -> di
         if categories is None:
             categories = task.bare_categories(config)
         dataset = task.build_dataset("val", config, categories=categories, uint8=True)
-        if dataset.categories.num_classes > config.num_classes:
+        if config.num_classes is not None and dataset.categories.num_classes > config.num_classes:
             raise UsageError(
                 f"{path} has {config.num_classes} classes, the annotations need {dataset.categories.num_classes}: "
                 f"category ids up to {dataset.categories.ids[-1]}"

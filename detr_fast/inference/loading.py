@@ -58,7 +58,8 @@ def load_for_inference(config: Config, given: Collection[str], path: str) -> Loa
     checkpoint = read_checkpoint(path)
     state, theirs = checkpoint["model"], checkpoint.get("args", {})
     try:
-        task = task_of_weights(state, config)
+        asked = config.dataset_file if "dataset_file" in given else None
+        task = task_of_weights(state, asked, theirs.get("dataset_file"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     _check_given(config, given, path, theirs, task)

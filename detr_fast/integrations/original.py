@@ -13,7 +13,7 @@ from detr_fast.config import Config
 from detr_fast.data.categories import Categories
 from detr_fast.data.coco import CocoDetection
 from detr_fast.data.panoptic import CocoPanoptic
-from detr_fast.tasks import tasks
+from detr_fast.tasks import dataset_files, tasks
 from detr_fast.tasks.parts import build_backbone, build_position_encoding, build_transformer
 
 __all__ = [
@@ -46,7 +46,7 @@ def build_model(args: Config | Any) -> tuple[nn.Module, nn.Module, dict[str, nn.
         ValueError: `frozen_weights` without `masks`, or an argument of the parts is wrong.
     """
     config = Config.of(args)
-    if not any(task.dataset_file == config.dataset_file for task in tasks()):
+    if config.dataset_file not in dataset_files():
         config = dataclasses.replace(config, dataset_file="coco", num_classes=config.num_classes or _OTHER_CLASSES)
     return _task(config).build(config)
 
@@ -83,5 +83,5 @@ def _task(config: Config):
     for task in tasks():
         if task.handles(config):
             return task
-    names = ", ".join(repr(name) for name in dict.fromkeys(task.dataset_file for task in tasks()))
+    names = ", ".join(repr(name) for name in dataset_files())
     raise ValueError(f"dataset_file {config.dataset_file!r} is not supported; expected one of {names}")

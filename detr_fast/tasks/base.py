@@ -34,6 +34,8 @@ class Task(ABC):
         own_flags: settings that this task alone reads; any other task refuses them.
         ignored_flags: settings of the ordinary detector that this task does not read, and refuses.
         postprocessor_names: keys of the post-processors that `build` returns.
+        only_if_asked: a checkpoint is taken for this task only if ``--dataset_file`` says so, since its model is
+            another task's as well and its data need more than that task's.
         found: what detections are called when they are counted.
         mean, std: with which images are normalised.
     """
@@ -43,6 +45,7 @@ class Task(ABC):
     own_flags: Sequence[str] = ()
     ignored_flags: Sequence[str] = ()
     postprocessor_names: Sequence[str] = ("bbox",)
+    only_if_asked = False
     found = "detections"
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
@@ -96,7 +99,7 @@ class Task(ABC):
         """Whether a state dict is that of this task's model."""
 
     def settings_of(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What a state dict that is recognised says about the configuration."""
+        """What a state dict that is recognised says about the configuration; no "num_classes" if it has no classes."""
         return {"dataset_file": self.dataset_file, "num_classes": len(state["class_embed.bias"]) - 1}
 
     def load_frozen(self, model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

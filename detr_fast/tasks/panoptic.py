@@ -33,6 +33,7 @@ class _PanopticData:
 
     dataset_file = "coco_panoptic"
     own_flags = ("coco_panoptic_path",)
+    only_if_asked = True
 
     def check(self, config: Config) -> None:
         super().check(config)

@@ -37,6 +37,11 @@ def _import_all() -> None:
         importlib.import_module(f"detr_fast.tasks.{module.name}")
 
 
+def dataset_files() -> list[str]:
+    """The values that ``--dataset_file`` may have."""
+    return list(dict.fromkeys(task.dataset_file for task in tasks()))
+
+
 def task_of(config: Config) -> Task:
     """The task that a configuration asks for, once its settings have been found to go together.
 
@@ -51,8 +56,7 @@ def task_of(config: Config) -> Task:
                         raise UsageError(_does_nothing(name, config, other))
             task.check(config)
             return task
-    names = ", ".join(dict.fromkeys(task.dataset_file for task in tasks()))
-    raise UsageError(f"--dataset_file must be one of {names}, got {config.dataset_file!r}")
+    raise UsageError(f"--dataset_file must be one of {', '.join(dataset_files())}, got {config.dataset_file!r}")
 
 
 def _does_nothing(name: str, config: Config, owner: Task) -> str:
@@ -62,8 +66,14 @@ def _does_nothing(name: str, config: Config, owner: Task) -> str:
     )
 
 
-def task_of_weights(state: Mapping[str, Tensor], config: Config) -> Task:
-    """The task whose model has these weights; of several the one that `config.dataset_file` names, if it is among them.
+def task_of_weights(state: Mapping[str, Tensor], asked: str | None, trained_as: str | None) -> Task:
+    """The task of a model with these weights.
+
+    Args:
+        state: the model's weights, to which several tasks may lay claim.
+        asked: the ``--dataset_file`` that the user gave; None if there was none.
+        trained_as: the ``--dataset_file`` of the training, if the checkpoint knows it. Without either it is the first
+            task, in the order of registration, that recognises the weights.
 
     Raises:
         ValueError: no task's model has such weights.
@@ -71,7 +81,10 @@ def task_of_weights(state: Mapping[str, Tensor], config: Config) -> Task:
     found = [task for task in tasks() if task.recognises(state)]
     if not found:
         raise ValueError("the weights are of no model that is known here; expected the weights of a DETR")
-    return next((task for task in found if task.dataset_file == config.dataset_file), found[0])
+    named = [task for task in found if task.dataset_file == asked] if asked else []
+    trained = [task for task in found if task.dataset_file == trained_as and not task.only_if_asked]
+    default = [task for task in found if not task.only_if_asked]
+    return [*named, *trained, *default, *found][0]
 
 
 def task_of_postprocessors(names: Iterable[str]) -> Task:

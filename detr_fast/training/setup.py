@@ -5,7 +5,6 @@ Source: facebookresearch/detr, main.py.
 
 import random
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from detr_fast.data.loader import EpochLoader, build_loader
 from detr_fast.data.packed import PackedCollate
 from detr_fast.distributed import get_rank, is_dist_avail_and_initialized, join_processes, say
 from detr_fast.errors import UsageError
-from detr_fast.models.segmentation import DETRsegm
+from detr_fast.models.backbone import BackboneBase
 from detr_fast.tasks import Task
 from detr_fast.training.engine import PRECISIONS
 
@@ -85,13 +84,10 @@ def build(task: Task, config: Config, own_weights: bool) -> tuple[nn.Module, nn.
         say(f"--backbone_weights {config.backbone_weights} is not read: the checkpoint has the backbone's weights")
     built = task.build(replace(config, backbone_weights="none"))
     # Which parameters are trained is decided by where the weights once came from.
-    detector_of(built[0]).backbone[0].freeze(train_backbone=config.lr_backbone > 0)
+    for module in built[0].modules():
+        if isinstance(module, BackboneBase):
+            module.freeze(train_backbone=config.lr_backbone > 0)
     return built
-
-
-def detector_of(model: nn.Module) -> Any:
-    """The detector in a model with masks, or the model itself: what has the backbone."""
-    return model.detr if isinstance(model, DETRsegm) else model
 
 
 def loader_for(task: Task, dataset: Dataset, config: Config, train: bool) -> EpochLoader:
