@@ -1,8 +1,9 @@
 """Attention and its gradients in plain PyTorch, a few rows at a time: what runs where there is no kernel.
 
 The formulas are the kernels'. The matrix of all scores never exists; chunks of it that stay in a CPU's cache take a
-third of its time. Without dropout a CPU has PyTorch's own fused attention. Where there is padding, a CPU computes one
-image at a time, from its valid queries and keys alone; other devices compute the whole batch, under masks.
+third of its time. Without dropout a CPU has PyTorch's own fused attention. Where there is padding and an image has many
+scores, a CPU computes one image at a time, from its valid queries and keys alone; otherwise, and on other devices, the
+whole batch is computed, under masks.
 
 Source: Rabe and Staats 2021 (attention in chunks).
 """
@@ -16,6 +17,9 @@ from detr_fast.ops._dropout_bits import dropout_bytes
 
 # Scores per chunk: as many as stay in a CPU's cache; on a GPU as many as keep it busy.
 _CPU_CHUNK, _GPU_CHUNK = 2**20, 2**28
+# Scores of an image, without and with dropout, from which a CPU computes images with padding one at a time. With fewer,
+# starting on each image takes longer than computing its padding.
+_ONE_IMAGE, _ONE_IMAGE_WITH_DROPOUT = 2**17, 2**16
 
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -46,7 +50,7 @@ def chunked_forward(
         logsumexp: [B, H, Lq], float32 or wider.
     """
     heads = query.shape[1]
-    for group in _groups(query, key, key_padding_mask, query_padding_mask):
+    for group in _groups(query, key, key_padding_mask, query_padding_mask, seed):
         q, k, v = group.inputs(query, key, value)
         if _has_fused(q, k, v, seed):
             result, lse = _fused_forward(q, k, v, attn_mask=group.bias, scale=scale)
@@ -95,7 +99,7 @@ def chunked_backward(
         The others: as `chunked_forward`'s.
     """
     heads = query.shape[1]
-    for group in _groups(query, key, key_padding_mask, query_padding_mask):
+    for group in _groups(query, key, key_padding_mask, query_padding_mask, seed):
         q, k, v = group.inputs(query, key, value)
         grad = zero_rows(group.take(grad_out, group.queries).to(q.dtype), group.idle)
         if _has_fused(q, k, v, seed) and out.dtype == q.dtype:  # not from an `out` that was rounded to 16 bits
@@ -192,14 +196,15 @@ class _Group:
         return torch.ge(drawn, drop_threshold, out=torch.empty_like(probs))
 
 
-def _groups(query, key, key_padding_mask, query_padding_mask) -> list[_Group]:
-    """What is computed together: on a CPU each image by itself if there is padding, else the batch."""
-    masks = (query_padding_mask, key_padding_mask)
+def _groups(query, key, key_padding_mask, query_padding_mask, seed) -> list[_Group]:
+    """What is computed together: on a CPU each image by itself if it has padding and many scores, else the batch."""
+    batch, heads, q_len, _ = query.shape
     if _may_read_masks(query.device):
-        if not any(mask is not None and mask.any() for mask in masks):
-            return [_Group()]
-        images = range(query.shape[0])
-        return [_Group(i, *(None if mask is None else _valid(mask[i]) for mask in masks)) for i in images]
+        masks = [mask if mask is not None and mask.any() else None for mask in (query_padding_mask, key_padding_mask)]
+        many = _ONE_IMAGE if seed is None else _ONE_IMAGE_WITH_DROPOUT
+        if any(mask is not None for mask in masks) and heads * q_len * key.shape[2] >= many:
+            return [_Group(i, *(None if mask is None else _valid(mask[i]) for mask in masks)) for i in range(batch)]
+        query_padding_mask, key_padding_mask = masks
     if key_padding_mask is None:
         return [_Group(idle=query_padding_mask)]
     # Without a key a softmax gives NaN: those rows are set to zero with the padded queries'.

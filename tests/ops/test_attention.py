@@ -41,6 +41,8 @@ def make_mask(k_len=70, all_padded=True):
 def grouping(request, monkeypatch):
     """Images with padding one at a time, as on a CPU, or the whole batch together, as elsewhere."""
     monkeypatch.setattr(_attention_chunked, "_may_read_masks", lambda device: request.param == "one_image")
+    for name in ("_ONE_IMAGE", "_ONE_IMAGE_WITH_DROPOUT"):
+        monkeypatch.setattr(_attention_chunked, name, 0)
     return request.param
 
 
