@@ -228,7 +228,9 @@ def test_attention_without_padding(keys, queries, numbers, grouping):
 @pytest.mark.parametrize("dims", [(4, 6), (8, 8)], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_attention_computes_the_valid_pairs_alone(p, dims, monkeypatch):
-    """On a CPU an image's scores in either pass are its valid queries times its valid keys."""
+    """On a CPU an image's scores in either pass are its valid queries times its valid keys, if there are many."""
+    for name in ("_ONE_IMAGE", "_ONE_IMAGE_WITH_DROPOUT"):
+        monkeypatch.setattr(_attention_chunked, name, 2 * 13 * 70)
     computed, has_fused = [], _attention_chunked._has_fused
 
     def count(q, k, v, seed):
@@ -248,6 +250,9 @@ def test_attention_computes_the_valid_pairs_alone(p, dims, monkeypatch):
             assert len(computed) == (1 if {keys, queries} <= {"none", "unused"} else 3)
             torch.autograd.grad(out, inputs, torch.ones_like(out))
             assert sum(computed) == 4 * (query_counts * key_counts).sum()
+    computed.clear()
+    attention(*(x[:, :, :12] if x is inputs[0] else x for x in inputs), padding_masks(70)["suffix"], p, seed=SEED)
+    assert computed == [3 * 2 * 12 * 70]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
