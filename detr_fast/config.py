@@ -277,6 +277,12 @@ class DataConfig(Part):
     max_size: int | None = flag(
         None, "longest side in pixels (default 1333, in proportion to --image_size)", check=_POSITIVE
     )
+    size_divisor: int | None = flag(
+        None,
+        "pad batches to a multiple of so many pixels, so that fewer distinct shapes occur (default: 64 while training "
+        "on a GPU, otherwise 1, the original's exact sizes)",
+        check=_POSITIVE,
+    )
     num_workers: int = flag(2, "loader processes", check=_NOT_NEGATIVE)
 
     def __post_init__(self):

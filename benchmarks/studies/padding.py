@@ -2,7 +2,9 @@
 
 Nothing is timed and no image is read: the augmentation is drawn for the sizes of COCO images, and batches are formed by
 the package's own samplers. Rows: random order, as the original trains; grouped by the files' aspect ratio, as
-torchvision's detection reference does; and grouped by the size that the augmentation gives (the default here).
+torchvision's detection reference does; and grouped by the size that the augmentation gives (the default here). A second
+table counts the distinct shapes of the grouped batches where their sizes are rounded up to a multiple: each new shape
+costs a GPU a cuDNN plan for every convolution.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 
 from detr_fast.data import SizeGroupedBatchSampler, make_coco_transforms
-from detr_fast.data.grouping import WINDOW, SizePlanner, valid_shares
+from detr_fast.data.grouping import WINDOW, SizePlanner, padded_sizes, valid_shares
 
 from ..shapes import coco_sizes
 
@@ -73,6 +75,33 @@ def rows(sizes: list[tuple[int, int]], batches: list[int], seed: int, window: in
     return table
 
 
+def divisor_rows(
+    sizes: list[tuple[int, int]], batch: int, steps: int, divisors: list[int], seed: int, window: int
+) -> list[dict]:
+    """One row for each divisor: distinct shapes in `steps` grouped batches, and pixels beside divisor 1's."""
+    data = AnnotatedSizes(sizes)
+    planned = np.array(SizePlanner(data, seed)(0, range(len(data))))
+    chosen = planned[batches_of("planned size", data, planned, batch, seed, window)[:steps]]
+    exact, table = padded_sizes(chosen).prod(axis=1).sum(), []
+    for divisor in divisors:
+        shapes = padded_sizes(chosen, divisor)
+        row = {"batch": batch, "steps": len(chosen), "divisor": divisor, "shapes": len(np.unique(shapes, axis=0))}
+        row["more_pixels"] = float(shapes.prod(axis=1).sum() / exact - 1)
+        table.append(row | valid_shares(chosen, divisor=divisor))
+    return table
+
+
+def divisor_markdown(table: list[dict]) -> str:
+    lines = [
+        "| batch | steps | multiple of | distinct shapes | more pixels | valid pixels | valid tokens |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in table:
+        shares = " | ".join(f"{row[name]:.1%}" for name in ("more_pixels", "pixels", "tokens"))
+        lines.append(f"| {row['batch']} | {row['steps']} | {row['divisor']} | {row['shapes']} | {shares} |")
+    return "\n".join(lines)
+
+
 def markdown(table: list[dict]) -> str:
     lines = [
         "| batch | order | valid pixels | valid tokens | valid pairs | pixels computed per valid one |",
@@ -92,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 4, 8, 16, 32])
     parser.add_argument("--window", type=int, default=WINDOW, help="images grouped at a time (default %(default)s)")
+    parser.add_argument("--divisor", type=int, nargs="+", default=[1, 32, 64, 128])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="also write the rows there, as JSON")
     args = parser.parse_args(argv)
@@ -99,11 +129,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.ann:
         entries = [entry for path in args.ann for entry in json.loads(path.read_text(encoding="utf-8"))["images"]]
         sizes = [(entry["width"], entry["height"]) for entry in entries]
-    table = rows(resampled(sizes, args.images, args.seed), args.batch, args.seed, args.window)
+    images = resampled(sizes, args.images, args.seed)
+    table = rows(images, args.batch, args.seed, args.window)
     print(f"{args.images} images of {len(sizes)} sizes, window {args.window}\n\n{markdown(table)}")
+    steps = min(2000, args.images // 16)
+    divisors = divisor_rows(images, 16, steps, args.divisor, args.seed, args.window)
+    print(f"\n{divisor_markdown(divisors)}")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        args.output.write_text(json.dumps({"orders": table, "divisors": divisors}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

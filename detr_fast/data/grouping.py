@@ -3,8 +3,8 @@
 The augmentation decides an image's final size, so grouping by the files' own shapes helps little. Here the augmentation
 of every image of a large window is drawn first, from its annotated width and height (nothing is read); the window is
 cut into batches of alike sizes; and the batches are shuffled. Later the worker, seeded by the same (seed, epoch,
-index), makes the very same draws. So an image's picture in an epoch is, bit for bit, the one of the plain random
-order, and its distribution the same; only the company differs in which it is seen.
+index), makes the very same draws. So in every epoch each image is, bit for bit, what it would be in plain random order,
+and the augmentation's distribution is unchanged; only which images share a batch differs.
 """
 
 from __future__ import annotations
@@ -210,11 +210,17 @@ def _planned_size(dataset, index: int) -> tuple[int, int]:
     return dataset.planned_size(index)
 
 
-def valid_shares(sizes: np.ndarray, stride: int = 32) -> dict[str, float]:
+def padded_sizes(sizes: np.ndarray, divisor: int = 1) -> np.ndarray:
+    """[batches, 2] heights and widths of batches of images [batches, B, 2], rounded up to multiples of `divisor`."""
+    return -(-np.asarray(sizes, dtype=np.int64).max(axis=1) // divisor) * divisor
+
+
+def valid_shares(sizes: np.ndarray, stride: int = 32, divisor: int = 1) -> dict[str, float]:
     """How much of padded batches is not padding.
 
     Args:
         sizes: [batches, B, 2] heights and widths of the images.
+        divisor: heights and widths of batches are multiples of it.
         stride: of the backbone; a feature map's cell is valid where the mask's nearest pixel is.
 
     Returns:
@@ -223,7 +229,7 @@ def valid_shares(sizes: np.ndarray, stride: int = 32) -> dict[str, float]:
     """
     sizes = np.asarray(sizes, dtype=np.int64)
     batch_size = sizes.shape[1]
-    padded = sizes.max(axis=1)  # [batches, 2]
+    padded = padded_sizes(sizes, divisor)
     cells = -(-padded // stride)
     # Nearest: cell c reads the pixel floor(c · padded / cells); valid are those below the image's own size.
     valid = (-(-sizes * cells[:, None] // padded[:, None])).prod(axis=2)  # [batches, B]

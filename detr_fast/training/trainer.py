@@ -39,7 +39,7 @@ from detr_fast.training.engine import evaluate, train_one_epoch
 from detr_fast.training.log import RunLog
 from detr_fast.training.optim import build_optimizer, build_scheduler, load_optimizer, steps_every
 from detr_fast.training.regions import compile_regions
-from detr_fast.training.setup import build, loader_for, start, with_norm
+from detr_fast.training.setup import build, loader_for, size_divisor, start, with_norm
 
 _SAMPLE_THRESHOLD = 0.5  # lowest score of what is drawn in samples/
 
@@ -131,6 +131,9 @@ class Trainer:
             f"{self.n_parameters} trained parameters, {len(self.dataset_train)} training and {len(self.dataset_val)} "
             f"validation images, {self.config.num_classes} classes, {self.steps_per_epoch} steps per epoch"
         )
+        divisor = size_divisor(config, train=True)
+        if divisor > 1:
+            say(f"training batches are padded to multiples of {divisor} pixels (--size_divisor)")
         began = time.perf_counter()
         if self._unevaluated is not None:
             row = self._finish(self.epoch - 1, self._unevaluated)
