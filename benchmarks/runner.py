@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from detr_fast.ops._dispatch import use_kernel
+from detr_fast.ops._dispatch import kernels_chosen
 
 from . import SUITES, plan
 from .harness.case import Row, Settings
@@ -233,7 +233,7 @@ def _run_spec(spec, args, settings, ceilings, scale, compile_peers) -> list[Row]
     if compile_peers:
         torch._dynamo.reset()  # or the recompilation limit is reached after a few shapes
     case, providers = plan.build(spec, scale, settings.device, compile=compile_peers, quick=args.quick)
-    if not use_kernel(settings.device):
+    if not kernels_chosen(settings.device):
         providers = [dataclasses.replace(p, label=f"plain PyTorch; {p.label}") if p.ours else p for p in providers]
     if args.provider:
         providers = [p for p in providers if any(part.lower() in p.name.lower() for part in args.provider)]

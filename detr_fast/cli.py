@@ -1,4 +1,4 @@
-"""The command line: ``detr-fast train | eval | predict | check-data | bench | demo``."""
+"""The command line: ``detr-fast train | eval | predict | check-data | bench | doctor | demo``."""
 
 import argparse
 import os
@@ -236,6 +236,22 @@ def _bench(args: argparse.Namespace, given: set[str]) -> int:
     return run(args)
 
 
+def _doctor_parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "doctor",
+        "Prints what is installed and compares every kernel with plain PyTorch on this machine. The exit status is 1 "
+        "if one fails or gives other numbers.",
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where (default %(default)s)")
+    return parser
+
+
+def _doctor(args: argparse.Namespace, given: set[str]) -> int:
+    from detr_fast.doctor import doctor
+
+    return doctor(args.device)
+
+
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
@@ -253,6 +269,7 @@ _COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "predict": (_predict_parser, _predict, "detect objects or lines in images: pictures and a json"),
     "check-data": (_check_data_parser, _check_data, "find what is wrong with a data set"),
     "bench": (_bench_parser, _bench, "measure the fused ops beside their peers and the physical limit"),
+    "doctor": (_doctor_parser, _doctor, "compare every kernel with plain PyTorch on this machine"),
     "demo": (_demo_parser, _demo, "generate data, train, evaluate, draw: the whole way in minutes"),
 }
 

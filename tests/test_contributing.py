@@ -52,7 +52,7 @@ def tree(tmp_path_factory) -> Path:
     shutil.copy(ROOT / "pyproject.toml", tree)
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n# (append to )?(\S+\.py)\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == page.count("```python") == 6
+    assert len(blocks) == page.count("```python") == 7
     for append, name, code in blocks:
         with open(tree / name, "a" if append else "x", encoding="utf-8") as file:
             file.write(code)
@@ -75,6 +75,13 @@ def python(tree: Path, *arguments: str, interpret: bool = False) -> str:
 def test_the_op_passes_its_tests(tree, interpret):
     printed = python(tree, "-m", "pytest", "-q", "tests/ops/test_squared_relu.py", interpret=interpret)
     assert re.search(r"\d+ passed", printed) and "failed" not in printed
+
+
+@pytest.mark.slow
+@needs_triton
+def test_the_op_is_compared_by_doctor(tree):
+    printed = python(tree, "-m", "detr_fast", "doctor", "--device", "cpu", interpret=True)
+    assert len(re.findall(r"^squared_relu .* right$", printed, re.MULTILINE)) == 3
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "detr_fast"
 # From the ground up. A room imports from those before it, and from itself.
 ROOMS = (
     "kernels errors _moved ops geometry distributed nested_tensor layers models criterion data evaluation config tasks "
-    "training inference integrations demo benchmarks cli __main__"
+    "training inference integrations doctor demo benchmarks cli __main__"
 ).split()
 
 # The original's `detr_resnet50(..., return_postprocessor=True)` returns a part of the criterion, imported when asked.

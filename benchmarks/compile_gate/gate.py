@@ -122,7 +122,7 @@ def record(cases: list[Case], chip: int) -> tuple[list[Launch], list[str]]:
             patches.append(mock.patch.object(module, "compute_capability", lambda device: divmod(chip, 10)))
     for name, module in list(sys.modules.items()):
         if name.startswith("detr_fast.ops.") and hasattr(module, "use_kernel"):
-            patches.append(mock.patch.object(module, "use_kernel", lambda device: True))
+            patches.append(mock.patch.object(module, "use_kernel", lambda device, op: True))
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)

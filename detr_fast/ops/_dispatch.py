@@ -2,7 +2,8 @@
 
 The rule, in one place for all ops:
 
-- CUDA tensors run the kernel, unless ``DETR_FAST_KERNELS=torch`` or Triton is not installed (macOS, Windows).
+- CUDA tensors run the kernel, unless ``DETR_FAST_KERNELS=torch``, Triton is not installed (macOS, Windows), or the
+  kernel was found wrong on this GPU (see `detr_fast.ops.selfcheck`).
 - CPU tensors run plain PyTorch, unless ``TRITON_INTERPRET=1`` was set before Triton was imported: then they run the
   same kernel through Triton's interpreter.
 - Tensors on any other device run plain PyTorch.
@@ -17,16 +18,20 @@ from torch.autograd import forward_ad
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _CHOICES = ("", "triton", "torch")
+_SELFCHECKS = ("", "0", "1")
+
+# While kernels are compared with plain PyTorch: "triton" or "torch", in the place of the environment's choice.
+forced: str | None = None
 
 
-def use_kernel(device: torch.device) -> bool:
-    """True if ops on `device` run their Triton kernel, False if they run plain PyTorch.
+def kernels_chosen(device: torch.device) -> bool:
+    """True if ops on `device` are to run their Triton kernels, as far as the environment says.
 
     Raises:
         ValueError: ``DETR_FAST_KERNELS`` is neither unset, ``triton`` nor ``torch``.
         RuntimeError: ``DETR_FAST_KERNELS=triton`` where Triton is not installed.
     """
-    choice = os.environ.get("DETR_FAST_KERNELS", "")
+    choice = os.environ.get("DETR_FAST_KERNELS", "") if forced is None else forced
     if choice not in _CHOICES:
         raise ValueError(f"DETR_FAST_KERNELS is {choice!r}; expected 'triton', 'torch' or unset")
     if choice == "torch":
@@ -35,9 +40,30 @@ def use_kernel(device: torch.device) -> bool:
         if choice == "triton":
             raise RuntimeError("DETR_FAST_KERNELS=triton, but the package triton is not installed")
         return False
-    if device.type == "cuda":
+    return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def use_kernel(device: torch.device, op: str) -> bool:
+    """True if `op` runs its Triton kernel on `device`, False if it runs plain PyTorch.
+
+    Args:
+        device: of the op's tensors.
+        op: a key of `detr_fast.ops.selfcheck.CHECKS`.
+
+    Raises:
+        ValueError, RuntimeError: see `kernels_chosen`; ``DETR_FAST_SELFCHECK`` is neither unset, ``0`` nor ``1``.
+    """
+    if not kernels_chosen(device):
+        return False
+    selfcheck = os.environ.get("DETR_FAST_SELFCHECK", "")
+    if selfcheck not in _SELFCHECKS:
+        raise ValueError(f"DETR_FAST_SELFCHECK is {selfcheck!r}; expected '0', '1' or unset")
+    is_checked = selfcheck != "0" if device.type == "cuda" else selfcheck == "1"
+    if not is_checked or forced is not None:
         return True
-    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    from detr_fast.ops.selfcheck import is_trusted  # it calls the ops
+
+    return is_trusted(op, device)
 
 
 def refuse_transforms(op: str, *tensors: torch.Tensor) -> None:

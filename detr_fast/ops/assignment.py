@@ -106,7 +106,7 @@ def _reference(cost, offsets, largest):
 
 @torch.library.custom_op("detr_fast::assign", mutates_args=())
 def _assign(cost: torch.Tensor, offsets: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    if not use_kernel(cost.device) or max(cost.shape[2], largest) > _LARGEST_KERNEL_SIDE:
+    if not use_kernel(cost.device, "assign") or max(cost.shape[2], largest) > _LARGEST_KERNEL_SIDE:
         return _reference(cost, offsets, largest)
     from detr_fast.kernels.assignment import assignment_forward
 

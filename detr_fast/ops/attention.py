@@ -247,7 +247,9 @@ def _check_mask(name, mask, length, tensor):
 
 def _on_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
     head_dim = max(query.shape[-1], value.shape[-1])
-    return use_kernel(query.device) and query.dtype != torch.float64 and head_dim <= _LARGEST_KERNEL_HEAD_DIM
+    return (
+        use_kernel(query.device, "attention") and query.dtype != torch.float64 and head_dim <= _LARGEST_KERNEL_HEAD_DIM
+    )
 
 
 def _probabilities(query, key, value, key_padding_mask, scale):
@@ -295,7 +297,7 @@ def _empty_rows(mask: torch.Tensor) -> torch.Tensor:
 def _list_valid_rows(mask):
     """[B, 1 + L] int32 of mask [B, L]: the number of valid rows; these, in order; then the others, from the last."""
     rows = _empty_rows(mask)
-    if use_kernel(mask.device):
+    if use_kernel(mask.device, "attention"):
         from detr_fast.kernels.attention import valid_rows
 
         with torch.cuda.device_of(mask):

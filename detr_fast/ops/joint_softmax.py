@@ -65,7 +65,7 @@ def _check(scores, key_padding_mask) -> None:
 
 
 def _on_kernel(scores: torch.Tensor) -> bool:
-    return use_kernel(scores.device) and scores.dtype != torch.float64
+    return use_kernel(scores.device, "joint_softmax") and scores.dtype != torch.float64
 
 
 def _empty_like(scores: torch.Tensor) -> torch.Tensor:

@@ -115,7 +115,7 @@ def _matching_cost(
     cost_bbox: float,
     cost_giou: float,
 ) -> torch.Tensor:
-    if not use_kernel(logits.device) or logits.dtype != torch.float32:
+    if not use_kernel(logits.device, "matching_cost") or logits.dtype != torch.float32:
         return _reference(logits, boxes, labels, target_boxes, offsets, cost_class, cost_bbox, cost_giou)
     from detr_fast.kernels.matching_cost import matching_cost_forward
 

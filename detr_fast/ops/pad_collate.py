@@ -212,7 +212,7 @@ def pad_collate_reference(
 
 
 def _forward(images, mean, std, dtype, channels_last, size_divisor) -> tuple[Tensor, Tensor]:
-    if not use_kernel(images[0].device):
+    if not use_kernel(images[0].device, "pad_collate"):
         return pad_collate_reference(
             images, mean=mean, std=std, dtype=dtype, channels_last=channels_last, size_divisor=size_divisor
         )
@@ -276,7 +276,7 @@ def _pad_collate_backward(
 ) -> list[Tensor]:
     """Crops of grad [B, C, H, W], over std, as contiguous [C_i, H_i, W_i]; `shapes` is flat: 3 values per image."""
     grad_images = _empty_images(shapes, dtype, grad.device)
-    if use_kernel(grad.device):
+    if use_kernel(grad.device, "pad_collate"):
         from detr_fast.kernels.pad_collate import pad_collate_backward
 
         pad_collate_backward(grad, std, grad_images=grad_images)

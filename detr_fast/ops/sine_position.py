@@ -170,7 +170,7 @@ def _sine_position(
     dtype: torch.dtype,
     tokens: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not use_kernel(mask.device) or dtype == torch.float64:
+    if not use_kernel(mask.device, "sine_position") or dtype == torch.float64:
         return _reference(mask, frequencies, height, width, normalize, scale, dtype, tokens)
     from detr_fast.kernels.sine_position import sine_position_forward
 
