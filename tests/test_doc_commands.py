@@ -21,9 +21,9 @@ def commands(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
 def test_commands_are_understood(page):
     for command in commands(page):
-        name, *argv = shlex.split(command)
+        name, *argv = shlex.split(command, comments=True)
         _, given = parse_with_given(cli._COMMANDS[name][0](), normalise_options(argv))
-        assert given, command
+        assert given or not argv, command
 
 
 def test_the_pages_have_commands():
