@@ -10,12 +10,18 @@ from benchmarks.studies import data, padding
 def test_padding_table_shows_what_grouping_saves(tmp_path, capsys):
     out = tmp_path / "rows.json"
     assert padding.main(["--images", "640", "--batch", "2", "16", "--output", str(out)]) == 0
-    rows = {(row["batch"], row["order"]): row for row in json.loads(out.read_text())}
+    found = json.loads(out.read_text())
+    rows = {(row["batch"], row["order"]): row for row in found["orders"]}
     for batch in (2, 16):
         random, ratio, planned = (rows[batch, order]["pixels"] for order in padding.ORDERS)
         assert random < ratio < planned and planned > 0.88
     assert rows[16, "random"]["batches"] == rows[16, "planned size"]["batches"] == 40
     assert f"{rows[16, 'planned size']['pixels']:.1%}" in capsys.readouterr().out
+    exact, *rounded = found["divisors"]
+    assert exact["divisor"] == 1 and exact["more_pixels"] == 0
+    for row in rounded:
+        assert row["shapes"] < exact["shapes"] and 0 < row["more_pixels"] < row["divisor"] / 800 * 2.5
+        assert row["pixels"] == pytest.approx(exact["pixels"] / (1 + row["more_pixels"]))
 
 
 @pytest.mark.parametrize("order", padding.ORDERS)
