@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 
 VIZ = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.14"]
+EVAL = ["faster-coco-eval>=1.6"]
 # triton 3.6's interpreter needs numpy < 2.4; newer tritons take any.
 TEST = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "setuptools", "wheel"]
 # Another minor version of ruff formats differently.
@@ -38,7 +39,8 @@ setup(
     extras_require={
         "viz": VIZ,
         "tensorboard": TENSORBOARD,
-        "test": TEST + LINT + VIZ + TENSORBOARD,
+        "eval": EVAL,
+        "test": TEST + LINT + VIZ + TENSORBOARD + EVAL,
     },
     entry_points={"console_scripts": ["detr-fast = detr_fast.cli:main"]},
     classifiers=[

@@ -1,13 +1,15 @@
 """COCO's detection and segmentation metrics over one or several processes.
 
-Built on the public interface of pycocotools alone (``COCO``, ``COCO.loadRes``, ``COCOeval``): predictions are only
-collected during the run and evaluated once at its end.
+Built on the public interface of pycocotools alone (``COCO``, ``COCO.loadRes``, ``COCOeval``), which faster-coco-eval
+has as well: predictions are only collected during the run and evaluated once at its end. faster-coco-eval matches and
+counts in C++, pycocotools makes the twelve numbers of its arrays; they differ by rounding at most (1e-14).
 
 Source: facebookresearch/detr ``datasets/coco_eval.py``, whose numbers this equals.
 """
 
 import contextlib
 import copy
+import importlib.util
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from torch import Tensor
 from detr_fast.distributed import all_gather, is_main_process
 
 IOU_TYPES = ("bbox", "segm")
+BACKENDS = ("auto", "pycocotools", "faster_coco_eval")
 
 
 class CocoEvaluator:
@@ -37,21 +40,26 @@ class CocoEvaluator:
     Args:
         coco_gt: the annotations; a copy is kept, because pycocotools writes into them.
         iou_types: any of "bbox" and "segm".
+        backend: who computes the numbers: "pycocotools", "faster_coco_eval" (``pip install detr_fast[eval]``), or
+            "auto", the latter where it is installed.
 
     Raises:
         TypeError: if ``iou_types`` is not a list or tuple.
-        ValueError: if an IoU type is unknown.
+        ValueError: if an IoU type or backend is unknown.
+        ImportError: if the backend is not installed.
     """
 
-    def __init__(self, coco_gt: COCO, iou_types: Sequence[str]):
+    def __init__(self, coco_gt: COCO, iou_types: Sequence[str], *, backend: str = "auto"):
         if not isinstance(iou_types, list | tuple):
             raise TypeError(f"iou_types must be a list or tuple of {IOU_TYPES}, got {iou_types!r}")
         unknown = [t for t in iou_types if t not in IOU_TYPES]
         if unknown or not iou_types:
             raise ValueError(f"iou_types must be taken from {IOU_TYPES}, got {list(iou_types)}")
-        self.coco_gt = copy.deepcopy(coco_gt)
         self.iou_types = list(iou_types)
+        self.backend = _resolved(backend)
+        self.coco_gt = copy.deepcopy(coco_gt)
         self.coco_eval = {t: COCOeval(self.coco_gt, iouType=t) for t in self.iou_types}
+        self._accumulated: dict[str, dict] = {}  # the backend's arrays, by IoU type
         self._known_ids = set(self.coco_gt.getImgIds())
         self._predictions = {}
 
@@ -94,11 +102,12 @@ class CocoEvaluator:
         image_ids = sorted(merged)
         for iou_type, coco_eval in self.coco_eval.items():
             results = [r for image_id in image_ids for r in _results(image_id, merged[image_id], iou_type)]
+            coco_eval.params.imgIds = image_ids
             with contextlib.redirect_stdout(io.StringIO()):
-                # loadRes cannot take an empty list.
-                coco_eval.cocoDt = self.coco_gt.loadRes(results) if results else COCO()
-                coco_eval.params.imgIds = image_ids
-                coco_eval.evaluate()
+                if self.backend == "pycocotools":
+                    self._accumulated[iou_type] = _by_pycocotools(coco_eval, self.coco_gt, results)
+                else:
+                    self._accumulated[iou_type] = _by_faster_coco_eval(coco_eval, self.coco_gt, results)
 
     def accumulate(self) -> None:
         """Compute precision and recall from the matched images.
@@ -106,11 +115,10 @@ class CocoEvaluator:
         Raises:
             RuntimeError: if :meth:`synchronize_between_processes` has not been called.
         """
-        for coco_eval in self.coco_eval.values():
-            if not coco_eval.evalImgs:
-                raise RuntimeError("call synchronize_between_processes() before accumulate()")
-            with contextlib.redirect_stdout(io.StringIO()):
-                coco_eval.accumulate()
+        if not self._accumulated:
+            raise RuntimeError("call synchronize_between_processes() before accumulate()")
+        for iou_type, coco_eval in self.coco_eval.items():
+            coco_eval.eval = self._accumulated[iou_type]
 
     def summarize(self) -> None:
         """Compute ``stats`` and print COCO's 12 lines for each IoU type (in the first process only).
@@ -208,6 +216,39 @@ class CocoEvaluator:
             )
         pixels = (masks.detach().reshape(count, *size) > 0.5).to(torch.uint8).cpu().numpy()
         return [mask_utils.encode(np.asfortranarray(mask)) for mask in pixels]
+
+
+def _resolved(backend: str) -> str:
+    """The backend that is meant, if it is there."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    is_there = importlib.util.find_spec("faster_coco_eval") is not None
+    if backend == "faster_coco_eval" and not is_there:
+        raise ImportError("backend='faster_coco_eval': it is not installed (pip install detr_fast[eval])")
+    return "faster_coco_eval" if is_there and backend != "pycocotools" else "pycocotools"
+
+
+def _by_pycocotools(coco_eval: COCOeval, coco_gt: COCO, results: list[dict]) -> dict:
+    # loadRes cannot take an empty list.
+    coco_eval.cocoDt = coco_gt.loadRes(results) if results else COCO()
+    coco_eval.evaluate()
+    coco_eval.accumulate()
+    return coco_eval.eval
+
+
+def _by_faster_coco_eval(coco_eval: COCOeval, coco_gt: COCO, results: list[dict]) -> dict:
+    from faster_coco_eval import COCO as FasterCOCO
+    from faster_coco_eval import COCOeval_faster
+
+    annotations = FasterCOCO()
+    annotations.dataset = coco_gt.dataset
+    annotations.createIndex()
+    faster = COCOeval_faster(annotations, annotations.loadRes(results), coco_eval.params.iouType)
+    faster.params.imgIds = coco_eval.params.imgIds
+    faster.evaluate()
+    faster.accumulate()
+    coco_eval.cocoDt, coco_eval.params.catIds = faster.cocoDt, list(faster.params.catIds)
+    return faster.eval
 
 
 def _results(image_id: int, prediction: dict, iou_type: str) -> Iterator[dict]:

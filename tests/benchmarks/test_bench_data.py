@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.shapes import coco_sizes
-from benchmarks.studies import data, padding
+from benchmarks.studies import data, evaluation, padding
 
 
 def test_padding_table_shows_what_grouping_saves(tmp_path, capsys):
@@ -38,3 +38,12 @@ def test_data_benchmark_compares_then_times(capsys, monkeypatch):
     assert "ratio:" in (printed := capsys.readouterr().out) and "loader with 1 workers" in printed
     monkeypatch.setattr(data, "TOLERANCE", -1.0)
     assert data.main(arguments) == 1 and capsys.readouterr().out.startswith("not timed")
+
+
+def test_the_evaluation_study_compares_then_prints(tmp_path, capsys):
+    pytest.importorskip("faster_coco_eval")
+    out = tmp_path / "rows.json"
+    assert evaluation.main(["--images", "12", "--detections", "20", "--output", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["backend"] for row in rows] == list(evaluation.BACKENDS) and rows[0]["stats"][0] > 0.1
+    assert "12 images, 240 detections" in capsys.readouterr().out
