@@ -105,8 +105,10 @@ class Detector:
             f"Detector of {self._loaded.task.name}: {config.backbone}, {config.num_classes} classes, on {config.device}"
         )
 
-    @overload
-    def predict(self, images: ImageLike, threshold: float = 0.5, *, batch_size: int = 1) -> Detections: ...
+    @overload  # a str is an Iterable, too: the first that fits counts
+    def predict(  # type: ignore[overload-overlap]
+        self, images: ImageLike, threshold: float = 0.5, *, batch_size: int = 1
+    ) -> Detections: ...
     @overload
     def predict(
         self, images: Iterable[ImageLike], threshold: float = 0.5, *, batch_size: int = 1
@@ -174,7 +176,7 @@ class Detector:
     def _detections(self, result: Result, picture: Picture, known: dict[str, Any], threshold: float) -> Detections:
         result = best(result, threshold)
         if self.categories is not None:
-            result["labels"] = self.categories.to_id(result["labels"])
+            result = {**result, "labels": self.categories.to_id(result["labels"])}
         return Detections(result, self._loaded.task, self.names, picture, known["orig_size"])
 
     def evaluate(self, **settings: Any) -> dict[str, Any]:

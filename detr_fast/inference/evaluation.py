@@ -5,6 +5,7 @@ Source: facebookresearch/detr, main.py (``--eval``).
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ def evaluate_loaded(loaded: Loaded, source: str) -> dict:
         task, config, categories = loaded.task, loaded.config, loaded.categories
         if categories is None:
             categories = task.bare_categories(config)
-        dataset = task.build_dataset("val", config, categories=categories, uint8=True)
+        dataset: Any = task.build_dataset("val", config, categories=categories, uint8=True)
         if config.num_classes is not None and dataset.categories.num_classes > config.num_classes:
             raise UsageError(
                 f"{source} has {config.num_classes} classes, the annotations need {dataset.categories.num_classes}: "

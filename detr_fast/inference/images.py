@@ -57,6 +57,7 @@ class Picture:
         """(width, height); None where the image cannot be read, which `read` reports."""
         if self._image is not None:
             return self._image.size
+        assert self.path is not None
         try:
             if _is_address(self.path):
                 return self.read().size
@@ -73,6 +74,7 @@ class Picture:
         """
         if self._image is not None:
             return self._image.convert("RGB")
+        assert self.path is not None
         if not _is_address(self.path):
             return load_image(self.path)
         self._image = _fetch(self.path)
@@ -89,20 +91,20 @@ def pictures(images: ImageLike | Iterable[ImageLike]) -> tuple[list[Picture], bo
         TypeError, ValueError: see `Picture`. UsageError: there is no image in a folder.
     """
     if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
-        return _expanded(images), not _is_folder(images)
+        return _expanded(images), not (isinstance(images, (str, os.PathLike)) and _is_folder(images))
     if not isinstance(images, Iterable):
         raise TypeError(f"images is a {type(images).__name__}; expected {_KINDS}")
     return [picture for image in images for picture in _expanded(image)], False
 
 
 def _expanded(image: ImageLike) -> list[Picture]:
-    if _is_folder(image):
+    if isinstance(image, (str, os.PathLike)) and _is_folder(image):
         return [Picture(path) for path, _ in find_images([os.fspath(image)])]
     return [Picture(image)]
 
 
-def _is_folder(image: Any) -> bool:
-    return isinstance(image, (str, os.PathLike)) and not _is_address(image) and Path(image).is_dir()
+def _is_folder(path: str | os.PathLike) -> bool:
+    return not _is_address(path) and Path(path).is_dir()
 
 
 def _is_address(path: str | os.PathLike) -> bool:
@@ -201,11 +203,11 @@ def _from_array(image: np.ndarray | Tensor) -> Image.Image:
         more = "; for several images give a list of them" if len(shape) == 4 else ""
         raise ValueError(f"an image is {kind} of shape {list(shape)}; expected {expected}{more}")
     # From here on [H, W, C] in numpy.
-    pixels = image.detach().cpu() if is_tensor else image
-    if is_tensor:
-        pixels = (pixels.float() if pixels.dtype.is_floating_point else pixels).permute(1, 2, 0).numpy()
-    elif pixels.ndim == 2:
-        pixels = pixels[:, :, None]
+    if isinstance(image, Tensor):
+        tensor = image.detach().cpu().permute(1, 2, 0)
+        pixels = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    else:
+        pixels = image if image.ndim == 3 else image[:, :, None]
     if np.issubdtype(pixels.dtype, np.floating):
         low, high = float(pixels.min()), float(pixels.max())
         if not (low >= 0 and high <= 1):  # NaN, too
