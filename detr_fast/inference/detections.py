@@ -75,8 +75,7 @@ class Detections:
 
     def __getitem__(self, index: Any) -> Detections:
         chosen = torch.from_numpy(np.atleast_1d(np.arange(len(self))[index]))
-        result = {name: value[chosen] for name, value in self._result.items()}
-        return Detections(result, self._task, self._names, self._picture, self.size)
+        return Detections(_selected(self._result, chosen), self._task, self._names, self._picture, self.size)
 
     def __repr__(self) -> str:
         found = [f"{name} {score:.2f}" for name, score in zip(self.class_name, self.scores, strict=True)]
@@ -92,12 +91,12 @@ class Detections:
         """
         image = {} if image_id is None else {"image_id": image_id}
         return [
-            {**image, **entry, **self._name_of(entry["category_id"])}
+            {**image, **entry, **self._name_of(entry.get("category_id"))}
             for entry in self._task.describe(self._result, 0.0)
         ]
 
-    def _name_of(self, label: int) -> dict[str, str]:
-        return {"category_name": self._names[label]} if label in self._names else {}
+    def _name_of(self, label: int | None) -> dict[str, str]:
+        return {} if label is None or label not in self._names else {"category_name": self._names[label]}
 
     def to_supervision(self) -> supervision.Detections:
         """As ``supervision.Detections``, with the names under ``data["class_name"]``.
@@ -129,13 +128,20 @@ class Detections:
         return self._task.draw(self._picture.read() if image is None else image, self._result, self._names, 0.0)
 
 
-def best(result: Result, threshold: float) -> dict[str, Tensor]:
-    """A result's detections of at least that score, best first, on the CPU; what is not per detection is left out."""
+def best(result: Result, threshold: float) -> Result:
+    """A result's detections of at least that score, best first, on the CPU."""
     scores, order = result["scores"].cpu().sort(descending=True)
-    order = order[: int((scores >= threshold).sum())]
-    rows = len(scores)
-    return {
-        name: value[order.to(value.device)].cpu()
-        for name, value in result.items()
-        if isinstance(value, Tensor) and value.ndim and len(value) == rows
-    }
+    return _selected(result, order[: int((scores >= threshold).sum())])
+
+
+def _selected(result: Result, chosen: Tensor) -> Result:
+    """The rows of what a result has for each detection; whatever else it has stays as it is."""
+    count = len(result["scores"])
+
+    def rows_of(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        is_per_detection = value.ndim > 0 and len(value) == count
+        return (value[chosen.to(value.device)] if is_per_detection else value).cpu()
+
+    return {name: rows_of(value) for name, value in result.items()}

@@ -40,14 +40,14 @@ def model(run_folder) -> Detector:
     return detr_fast.load(run_folder, device="cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(folder):
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 

@@ -30,7 +30,7 @@ def test_the_page_runs(run_folder, tmp_path, monkeypatch):
     for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(snippet, scope)
     assert len(scope["several"]) == 4 and len(scope["everything"]) == 2
-    assert len(scope["entries"]) == len(scope["sure"]) and len(scope["stats"]["coco_eval_bbox"]) == 12
+    assert len(scope["entries"]) == len(scope["found"]) == 5 and len(scope["stats"]["coco_eval_bbox"]) == 12
     assert Path("found.jpg").is_file() and Path("better.pth").is_file() and Path("outputs/better/log.txt").is_file()
 
 
