@@ -177,7 +177,8 @@ class Detector:
         result = best(result, threshold)
         if self.categories is not None:
             result = {**result, "labels": self.categories.to_id(result["labels"])}
-        return Detections(result, self._loaded.task, self.names, picture, known["orig_size"])
+        height, width = known["orig_size"]
+        return Detections(result, self._loaded.task, self.names, picture, (height, width))
 
     def evaluate(self, **settings: Any) -> dict[str, Any]:
         """Evaluates on validation data and prints the task's numbers, as ``detr-fast eval`` does.
@@ -210,8 +211,10 @@ class Detector:
             The run's best checkpoint as a `Detector`.
 
         Raises:
-            UsageError: settings or data that do not fit. TypeError: a setting that there is not.
+            UsageError: settings or data that do not fit. TypeError: a setting that there is not, or that is not free.
         """
+        for name in {"weights", "eval"} & set(settings):
+            raise TypeError(f"train starts from this model's weights and trains: {name!r} cannot be set")
         own = {name: getattr(self.config, name) for name in (*_SAVED, "device", "precision", "compile")}
         # The classes are the data's. Frozen norms came with pretrained weights: their first layers are not trained.
         own |= {"num_classes": None, "thing_classes": None, "output_dir": output_dir}

@@ -1,6 +1,7 @@
 """`detr_fast.load`: every kind of source, what the object says, saves and trains, and the errors."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +88,15 @@ def test_settings_are_seen_from_shapes(settings):
     assert found == {name: getattr(config, name) for name in found}
     shown = {"backbone", "position_embedding", "pre_norm", "hidden_dim", "dim_feedforward", "num_queries", "dec_layers"}
     assert shown | ({*settings} - {"masks"}) <= {*found}
+
+
+@pytest.mark.parametrize("name", published())
+def test_published_weights_show_their_settings(name):
+    shapes = json.loads((Path(__file__).parents[1] / "models" / "official_keys" / f"{name}.json").read_text())
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    expected = Config(backbone=name.split("_")[1])
+    found = settings_from_shapes(state)
+    assert len(found) == 8 and found == {setting: getattr(expected, setting) for setting in found}
 
 
 def test_published_name_comes_from_torch_hubs_cache(tmp_path, monkeypatch, original):
@@ -178,6 +188,10 @@ def test_trains_on_from_its_weights(run_folder, training, tmp_path):
     trained = model.train(tmp_path / "run", **training, lr=0.0, lr_backbone=0.0)
     same(trained.predict(IMAGE, 0), model.predict(IMAGE, 0))  # a rate of 0: the weights it starts from
     assert (tmp_path / "run" / "checkpoint.pth").is_file()
+    with pytest.raises(TypeError, match="'weights' cannot be set"):
+        model.train(tmp_path / "run", weights="other.pth")
+    with pytest.raises(TypeError, match="'learning_rate'"):
+        model.train(tmp_path / "run", **training, learning_rate=1)
 
 
 @pytest.mark.slow

@@ -72,6 +72,7 @@ def forms(path, image):
         "array of floats": array / 255,
         "uint8 tensor": tensor,
         "float tensor": tensor / 255,
+        "floats a little lower": (tensor / 255 - 1e-4).clamp(min=0),
         "double tensor": tensor.double() / 255,
         "tensor of another order": torch.from_numpy(array).permute(2, 0, 1),
         "tensor with a gradient": (tensor / 255).requires_grad_(),
