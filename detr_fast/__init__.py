@@ -18,6 +18,11 @@ if TYPE_CHECKING:  # `import x as x` is what re-exports
         PostProcessSegm as PostProcessSegm,
         SetCriterion as SetCriterion,
     )
+    from detr_fast.inference import (
+        Detections as Detections,
+        Detector as Detector,
+        load as load,
+    )
     from detr_fast.layers import (
         MLP as MLP,
         FrozenBatchNorm2d as FrozenBatchNorm2d,
@@ -100,6 +105,7 @@ _HOME = {
         "PostProcessSegm",
         "PostProcessPanoptic",
     ],
+    "detr_fast.inference": ["Detections", "Detector", "load"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

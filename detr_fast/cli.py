@@ -134,7 +134,8 @@ def _predict_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "predict",
         "Detects objects, or lines, in images: a picture for each, and a json with all.\n"
-        "The model's flags are the checkpoint's own; give them for bare weights only.",
+        "The model's flags are the checkpoint's own; for bare weights give what their shapes do not show (--nheads,\n"
+        "--dilation).",
         usage="detr-fast predict IMAGE_OR_FOLDER … --weights PATH [--output_dir DIR] [FLAG …]",
     )
     parser.add_argument(
@@ -148,7 +149,7 @@ def _predict_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ann", default=None, metavar="JSON", help="COCO json to take the image ids from; without it they are 1, 2, …"
     )
-    parser.add_argument("--batch_size", default=1, type=int, help="images at a time")
+    parser.add_argument("--batch_size", default=1, type=int, help="images at a time, of one size once they are resized")
     add_flags(parser, DataConfig, only=("image_size", "max_size"))
     add_flags(parser, RunConfig, only=("device", "precision", "compile"))
     add_flags(parser, ModelConfig, inference=True)
@@ -259,7 +260,8 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
         "--resume",
         required=True,
         metavar="PATH",
-        help="a checkpoint of ours or of the original, a file or an https address",
+        help="a run's folder, a checkpoint of ours or of the original (a file or an https address), or a published "
+        "name such as detr_resnet50",
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from detr_fast import (
     DETR,
+    Detections,
     MultiheadAttention,
     NestedTensor,
     PositionEmbeddingSine,
@@ -27,6 +28,7 @@ from detr_fast import (
     attention,
     collate_fn,
     detr_resnet50,
+    load,
     nested_tensor_from_tensor_list,
     pad_collate,
     sine_position,
@@ -46,6 +48,10 @@ parameters: int = layer.num_heads
 embedding: tuple[Tensor, Tensor] = PositionEmbeddingSine(64, normalize=True).from_mask(padding)
 model = detr_resnet50(weights=None)
 by_hand = DETR(torch.nn.Identity(), Transformer(d_model=256), num_classes=91, num_queries=100)
+detector = load("run", device="cpu")
+found: Detections = detector.predict("photo.jpg", 0.7)
+several: list[Detections] = detector.predict(["photo.jpg", images[0]], batch_size=8)
+corners, named = found.boxes[:, :2], dict(zip(found.class_name, found.scores))
 nested, targets = collate_fn([(image, {"boxes": torch.zeros(0, 4)}) for image in images])
 """
 
@@ -61,6 +67,7 @@ detr_fast.MultiheadAttention("256", 8)
 detr_fast.nested_tensor_from_tensor_list([torch.rand(3, 8, 8)]).tensor
 detr_fast.NestedTensor(mask, "padding")
 detr_fast.Transfomer(256)
+detr_fast.load("run").predict(7)
 boxes: str = detr_fast.pad_collate([torch.rand(3, 8, 8)])[0]
 """
 

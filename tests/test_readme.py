@@ -4,18 +4,31 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+
+from detr_fast.models.hub import published
+from tests.inference.tiny_models import checkpoint_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_readme_snippets_run():
+def test_readme_snippets_run(tmp_path, monkeypatch):
+    # A small model stands in for the published one, where torch.hub would keep it.
+    checkpoint = tmp_path / "hub" / "checkpoints" / published()["detr_resnet50"].rsplit("/", 1)[1]
+    checkpoint.parent.mkdir(parents=True)
+    torch.save({"model": checkpoint_of(num_classes=91)["model"]}, checkpoint)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (90, 70), (200, 30, 30)).save("photo.jpg")
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     scope: dict = {}
     for snippet in snippets:
         exec(snippet, scope)
+    assert Image.open("found.jpg").size == (540, 420)
     assert scope["out"].shape == (56, 2, 256)
     assert scope["outputs"]["pred_logits"].shape == (2, 100, 92)
     assert scope["outputs"]["pred_boxes"].shape == (2, 100, 4)

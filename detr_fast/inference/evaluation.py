@@ -4,11 +4,15 @@ Source: facebookresearch/detr, main.py (``--eval``).
 """
 
 from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from detr_fast.config import Config, make_output_dir, usage_errors
 from detr_fast.distributed import is_main_process
 from detr_fast.errors import UsageError
-from detr_fast.inference.loading import load_for_inference
+from detr_fast.inference.loading import Loaded, load_for_inference
 from detr_fast.tasks import task_of
 from detr_fast.training.checkpoint import save_checkpoint
 from detr_fast.training.engine import evaluate
@@ -33,16 +37,28 @@ def evaluate_checkpoint(config: Config, given: Collection[str], path: str) -> di
     """
     with usage_errors():
         task_of(config)  # refuses settings that do not go together
-        config, device = start(config)
-        output_dir = make_output_dir(config.output_dir) if config.output_dir else None
+        config, _ = start(config)
+        if config.output_dir:
+            make_output_dir(config.output_dir)
         loaded = load_for_inference(config, given, path)
+    return evaluate_loaded(loaded, path)
+
+
+def evaluate_loaded(loaded: Loaded, source: str) -> dict:
+    """As `evaluate_checkpoint`, of a model that is loaded already.
+
+    Args:
+        loaded: the model; its `config` names data, and where eval.pth goes: a folder that exists, or nowhere.
+        source: what error messages call the model.
+    """
+    with usage_errors():
         task, config, categories = loaded.task, loaded.config, loaded.categories
         if categories is None:
             categories = task.bare_categories(config)
-        dataset = task.build_dataset("val", config, categories=categories, uint8=True)
+        dataset: Any = task.build_dataset("val", config, categories=categories, uint8=True)
         if config.num_classes is not None and dataset.categories.num_classes > config.num_classes:
             raise UsageError(
-                f"{path} has {config.num_classes} classes, the annotations need {dataset.categories.num_classes}: "
+                f"{source} has {config.num_classes} classes, the annotations need {dataset.categories.num_classes}: "
                 f"category ids up to {dataset.categories.ids[-1]}"
             )
         task.fit_postprocessors(loaded.postprocessors, dataset, config)
@@ -54,7 +70,7 @@ def evaluate_checkpoint(config: Config, given: Collection[str], path: str) -> di
         loaded.postprocessors,
         loader,
         annotations,
-        device,
+        torch.device(config.device),
         config.output_dir,
         task=task,
         categories=dataset.categories,
@@ -64,6 +80,6 @@ def evaluate_checkpoint(config: Config, given: Collection[str], path: str) -> di
     if is_main_process():
         for line in task.report(evaluator):
             print(line)
-        if output_dir is not None:
-            save_checkpoint(evaluator.state(), output_dir / "eval.pth")
+        if config.output_dir:
+            save_checkpoint(evaluator.state(), Path(config.output_dir) / "eval.pth")
     return stats

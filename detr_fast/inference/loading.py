@@ -4,15 +4,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from detr_fast.config import IDLE_IN_INFERENCE, LOSS_SETTINGS, MODEL_SETTINGS, Config
 from detr_fast.data.categories import Categories
 from detr_fast.distributed import say
 from detr_fast.errors import UsageError
-from detr_fast.models.weights import has_masks, load_model
+from detr_fast.inference.names import coco_names
+from detr_fast.inference.sources import read_source
+from detr_fast.models.weights import DETECTOR, has_masks, load_model
 from detr_fast.tasks import Task, task_of_weights
-from detr_fast.training.checkpoint import read_checkpoint
 from detr_fast.training.regions import compile_regions
 from detr_fast.training.setup import build
 
@@ -40,6 +41,13 @@ class Loaded:
     postprocessors: dict[str, nn.Module]
     categories: Categories | None
 
+    @property
+    def names(self) -> dict[int, str]:
+        """Category id → name: the checkpoint's, or COCO's where it has none and as many classes as COCO."""
+        if self.categories is None:
+            return coco_names(self.config.num_classes)
+        return dict(zip(self.categories.ids, self.categories.names, strict=True))
+
 
 def load_for_inference(config: Config, given: Collection[str], path: str) -> Loaded:
     """A checkpoint's model in evaluation mode on `config.device`, described by the checkpoint itself.
@@ -48,14 +56,14 @@ def load_for_inference(config: Config, given: Collection[str], path: str) -> Loa
         config: its settings of the model, of the images' size and of the losses give way to the checkpoint's, unless
             they are in `given`. What has no effect is said.
         given: names of the settings that the user chose.
-        path: a checkpoint of ours, of the original, or bare weights of the original. Averaged weights (EMA) are taken
-            where there are some.
+        path: whatever `read_source` takes. Averaged weights (EMA) are taken where there are some. The settings of bare
+            weights are seen from their shapes, except `nheads` and `dilation`.
 
     Raises:
         UsageError: a given setting describes another model, or images too small for this one.
         ValueError, FileNotFoundError: it cannot be read, or does not fit.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_source(path)
     state, theirs = checkpoint["model"], checkpoint.get("args", {})
     try:
         asked = config.dataset_file if "dataset_file" in given else None
@@ -70,7 +78,8 @@ def load_for_inference(config: Config, given: Collection[str], path: str) -> Loa
         raise ValueError(f"--masks: {path} has no mask head")
 
     brought = (*MODEL_SETTINGS, *LOSS_SETTINGS, "thing_classes")
-    settings: dict[str, Any] = {name: theirs[name] for name in brought if name in theirs and name not in given}
+    known = theirs if "backbone" in theirs else {**settings_from_shapes(state), **theirs}
+    settings: dict[str, Any] = {name: known[name] for name in brought if name in known and name not in given}
     # The checkpoint has all weights; nothing is fetched, trained or dropped.
     settings |= {"backbone_weights": "none", "lr_backbone": 0.0, "dropout": 0.0, "frozen_weights": None}
     settings |= task.settings_of(state)
@@ -86,6 +95,40 @@ def load_for_inference(config: Config, given: Collection[str], path: str) -> Loa
         compile_regions(model, say)
     categories = Categories.from_dict(checkpoint["categories"]) if "categories" in checkpoint else None
     return Loaded(task, config, model, criterion, postprocessors, categories)
+
+
+def settings_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a DETR's weights, with or without masks, show of its settings by their names and shapes.
+
+    The number of attention heads and dilation leave no trace. Empty for weights of another model.
+    """
+    state = {name.removeprefix(DETECTOR): value for name, value in state.items()}
+    if not {"bbox_embed.layers.0.weight", "input_proj.weight", "query_embed.weight"} <= set(state):
+        return {}
+
+    def count(prefix: str) -> int:
+        return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+    is_bottleneck = "backbone.0.body.layer1.0.conv3.weight" in state
+    if is_bottleneck:
+        backbone = "resnet101" if count("backbone.0.body.layer3.") == 23 else "resnet50"
+    else:
+        backbone = "resnet34" if count("backbone.0.body.layer1.") == 3 else "resnet18"
+    hidden_dim, channels = state["input_proj.weight"].shape[:2]
+    settings = {
+        "backbone": backbone,
+        "position_embedding": "learned" if "backbone.1.row_embed.weight" in state else "sine",
+        "enc_layers": count("transformer.encoder.layers."),
+        "dec_layers": count("transformer.decoder.layers."),
+        "pre_norm": "transformer.encoder.norm.weight" in state,
+        "hidden_dim": hidden_dim,
+        "dim_feedforward": len(state["transformer.decoder.layers.0.linear1.bias"]),
+        "num_queries": len(state["query_embed.weight"]),
+    }
+    if "backbone.0.body.bn1.running_mean" not in state:
+        settings["backbone_norm"] = "group"
+    level = (channels // (256 if is_bottleneck else 64)).bit_length() - 1
+    return settings if level == 3 else {**settings, "backbone_level": level}
 
 
 def _check_given(config: Config, given: Collection[str], path: str, theirs: Mapping, task: Task) -> None:

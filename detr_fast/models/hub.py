@@ -29,6 +29,11 @@ _CHECKPOINT_CLASSES = {"detection": 91, "panoptic": 250}
 LAST_THING = 90
 
 
+def published() -> dict[str, str]:
+    """Name of a published model → address of its weights."""
+    return {name: _URL + file for name, file in _CHECKPOINTS.items()}
+
+
 def _named_model(
     name: str,
     pretrained: bool,
@@ -59,7 +64,7 @@ def _named_model(
     if with_masks:
         model = DETRsegm(model)
     if pretrained:
-        checkpoint = load_url(_URL + _CHECKPOINTS[name], f"build an untrained one: {name}(weights=None)")
+        checkpoint = load_url(published()[name], f"build an untrained one: {name}(weights=None)")
         model.load_state_dict(checkpoint["model"])
         backbone.freeze(train_backbone=True)
     if return_postprocessor:

@@ -1,0 +1,245 @@
+"""A model as one object: loaded from anywhere, it detects in anything that is an image.
+
+model = detr_fast.load("outputs/mine")
+found = model.predict("photo.jpg")
+"""
+
+import os
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+
+from detr_fast.config import LOSS_SETTINGS, MODEL_SETTINGS, Config, choose_device, make_output_dir
+from detr_fast.data.categories import Categories
+from detr_fast.data.images import ImageReadError
+from detr_fast.data.prefetch import Prefetcher
+from detr_fast.inference.detections import Detections, best
+from detr_fast.inference.evaluation import evaluate_loaded
+from detr_fast.inference.images import (
+    CollateRead,
+    ImageLike,
+    Picture,
+    ResizedImages,
+    batches_of_one_size,
+    pictures,
+)
+from detr_fast.inference.loading import Loaded, load_for_inference
+from detr_fast.tasks.base import Result
+from detr_fast.training.checkpoint import save_checkpoint
+from detr_fast.training.engine import PRECISIONS, outputs_of
+from detr_fast.training.setup import packed_collate
+from detr_fast.training.trainer import train
+
+# What `load` takes besides the source.
+_LOADING = (*MODEL_SETTINGS, "dataset_file", "compile")
+# What a checkpoint that `Detector.save` writes says of itself.
+_SAVED = (*MODEL_SETTINGS, *LOSS_SETTINGS, "dataset_file", "num_classes", "thing_classes")
+_EVALUATION = (
+    "coco_path", "coco_panoptic_path", "val_ann", "val_images", "image_size", "max_size", "batch_size", "num_workers",
+    "group_by_size", "output_dir", "print_freq",
+)  # fmt: skip
+
+
+def load(source: str | os.PathLike, *, device: str = "auto", precision: str = "fp32", **settings: Any) -> "Detector":
+    """A trained model, ready to detect.
+
+    Args:
+        source: a training run's folder (its best checkpoint is taken); a checkpoint of ours or of the original, a file
+            or an https address; or a published name, "detr_resnet50", "detr_resnet50_dc5", "detr_resnet101",
+            "detr_resnet101_dc5", "detr_resnet50_panoptic", "detr_resnet50_dc5_panoptic", "detr_resnet101_panoptic",
+            which is downloaded once, its hash checked, to torch.hub's cache.
+        device: "auto" (a GPU if there is one), "cuda", "cuda:1", "cpu".
+        precision: "fp32", or autocast in "bf16" or "fp16".
+        settings: `image_size` and `max_size` to see images at another size than in training; `compile`; and of weights
+            that came without their settings what their shapes do not show, such as ``nheads=4`` or ``dilation=True``.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: a format that is not supported, a file that cannot be read, weights of another model, settings that
+            contradict it, a device that there is not, or a download that failed; the message says what to do.
+        TypeError: a setting that there is not.
+    """
+    _check_names(settings, _LOADING, "load")
+    config = Config(device=choose_device(device, precision), precision=precision, **settings)
+    return Detector(load_for_inference(config, set(settings), os.fspath(source)))
+
+
+class Detector:
+    """A trained model with its classes and everything between an image and named boxes. `load` makes it.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        config: its settings.
+        categories: its classes; None where the weights came without.
+        names: category id → name, of COCO where the weights came without and have COCO's number of classes.
+        found: what its detections are called when they are counted: "detections" or "lines".
+    """
+
+    def __init__(self, loaded: Loaded):
+        self._loaded = loaded
+        self.names: dict[int, str] = loaded.names
+        self.found = loaded.task.found
+
+    @property
+    def model(self) -> nn.Module:
+        return self._loaded.model
+
+    @property
+    def config(self) -> Config:
+        return self._loaded.config
+
+    @property
+    def categories(self) -> Categories | None:
+        return self._loaded.categories
+
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"Detector of {self._loaded.task.name}: {config.backbone}, {config.num_classes} classes, on {config.device}"
+        )
+
+    @overload  # a str is an Iterable, too: the first that fits counts
+    def predict(  # type: ignore[overload-overlap]
+        self, images: ImageLike, threshold: float = 0.5, *, batch_size: int = 1
+    ) -> Detections: ...
+    @overload
+    def predict(
+        self, images: Iterable[ImageLike], threshold: float = 0.5, *, batch_size: int = 1
+    ) -> list[Detections]: ...
+
+    def predict(self, images, threshold=0.5, *, batch_size=1):
+        """Detects what the model knows.
+
+        Args:
+            images: one image or a list of them. An image is a file's path or its http(s) address, a PIL image, an array
+                [H, W, 3] or [H, W] (RGB or grey), or a tensor [3, H, W] or [1, H, W], uint8 or floats in 0..1. A folder
+                stands for all image files in it.
+            threshold: lowest score, in 0..1.
+            batch_size: the most images at a time. Only images that have one size once they are resized are computed
+                together, without padding, so that a result does not depend on the images beside it.
+
+        Returns:
+            A `Detections` for a single image, a list of them for a list or a folder, in its order.
+
+        Raises:
+            ImageReadError: an image cannot be fetched, read or decoded.
+            TypeError, ValueError: something that is no image; a threshold or batch size out of its range.
+        """
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must be in 0..1, got {threshold}")
+        given, is_single = pictures(images)
+        found: dict[int, Detections] = {}
+        for index, detections, _ in self.stream(given, threshold, batch_size=batch_size):
+            if isinstance(detections, ImageReadError):
+                raise detections
+            found[index] = detections
+        return found[0] if is_single else [found[index] for index in range(len(given))]
+
+    def stream(
+        self, images: Sequence[Picture], threshold: float, *, batch_size: int = 1
+    ) -> Iterator[tuple[int, Detections, Image.Image] | tuple[int, ImageReadError, None]]:
+        """Detections one image after another, in the order in which they are computed; see `predict`.
+
+        Yields:
+            The image's index, its detections, and the image as RGB; or, where it cannot be read, the error and None.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        task, config = self._loaded.task, self.config
+        device, dtype = torch.device(config.device), PRECISIONS[config.precision]
+        transforms = task.resize(config, uint8=True)
+        loader = DataLoader(
+            ResizedImages(images, transforms),
+            batch_sampler=batches_of_one_size(images, transforms, batch_size),
+            collate_fn=CollateRead(packed_collate(task, config)),
+            pin_memory=device.type == "cuda",
+        )
+        for samples, known, errors in Prefetcher(loader, device):
+            yield from ((index, error, None) for index, error in errors)
+            if not known:
+                continue
+            orig_sizes, sizes = (torch.tensor([image[key] for image in known]) for key in ("orig_size", "size"))
+            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                outputs = outputs_of(self.model, samples)
+            padded_size = samples.tensors.shape[-2:]
+            results = task.postprocess(self._loaded.postprocessors, outputs, orig_sizes, sizes, padded_size)
+            for image, result in zip(known, results, strict=True):
+                yield image["index"], self._detections(result, images[image["index"]], image, threshold), image["image"]
+
+    def _detections(self, result: Result, picture: Picture, known: dict[str, Any], threshold: float) -> Detections:
+        result = best(result, threshold)
+        if self.categories is not None:
+            result = {**result, "labels": self.categories.to_id(result["labels"])}
+        height, width = known["orig_size"]
+        return Detections(result, self._loaded.task, self.names, picture, (height, width))
+
+    def evaluate(self, **settings: Any) -> dict[str, Any]:
+        """Evaluates on validation data and prints the task's numbers, as ``detr-fast eval`` does.
+
+        Args:
+            settings: where the data are, ``coco_path=…``, or ``val_ann=…, val_images=…``; `batch_size`, `num_workers`,
+                `image_size`, `max_size`, `group_by_size`, `print_freq`, and `output_dir` to save eval.pth.
+
+        Returns:
+            The losses and the task's numbers, such as "coco_eval_bbox", pycocotools' twelve.
+
+        Raises:
+            TypeError: another setting. ValueError, FileNotFoundError: no data, or data that do not fit the model.
+        """
+        _check_names(settings, _EVALUATION, "evaluate")
+        config = replace(self.config, **settings)
+        if config.output_dir:
+            make_output_dir(config.output_dir)
+        return evaluate_loaded(replace(self._loaded, config=config), "the model")
+
+    def train(self, output_dir: str | os.PathLike, **settings: Any) -> "Detector":
+        """Trains on from this model's weights, as ``detr-fast train --weights`` does. This object stays as it is.
+
+        Args:
+            output_dir: gets the run's files.
+            settings: of `Config`, such as ``train_ann=…, train_images=…, val_ann=…, val_images=…, epochs=…, lr=…``. The
+                model's own need not be given.
+
+        Returns:
+            The run's best checkpoint as a `Detector`.
+
+        Raises:
+            UsageError: settings or data that do not fit. TypeError: a setting that there is not, or that is not free.
+        """
+        for name in {"weights", "eval"} & set(settings):
+            raise TypeError(f"train starts from this model's weights and trains: {name!r} cannot be set")
+        own = {name: getattr(self.config, name) for name in (*_SAVED, "device", "precision", "compile")}
+        # The classes are the data's. Frozen norms came with pretrained weights: their first layers are not trained.
+        own |= {"num_classes": None, "thing_classes": None, "output_dir": output_dir}
+        own |= {"backbone_weights": "imagenet" if self.config.backbone_norm == "frozen" else "none"}
+        with tempfile.TemporaryDirectory() as folder:
+            weights = Path(folder) / "weights.pth"
+            self.save(weights)
+            config = Config(**{**own, **settings, "weights": weights})
+            train(config)
+        return load(output_dir, device=config.device, precision=config.precision, compile=config.compile)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a checkpoint that `load`, ``--weights`` and the original read: weights, settings and classes."""
+        settings = self.config.to_dict()
+        state: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "args": {name: settings[name] for name in _SAVED},
+            "version": 1,
+        }
+        if self.categories is not None:
+            state["categories"] = self.categories.to_dict()
+        save_checkpoint(state, path)
+
+
+def _check_names(settings: Collection[str], known: Collection[str], function: str) -> None:
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise TypeError(f"{function} takes no setting {unknown[0]!r}; expected one of {', '.join(known)}")

@@ -1,0 +1,97 @@
+"""Where a model comes from: a published name, a run's folder, a checkpoint file, or a format of somebody else."""
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from detr_fast.models.hub import published
+from detr_fast.training.checkpoint import read_checkpoint
+
+SOURCES = (
+    "a run's folder, a checkpoint of ours or of the original (a file or an https address), or a published name: "
+    + ", ".join(published())
+)
+# The best first.
+_CHECKPOINTS_OF_A_RUN = ("checkpoint_best.pth", "checkpoint.pth")
+
+
+class Format(NamedTuple):
+    """A format besides torch's checkpoints.
+
+    Attributes:
+        name: what it is called in messages.
+        recognises: whether an existing file or folder is of this format.
+        read: called with the path, returns what `read_checkpoint` does: "model" (weights under the original's names)
+            and, where known, "args" (settings by name) and "categories" (`Categories.to_dict`). None: not supported.
+    """
+
+    name: str
+    recognises: Callable[[Path], bool]
+    read: Callable[[Path], dict[str, Any]] | None
+
+
+def _is_hugging_face(path: Path) -> bool:
+    return path.is_dir() and (path / "config.json").is_file()
+
+
+# Asked in this order; a conversion is plugged in by naming its function here.
+FORMATS = [
+    Format("a Hugging Face folder", _is_hugging_face, None),
+    Format("a safetensors file", lambda path: path.suffix == ".safetensors", None),
+    Format("an ONNX file", lambda path: path.suffix == ".onnx", None),
+    Format("an exported program (.pt2)", lambda path: path.suffix == ".pt2", None),
+]
+
+
+def read_source(source: str | os.PathLike) -> dict[str, Any]:
+    """The checkpoint behind `source`, as `read_checkpoint` returns it.
+
+    Args:
+        source: see `SOURCES`. What exists on disk goes before a published name. Of a run's folder the best checkpoint
+            is taken, or else the last.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name, or no checkpoint in the folder.
+        ValueError: a format that is not supported, a file that cannot be read, or a download that failed; the message
+            says what to do.
+    """
+    name, path = os.fspath(source), Path(source)
+    if not path.exists():
+        if name in published():
+            return _of_published(name, read_checkpoint(published()[name]))
+        if name.startswith(("https://", "http://")):
+            return _of_published(_published_as(name), read_checkpoint(name))
+        raise FileNotFoundError(f"there is no file or folder {name!r}{_meant(name)}; expected {SOURCES}")
+    for kind in FORMATS:
+        if kind.recognises(path):
+            if kind.read is None:
+                raise ValueError(f"{name} is {kind.name}, which is not supported yet; expected {SOURCES}")
+            return kind.read(path)
+    if path.is_dir():
+        for file in _CHECKPOINTS_OF_A_RUN:
+            if (path / file).is_file():
+                return read_checkpoint(path / file)
+        raise FileNotFoundError(
+            f"the folder {name!r} has no {' or '.join(reversed(_CHECKPOINTS_OF_A_RUN))}; expected {SOURCES}"
+        )
+    return _of_published(_published_as(name), read_checkpoint(path))
+
+
+def _published_as(name: str) -> str | None:
+    """The name of the published model that has a file of this name."""
+    file = name.rsplit("/", 1)[-1]
+    return next((model for model, url in published().items() if url.endswith(f"/{file}")), None)
+
+
+def _of_published(name: str | None, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    # The weights do not show it, and the published files do not say it.
+    if name is not None and "_dc5" in name:
+        checkpoint["args"] = {"dilation": True, **checkpoint.get("args", {})}
+    return checkpoint
+
+
+def _meant(name: str) -> str:
+    close = difflib.get_close_matches(name, published(), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
