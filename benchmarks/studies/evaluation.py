@@ -89,9 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{args.images} images, {args.images * args.detections} detections, AP {rows[0]['stats'][0]:.3f}\n")
     print("| backend | seconds | GiB | of pycocotools' seconds |\n|---|---|---|---|")
     for row in rows:
-        print(
-            f"| {row['backend']} | {row['seconds']:.1f} | {row['gib']:.2f} | {row['seconds'] / rows[0]['seconds']:.2f} |"
-        )
+        share = row["seconds"] / rows[0]["seconds"]
+        print(f"| {row['backend']} | {row['seconds']:.1f} | {row['gib']:.2f} | {share:.2f} |")
     if args.output:
         args.output.write_text(json.dumps({"images": args.images, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0
