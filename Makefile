@@ -41,33 +41,12 @@ gate: $(READY)
 demo: $(READY)
 	$(PY) -m detr_fast demo
 
-# The GPU tests, then every benchmark suite, on whatever GPU is there: at most ten minutes, two with QUICK=1. Goes on
-# after a failure; the exit status comes at the end. Results: benchmarks/results/<gpu>/. TUNE=1 adds five minutes in which
-# other tile sizes are timed; nothing is changed by it. SAME=1 adds six comparisons of 300 training steps with
-# the reference path's, COCO_PATH=<folder> two more on COCO's images, a minute each at most.
-# The tests are interrupted at their time limit, not ended: pytest then still says what failed. With QUICK=1 the limit is
-# no failure, since compiling the kernels for the first time takes longer; the first failing test is the last.
-gpu: QUICKLY := $(filter-out 0,$(QUICK))
-gpu: TUNING := $(filter-out 0,$(TUNE))
-gpu: SAMENESS := $(filter-out 0,$(SAME))
+# What only a GPU can tell, thirteen minutes at most: the doctor, cuDNN's convolutions, the GPU tests, the training step, every
+# benchmark suite. Goes on after a failure; every result is printed and saved when it is there, under benchmarks/results/<gpu>/.
+# QUICK=1: two minutes. PART="probe step" runs these alone, PART=same six comparisons of 300 training steps with the
+# reference path's, PART=tune times other tile sizes. BUDGET=seconds. `python -m benchmarks.gpu --list` shows the parts.
 gpu: $(READY)
-	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
-	{ echo "make gpu: PyTorch finds no CUDA GPU here; nothing was run (make test needs none)"; exit 1; }
-	@timeout -s INT -k 15 $(if $(QUICKLY),40,220) $(PY) -m pytest -m gpu $(if $(QUICKLY),-x); tests=$$?; \
-	if [ $$tests = 124 ]; then echo "make gpu: the GPU tests were stopped at their time limit"; \
-	$(if $(QUICKLY),tests=0;) fi; \
-	$(PY) -m benchmarks all $(if $(QUICKLY),--quick --budget 75,--budget 310); suites=$$?; \
-	tuned=0; \
-	$(if $(TUNING),timeout 330 $(PY) -m benchmarks tune $(if $(QUICKLY),--quick) --budget 270; tuned=$$?;) \
-	same=0; \
-	$(if $(SAMENESS),for way in "--dtype float64" "--resync" "--resync --bf16" "--dropout 0.1" \
-	  "--tolerance 1" "--control --tolerance 1" \
-	  $(if $(COCO_PATH),"--resync --image-size 320 400 --coco_path $(COCO_PATH)" \
-	    "--resync --bf16 --image-size 320 400 --coco_path $(COCO_PATH)"); do \
-	  timeout 60 $(PY) -m benchmarks.studies.same_training --save $$way || same=$$?; \
-	done;) \
-	echo "make gpu: GPU tests exit $$tests, benchmarks exit $$suites$(if $(TUNING),; tuning exit $$tuned)$(if $(SAMENESS),; the same training exit $$same)"; \
-	exit $$(( tests != 0 || suites != 0 || tuned != 0 || same != 0 ))
+	@$(PY) -m benchmarks.gpu $(if $(filter-out 0,$(QUICK)),--quick) $(if $(PART),--part $(PART)) $(if $(BUDGET),--budget $(BUDGET))
 
 # Style, format, and the types of the public API.
 .PHONY: lint
