@@ -2,9 +2,9 @@
 `python -m benchmarks.studies.convolutions`.
 
 Ways: the convolution alone; convolution, then bias, residual and ReLU as PyTorch's own steps; and `folded_conv`,
-whatever it chooses. The shapes are those of one batch at the resolution of DETR's training images. Before a way is timed
-its result is compared with float64's; memory that is handed out next is filled with NaN first, so that an element which
-nobody writes shows. "first" is the first call with a new width: what each new shape of a batch costs.
+whatever it chooses. The shapes are those of one batch at the resolution of DETR's training images. Before a way is
+timed its result is compared with float64's; memory that is handed out next is filled with NaN first, so that an element
+which nobody writes shows. "first" is the first call with a new width: what each new shape of a batch costs.
 """
 
 import argparse
