@@ -35,7 +35,7 @@ def read_json(ann_file: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(f"annotation file {ann_file} does not exist")
     try:
         content = json.loads(ann_file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{ann_file} is not valid json: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{ann_file}: expected a COCO json object, got a {type(content).__name__}")
@@ -148,15 +148,7 @@ def read_panoptic(ann_file: str | os.PathLike) -> dict:
         FileNotFoundError: no such file.
         ValueError: not json, a list or key is missing, or an image has no annotation or more than one.
     """
-    ann_file = Path(ann_file)
-    if not ann_file.is_file():
-        raise FileNotFoundError(f"annotation file {ann_file} does not exist")
-    try:
-        content = json.loads(ann_file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{ann_file} is not valid json: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{ann_file}: expected a COCO panoptic json object, got a {type(content).__name__}")
+    content = read_json(ann_file)
     needed = {"images": ("id", "file_name", "height", "width"), "categories": ("id",)}
     if "annotations" in content:
         needed["annotations"] = ("image_id", "file_name", "segments_info")
@@ -166,6 +158,10 @@ def read_panoptic(ann_file: str | os.PathLike) -> dict:
         for position, entry in enumerate(content[key]):
             if not isinstance(entry, dict) or any(name not in entry for name in names):
                 raise ValueError(f"{ann_file}: {key}[{position}] must be an object with {list(names)}")
+            _check_panoptic_entry(entry, f"{ann_file}: {key}[{position}]")
+    if not content["categories"]:
+        raise ValueError(f"{ann_file}: there are no categories")
+    check_categories(content["categories"], ann_file)
     content["images"] = sorted(content["images"], key=lambda image: image["id"])
     if "annotations" not in content:
         return content
@@ -181,11 +177,46 @@ def read_panoptic(ann_file: str | os.PathLike) -> dict:
     known = {category["id"] for category in content["categories"]}
     for annotation in content["annotations"]:
         for segment in annotation["segments_info"]:
-            missing = [name for name in ("id", "category_id", "iscrowd", "area") if name not in segment]
-            if missing or segment["category_id"] not in known:
-                what = f"has no {', '.join(missing)}" if missing else f"is of unknown category {segment['category_id']}"
-                raise ValueError(f"{ann_file}: segment {segment.get('id')} of image {annotation['image_id']} {what}")
+            problem = _segment_problem(segment, known)
+            if problem is not None:
+                which = segment.get("id") if isinstance(segment, dict) else segment
+                raise ValueError(f"{ann_file}: segment {which!r:.60} of image {annotation['image_id']} {problem}")
     return content
+
+
+def _check_panoptic_entry(entry: dict, which: str) -> None:
+    for key in {"id", "image_id"} & entry.keys():
+        # The annotations' own ids are not used.
+        if "segments_info" in entry and key == "id":
+            continue
+        if not is_id(entry[key]):
+            raise ValueError(f"{which} has {key} {entry[key]!r:.60}; expected an integer")
+    for key in {"width", "height"} & entry.keys():
+        if not is_integer(entry[key]) or entry[key] < 1:
+            raise ValueError(f"{which} has {key} {entry[key]!r:.60}; expected pixels, an integer of at least 1")
+    if "file_name" in entry:
+        problem = file_name_problem(entry["file_name"])
+        if problem is not None:
+            raise ValueError(f"{which} has file_name {entry['file_name']!r:.200}; {problem}")
+    if not isinstance(entry.get("segments_info", []), list):
+        raise ValueError(f"{which} has segments_info {entry['segments_info']!r:.60}; expected a list")
+
+
+def _segment_problem(segment, known_ids: Iterable[int]) -> str | None:
+    if not isinstance(segment, dict):
+        return "is no object"
+    missing = [name for name in ("id", "category_id", "iscrowd", "area") if name not in segment]
+    if missing:
+        return f"has no {', '.join(missing)}"
+    if not is_integer(segment["category_id"]) or segment["category_id"] not in known_ids:
+        return f"is of unknown category {segment['category_id']!r:.60}"
+    if not is_integer(segment["id"]) or not 0 <= segment["id"] < 1 << 24:
+        return "has an id that no colour stands for; expected an integer of 0 to 2**24 - 1"
+    if segment["iscrowd"] not in (0, 1):
+        return f"has iscrowd {segment['iscrowd']!r:.60}; expected 0 or 1"
+    if not is_number(segment["area"]) or not 0 <= segment["area"] < 1 << 63:
+        return f"has area {segment['area']!r:.60}; expected a number of pixels"
+    return None
 
 
 def is_integer(value) -> bool:

@@ -450,7 +450,8 @@ def _polygon_problem(polygon, size: Size | None) -> str | None:
         return f"a polygon of {len(polygon)} numbers; {expected}, an even count"
     where = f"an image of {size[0]}x{size[1]} pixels" if size else "any image"
     if polygon and max(map(abs, polygon)) > _reach(size):
-        return f"a polygon that reaches from {min(polygon):.6g} to {max(polygon):.6g}; that is far from {where}"
+        reach = f"from {_float(min(polygon)):.6g} to {_float(max(polygon)):.6g}"
+        return f"a polygon that reaches {reach}; that is far from {where}"
     if len(polygon) < 6:
         return None
     points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
