@@ -108,9 +108,9 @@ def validate(
     _check_sizes(content["images"], sizes, found)
     image_sizes = {image["id"]: sizes.get(image["id"]) or stated_size(image) for image in content["images"]}
     for key in ("images", "annotations"):
-        counts = Counter(entry["id"] for entry in content[key] if is_integer(entry.get("id")))
-        if len(counts) < len(content[key]):
-            for i, n in counts.items():
+        ids = [entry["id"] for entry in content[key] if type(entry.get("id")) is int]
+        if len(set(ids)) < len(ids):
+            for i, n in Counter(ids).items():
                 if n > 1:
                     found.error("repeated id", f"id {i} occurs {n} times in '{key}'")
     files = Counter(entry["file_name"] for entry in content["images"])

@@ -515,3 +515,15 @@ def test_json_that_is_none(folder, tmp_path):
         with pytest.raises(ValueError, match="ann.json"):
             CocoDetection(folder, tmp_path / "ann.json", None)
         assert not check_coco(folder, tmp_path / "ann.json").ok
+
+
+def test_json_alone_is_checked(tmp_path, capsys):
+    content = good(3)
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    assert main(["check-data", "--train_ann", str(tmp_path / "ann.json")]) == 0
+    assert "no image was read" in capsys.readouterr().out
+    content["annotations"][0]["segmentation"] = rle([10, 5])
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    assert main(["check-data", "--train_ann", str(tmp_path / "ann.json")]) == 1
+    assert main(["check-data", "--train_ann", str(tmp_path / "ann.json"), "--fix", str(tmp_path / "out.json")]) == 2
+    assert main(["check-data", "--train_images", str(tmp_path)]) == 2
