@@ -169,30 +169,51 @@ def _check_data_parser() -> argparse.ArgumentParser:
     parser.add_argument("--coco_path", metavar="DIR", help="folder in COCO's layout: both sets are checked")
     for name, text in (("train", "training"), ("val", "validation")):
         parser.add_argument(f"--{name}_ann", metavar="JSON", help=f"own data: annotations of the {text} images")
-        parser.add_argument(f"--{name}_images", metavar="DIR", help=f"own data: folder of the {text} images")
+        parser.add_argument(
+            f"--{name}_images",
+            metavar="DIR",
+            help=f"own data: folder of the {text} images; without it only the json is read",
+        )
+    parser.add_argument(
+        "--fix",
+        metavar="OUT.json",
+        help="of one set: write its annotations with what can be mended without guessing, and list that",
+    )
     return parser
 
 
 def _check_data(args: argparse.Namespace, given: set[str]) -> int:
-    from detr_fast.data import check_coco
+    from detr_fast.data import check_coco, mend_file
 
     pairs = []
     if args.coco_path:
-        if given != {"coco_path"}:
+        if given - {"fix"} != {"coco_path"}:
             raise UsageError("give either --coco_path or the folders and jsons of own data, not both")
         for name in ("train", "val"):
             pairs.append((f"{args.coco_path}/{name}2017", f"{args.coco_path}/annotations/instances_{name}2017.json"))
     for name in ("train", "val"):
         images, annotations = getattr(args, f"{name}_images"), getattr(args, f"{name}_ann")
-        if bool(images) != bool(annotations):
+        if images and not annotations:
             raise UsageError(f"--{name}_images and --{name}_ann belong together, only one is given")
-        if images:
+        if annotations:
             pairs.append((images, annotations))
     if not pairs:
         raise UsageError("nothing to check: give --coco_path, or --train_images and --train_ann (or val)")
-    reports = [check_coco(images, annotations) for images, annotations in pairs]
-    for report in reports:
-        print(report)
+    if args.fix:
+        if len(pairs) > 1:
+            raise UsageError("--fix mends one file: give the folder and json of one set")
+        images, annotations = pairs[0]
+        if not images:
+            raise UsageError("--fix needs the folder of the images, too: it compares names and sizes with the files")
+        done = mend_file(images, annotations, args.fix)
+        print("\n".join([f"{args.fix}: {annotations} with {len(done)} kinds of mending", *done, ""]))
+        pairs = [(images, args.fix)]
+    reports = []
+    for images, annotations in pairs:
+        # The second file, of validation, is judged by the classes of the first.
+        categories = reports[0].categories if reports else None
+        reports.append(check_coco(images, annotations, categories=categories))
+        print(reports[-1])
         print()
     return max(report.exit_code for report in reports)
 

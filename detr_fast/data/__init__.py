@@ -18,6 +18,7 @@ from detr_fast.data.images import (
 )
 from detr_fast.data.lines import LineDetection, make_line_transforms
 from detr_fast.data.loader import EpochLoader, build_loader
+from detr_fast.data.mending import mend_file
 from detr_fast.data.packed import PackedBatch, PackedCollate
 from detr_fast.data.panoptic import CocoPanoptic
 from detr_fast.data.prefetch import Prefetcher
@@ -54,6 +55,7 @@ __all__ = [
     "make_line_transforms",
     "make_lines_dataset",
     "make_shapes_dataset",
+    "mend_file",
     "read_annotations",
     "read_panoptic",
 ]

@@ -42,7 +42,7 @@ class Categories:
         """From the ``categories`` list of a COCO json: dicts with ``id`` and, optionally, ``name``."""
         ordered = sorted(categories, key=lambda category: category["id"])
         ids = tuple(category["id"] for category in ordered)
-        names = tuple(category.get("name", str(category["id"])) for category in ordered)
+        names = tuple(str(category["id"] if category.get("name") is None else category["name"]) for category in ordered)
         return cls(ids, names, contiguous)
 
     @property

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from detr_fast.data.annotations import annotation_problem, read_annotations
+from detr_fast.data.annotations import add_line_boxes, check_content, read_json
+from detr_fast.data.categories import Categories
 from detr_fast.data.images import ImageReadError, MissingImageError, load_image
+from detr_fast.data.validation import Findings, stated_size, validate
 
 _SHOWN = 10  # examples printed for each kind of problem
-_SLACK = 1.0  # pixels that a box may reach beyond its image: rounding, not a mistake
 
 
 @dataclass
@@ -25,9 +25,10 @@ class DatasetReport:
         class_counts: category name → number of annotations, crowd regions included.
         errors: kind → messages; with them training fails or learns the wrong thing.
         warnings: kind → messages; worth a look, but training deals with them by rule.
+        categories: those of the json, None where it cannot be read.
     """
 
-    images_dir: Path
+    images_dir: Path | None
     ann_file: Path
     num_images: int = 0
     num_annotations: int = 0
@@ -36,6 +37,7 @@ class DatasetReport:
     class_counts: dict[str, int] = field(default_factory=dict)
     errors: dict[str, list[str]] = field(default_factory=dict)
     warnings: dict[str, list[str]] = field(default_factory=dict)
+    categories: Categories | None = None
 
     @property
     def ok(self) -> bool:
@@ -49,7 +51,8 @@ class DatasetReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.ann_file} with images in {self.images_dir}",
+            f"{self.ann_file} "
+            + ("alone, no image was read" if self.images_dir is None else f"with images in {self.images_dir}"),
             f"{self.num_images} images ({self.num_without_annotations} without annotations), "
             f"{self.num_annotations} annotations ({self.num_crowd} crowd), {len(self.class_counts)} classes",
         ]
@@ -65,84 +68,79 @@ class DatasetReport:
         return "\n".join(lines)
 
 
-def check_coco(images_dir: str | os.PathLike, ann_file: str | os.PathLike, *, num_threads: int = 8) -> DatasetReport:
-    """Reads the json and decodes every image.
+def check_coco(
+    images_dir: str | os.PathLike | None,
+    ann_file: str | os.PathLike,
+    *,
+    num_threads: int = 8,
+    categories: Categories | None = None,
+) -> DatasetReport:
+    """Reads the json and decodes every image; the rules are those of training, see ``detr_fast.data.validation``.
 
-    Errors: a json or image folder that is missing or malformed; image files that are missing or corrupt; sizes that
-    differ between json and file; annotations that are malformed, not finite, of an unknown category or image;
-    repeated ids.
+    Errors: a json or image folder that is missing or malformed; image files that are missing or corrupt; annotations
+    that are malformed, not finite, of an unknown category or image; segmentations that are none; repeated ids;
+    categories that differ from those given.
 
-    Warnings: boxes outside their image or of no extent (training clamps or drops them), the annotation id 0
-    (pycocotools counts its matches as misses), categories without annotations, an image file that is listed twice.
+    Warnings: boxes outside their image or of no extent (training clamps or drops them), or that look like another
+    format's; sizes that differ between json and file (the file counts); areas, crowd marks and segmentations that are
+    dealt with by a rule; the annotation id 0 (pycocotools counts its matches as misses), categories without
+    annotations, an image file that is listed twice.
 
     Args:
-        images_dir: folder to which the json's ``file_name`` are relative.
-        ann_file: COCO json.
+        images_dir: folder to which the json's ``file_name`` are relative. None: only the json is read.
+        ann_file: COCO json. One whose annotations have a ``line`` and no ``bbox`` is read as one of line segments.
         num_threads: images decoded at a time.
+        categories: classes with which those of the json must agree, for instance the training set's.
 
     Returns:
         a ``DatasetReport``; nothing is raised for what is wrong with the data.
     """
-    report = DatasetReport(Path(images_dir), Path(ann_file))
-    errors, warnings = defaultdict(list), defaultdict(list)
+    report = DatasetReport(None if images_dir is None else Path(images_dir), Path(ann_file))
     try:
-        content = read_annotations(ann_file)
+        content = read_json(ann_file)
+        lines = _is_of_lines(content)
+        (add_line_boxes if lines else check_content)(content, ann_file)
     except (OSError, ValueError) as error:
         report.errors = {"annotation file": [str(error)]}
         return report
 
-    names = {entry["id"]: str(entry.get("name", entry["id"])) for entry in content["categories"]}
-    if not names:
-        errors["annotation file"].append("there are no categories")
-    if not content["images"]:
-        errors["annotation file"].append("there are no images")
+    found = Findings()
     report.num_images, report.num_annotations = len(content["images"]), len(content["annotations"])
-    for key in ("images", "annotations", "categories"):
-        counts = Counter(entry["id"] for entry in content[key] if "id" in entry)
-        errors["repeated id"] += [f"id {i} occurs {n} times in '{key}'" for i, n in counts.items() if n > 1]
-    files = Counter(entry["file_name"] for entry in content["images"])
-    warnings["file listed more than once"] += [f"{name} ({n} times)" for name, n in files.items() if n > 1]
-
-    if not report.images_dir.is_dir():
-        errors["image folder"].append(f"{images_dir} does not exist")
-        sizes = {}
-    else:
-        sizes = _check_images(report.images_dir, content["images"], num_threads, errors)
-    image_of = {entry["id"]: entry for entry in content["images"]}
-    counts = Counter()
-    for entry in content["annotations"]:
-        problem = annotation_problem(entry, names)
-        if problem is not None:
-            unknown = "unknown category" in problem
-            errors["unknown category" if unknown else "malformed annotation"].append(problem)
-        if entry.get("iscrowd"):
-            report.num_crowd += 1
-        if "image_id" in entry and entry["image_id"] not in image_of:
-            errors["unknown image"].append(f"annotation {entry.get('id')} has unknown image id {entry['image_id']!r}")
-        elif problem is None:
-            image = image_of[entry["image_id"]]
-            size = sizes.get(entry["image_id"]) or (image.get("width"), image.get("height"))
-            _check_box(entry, size, errors, warnings)
-        if problem is None:
-            counts[entry["category_id"]] += 1
-            if entry["id"] == 0:
-                warnings["annotation id 0"].append("pycocotools takes a match with it for none; number from 1")
-
-    annotated = {entry["image_id"] for entry in content["annotations"] if "image_id" in entry}
-    report.num_without_annotations = len(image_of.keys() - annotated)
-    warnings["category without annotations"] += [f"{i} ({name})" for i, name in names.items() if not counts[i]]
-    report.class_counts = {names[i]: n for i, n in sorted(counts.items())}
-    report.errors = {kind: messages for kind, messages in errors.items() if messages}
-    report.warnings = {kind: messages for kind, messages in warnings.items() if messages}
+    for key in ("categories", "images"):
+        if not content[key]:
+            found.error("annotation file", f"there are no {key}")
+    sizes: dict[int, tuple[int, int]] = {}
+    if report.images_dir is not None and not report.images_dir.is_dir():
+        found.error("image folder", f"{images_dir} does not exist")
+    elif report.images_dir is not None:
+        sizes = _check_images(report.images_dir, content["images"], num_threads, found)
+    if content["categories"]:
+        report.categories = Categories.from_coco(content["categories"])
+        names = dict(zip(report.categories.ids, report.categories.names, strict=True))
+        judged = validate(content, report.categories if categories is None else categories, sizes, lines=lines)
+        found = found.joined(judged)
+        annotations = [entry for n, entry in enumerate(content["annotations"]) if n not in judged.broken]
+        report.num_crowd = sum(entry["iscrowd"] for entry in annotations)
+        counts = Counter(entry["category_id"] for entry in annotations)
+        report.class_counts = {names.get(i, str(i)): n for i, n in sorted(counts.items())}
+        annotated = {entry["image_id"] for entry in annotations}
+        report.num_without_annotations = len({entry["id"] for entry in content["images"]} - annotated)
+    report.errors, report.warnings = found.errors, found.warnings
     return report
 
 
-def _check_images(folder: Path, images: list[dict], num_threads: int, errors) -> dict[int, tuple[int, int]]:
+def _is_of_lines(content: dict) -> bool:
+    annotations = content.get("annotations")
+    first = annotations[0] if isinstance(annotations, list) and annotations else None
+    return isinstance(first, dict) and "line" in first and "bbox" not in first
+
+
+def _check_images(folder: Path, images: list[dict], num_threads: int, found: Findings) -> dict[int, tuple[int, int]]:
     """Decodes all files; returns image id → (width, height) of those that can be read."""
 
     def decode(entry: dict) -> tuple[int, int] | ImageReadError:
         try:
-            return load_image(folder / entry["file_name"], entry["id"]).size
+            return load_image(folder / entry["file_name"], entry["id"], size=stated_size(entry)).size
         except ImageReadError as error:
             return error
 
@@ -150,30 +148,7 @@ def _check_images(folder: Path, images: list[dict], num_threads: int, errors) ->
     with ThreadPoolExecutor(num_threads) as pool:
         for entry, result in zip(images, pool.map(decode, images), strict=True):
             if isinstance(result, ImageReadError):
-                errors["missing image" if isinstance(result, MissingImageError) else "corrupt image"].append(
-                    str(result)
-                )
-                continue
-            sizes[entry["id"]] = result
-            stated = (entry.get("width", result[0]), entry.get("height", result[1]))
-            if stated != result:
-                errors["image size"].append(
-                    f"image {entry['file_name']} (image id {entry['id']}) is {result[0]}x{result[1]} pixels, "
-                    f"the json says {stated[0]}x{stated[1]}"
-                )
+                found.error("missing image" if isinstance(result, MissingImageError) else "corrupt image", str(result))
+            else:
+                sizes[entry["id"]] = result
     return sizes
-
-
-def _check_box(entry: dict, size: tuple[int | None, int | None], errors, warnings) -> None:
-    x, y, width, height = entry["bbox"]
-    which = f"annotation {entry['id']} (image {entry['image_id']}), bbox {entry['bbox']}"
-    if not all(map(math.isfinite, entry["bbox"])):
-        errors["box not finite"].append(which)
-    elif width <= 0 or height <= 0:
-        warnings["box without extent (dropped in training)"].append(which)
-    elif None not in size:
-        right, bottom = size
-        if x >= right or y >= bottom or x + width <= 0 or y + height <= 0:
-            warnings["box wholly outside its image (dropped in training)"].append(f"{which}, image {right}x{bottom}")
-        elif min(x, y) < -_SLACK or x + width > right + _SLACK or y + height > bottom + _SLACK:
-            warnings["box partly outside its image (clamped in training)"].append(f"{which}, image {right}x{bottom}")

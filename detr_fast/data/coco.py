@@ -19,10 +19,14 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from detr_fast.data.annotations import check_annotations, check_same_names, is_integer, read_annotations
+from detr_fast.data.annotations import read_annotations
 from detr_fast.data.categories import Categories
-from detr_fast.data.images import load_image, load_image_tensor
+from detr_fast.data.images import header_sizes, load_image, load_image_tensor, missing_files
 from detr_fast.data.transforms import Img, can_draw, image_size
+from detr_fast.data.validation import stated_size, validate
+from detr_fast.distributed import say
+
+_SAMPLED = 1000  # files whose size is compared with the json's before training
 
 
 class CocoDetection(torchvision.datasets.CocoDetection):
@@ -58,6 +62,7 @@ class CocoDetection(torchvision.datasets.CocoDetection):
     """
 
     _read = staticmethod(read_annotations)
+    _lines = False
 
     def __init__(
         self,
@@ -76,8 +81,14 @@ class CocoDetection(torchvision.datasets.CocoDetection):
             raise ValueError(f"{ann_file}: there are no categories")
         own = Categories.from_coco(content["categories"])
         self.categories = own if categories is None else categories
-        check_same_names(own, self.categories, ann_file)
-        check_annotations(content, self.categories, ann_file)
+        sizes = _file_sizes(img_folder, content["images"])
+        found = validate(content, self.categories, sizes, masks=return_masks, lines=self._lines)
+        found.raise_errors(ann_file)
+        for line in found.lines(ann_file):
+            say(line)
+        for image in content["images"]:
+            if image["id"] in sizes:
+                image["width"], image["height"] = sizes[image["id"]]
 
         # torchvision's own constructor would read the file again and print.
         super(torchvision.datasets.CocoDetection, self).__init__(img_folder)
@@ -102,7 +113,7 @@ class CocoDetection(torchvision.datasets.CocoDetection):
 
     def __getitem__(self, index: int):
         image_id = self.ids[index]
-        image = self._load(self._path(image_id), image_id)
+        image = self._load(self._path(image_id), image_id, size=stated_size(self.coco.imgs[image_id]))
         annotations = self.coco.imgToAnns.get(image_id, [])
         image, target = self.prepare(image, {"image_id": image_id, "annotations": annotations})
         if self.categories.contiguous:
@@ -119,9 +130,9 @@ class CocoDetection(torchvision.datasets.CocoDetection):
             MissingImageError, CorruptImageError: the file has to be asked and cannot be read.
         """
         image_id = self.ids[index]
-        stated = [self.coco.imgs[image_id].get(name) for name in ("width", "height")]
-        if all(is_integer(side) and side > 0 for side in stated):
-            return stated[0], stated[1]
+        stated = stated_size(self.coco.imgs[image_id])
+        if stated is not None:
+            return stated
         path = self._path(image_id)
         try:
             with Image.open(path) as image:
@@ -143,8 +154,31 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         width, height = size if self._transforms is None else self._transforms.draw(size)[1]
         return height, width
 
+    def check_files(self) -> None:
+        """Lists the folders of the images.
+
+        Raises:
+            MissingImageError: one of the files does not exist.
+        """
+        paths = {self._path(image_id): image_id for image_id in self.ids}
+        for path in missing_files(paths):
+            load_image(path, paths[path])  # names what is wrong, and the file that is probably meant
+
     def _path(self, image_id: int) -> str:
         return os.path.join(self.root, self.coco.imgs[image_id]["file_name"])
+
+
+def _file_sizes(folder: str | os.PathLike, images: Sequence[dict]) -> dict[int, tuple[int, int]]:
+    """Image id → (width, height), from the headers of the files whose size the json does not state, and of a sample of
+    the others; of all, where one of the sample differs from the json."""
+    stated = {image["id"]: stated_size(image) for image in images}
+    paths = {image["id"]: os.path.join(folder, image["file_name"]) for image in images}
+    step = -(-len(images) // _SAMPLED) or 1
+    first = {i: path for n, (i, path) in enumerate(paths.items()) if stated[i] is None or n % step == 0}
+    sizes = header_sizes(first, stated)
+    if any(stated[i] not in (None, size) for i, size in sizes.items()):
+        sizes |= header_sizes({i: path for i, path in paths.items() if i not in first}, stated)
+    return sizes
 
 
 def segmentation_to_mask(segmentation: list | dict, height: int, width: int) -> torch.Tensor:
@@ -187,9 +221,12 @@ class ConvertCocoPolysToMask:
         }
         if self.return_masks:
             result["masks"] = self._masks(objects, height, width)[keep]
-        if objects and "keypoints" in objects[0]:
-            keypoints = torch.tensor([entry["keypoints"] for entry in objects], dtype=torch.float32)
-            result["keypoints"] = keypoints.view(len(objects), -1, 3)[keep]
+        count = max((len(entry["keypoints"]) for entry in objects if "keypoints" in entry), default=None)
+        if count is not None:
+            # Objects without keypoints, or with fewer than another has, get invisible ones.
+            rows = [entry.get("keypoints", []) for entry in objects]
+            keypoints = torch.tensor([row + [0] * (count - len(row)) for row in rows], dtype=torch.float32)
+            result["keypoints"] = keypoints.view(len(objects), count // 3, 3)[keep]
         return image, result
 
     @staticmethod

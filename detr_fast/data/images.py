@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from detr_fast.geometry.segment_ids import rgb2id
 
@@ -16,6 +19,8 @@ except ImportError:  # torchvision 0.29 announces that it will go; then PIL deco
     decode_jpeg = None
 
 _JPEG_MAGIC = [0xFF, 0xD8]
+_ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 are the values that swap width and height
+_WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # grey, with more than 8 bits
 
 
 class ImageReadError(OSError):
@@ -41,20 +46,37 @@ class CorruptImageError(ImageReadError):
     """An image file is truncated, or is not an image."""
 
 
-def load_image(path: str | os.PathLike, image_id: int | None = None) -> Image.Image:
-    """Reads an image file completely, as RGB. Grey, palette and CMYK images are converted; EXIF rotation is ignored,
-    as in the original.
+def load_image(
+    path: str | os.PathLike, image_id: int | None = None, *, size: tuple[int, int] | None = None
+) -> Image.Image:
+    """Reads an image file completely, as RGB. Grey, palette and CMYK images are converted, 16-bit and float ones
+    scaled.
+
+    EXIF rotation is ignored, as in the original, unless only the turned image has the size that the annotations state.
+
+    Args:
+        path: the file.
+        image_id: for messages.
+        size: (width, height) that the annotations state.
 
     Raises:
-        MissingImageError: no such file.
-        CorruptImageError: truncated, not an image, or too large for PIL's limit on decompressed size.
+        MissingImageError: no such file; the message names the one that is probably meant.
+        CorruptImageError: truncated, not an image, too large for PIL's limit on decompressed size, or float or 32-bit
+            pixels that are no brightness (negative, not finite, above 65535).
     """
     which = f"image {path}" if image_id is None else f"image {path} (image id {image_id})"
     try:
         with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise MissingImageError(f"{which} does not exist", str(path), image_id) from error
+            image = Image.open(file)
+            if image.mode in _WIDE_MODES:
+                image = _to_8_bits(image)
+            if size is not None and _is_turned(image, size):
+                image = ImageOps.exif_transpose(image)
+            return image.convert("RGB")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        meant = probable_file(path)
+        hint = "" if meant is None else f"; probably {meant} is meant"
+        raise MissingImageError(f"{which} does not exist{hint}", str(path), image_id) from error
     except PermissionError as error:
         raise ImageReadError(f"{which} cannot be opened: {error.strerror}", str(path), image_id) from error
     except MemoryError:
@@ -64,7 +86,112 @@ def load_image(path: str | os.PathLike, image_id: int | None = None) -> Image.Im
         raise CorruptImageError(f"{which} cannot be decoded: {why}", str(path), image_id) from error
 
 
-def load_image_tensor(path: str | os.PathLike, image_id: int | None = None) -> torch.Tensor:
+def _is_turned(image: Image.Image, size: tuple[int, int]) -> bool:
+    """Whether the EXIF orientation, and nothing else, gives the image that size."""
+    return image.size != size and image.size == size[::-1] and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey 8-bit pixels of an image of 16 or 32 bits, which PIL itself would clip to white.
+
+    16-bit pixels are divided by 257. Of 32 bits and of floats the file does not say what is white: the smallest of 1
+    (floats), 255 and 65535 that no pixel exceeds.
+    """
+    pixels = np.asarray(image)
+    low, high = (float(pixels.min()), float(pixels.max())) if pixels.size else (0.0, 0.0)
+    if not (low >= 0 and high <= 65535):
+        raise ValueError(f"its pixels range from {low:g} to {high:g}; expected 0 to 1, to 255 or to 65535")
+    if image.mode.startswith("I;16") or image.format == "PNG":
+        white = 65535.0
+    elif image.mode == "F" and high <= 1:
+        white = 1.0
+    else:
+        white = 255.0 if high <= 255 else 65535.0
+    grey = Image.fromarray(np.rint(pixels * (255.0 / white)).astype(np.uint8))
+    grey.info["exif"] = image.getexif().tobytes()
+    return grey
+
+
+def probable_file(path: str | os.PathLike) -> str | None:
+    """The file that is probably meant by a path at which there is none, or None.
+
+    Tried are: ``/`` for a backslash, a leading folder less, another case, another extension.
+    """
+    text = os.fspath(path).replace("\\", "/")
+    folder, parts = text, []
+    while not os.path.isdir(folder):
+        folder, _, part = folder.rpartition("/")
+        parts.insert(0, part)
+        if not folder:
+            folder = "/" if text.startswith("/") else "."
+    for first in range(len(parts)):
+        found = _alike(folder, parts[first:])
+        if found is not None:
+            return found
+    return None
+
+
+def _alike(folder: str, parts: list[str]) -> str | None:
+    """The path below a folder whose parts are the same but for case, the last one's extension too."""
+    for position, part in enumerate(parts):
+        try:
+            names = _listed(folder)
+        except OSError:
+            return None
+        last = position == len(parts) - 1
+        candidates = [n for n in names if n == part] or [n for n in names if n.lower() == part.lower()]
+        if last and not candidates:
+            stem = os.path.splitext(part)[0].lower()
+            candidates = [n for n in names if os.path.splitext(n)[0].lower() == stem and n.lower() != stem]
+        if not candidates:
+            return None
+        folder = os.path.join(folder, candidates[0])
+    return folder if os.path.isfile(folder) else None
+
+
+@lru_cache(maxsize=8)  # a data set of which every name is wrong asks for every image
+def _listed(folder: str) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def header_size(path: str | os.PathLike, stated: tuple[int, int] | None = None) -> tuple[int, int] | None:
+    """(width, height) of ``load_image(path, size=stated)``, from the file's header; None if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return stated if stated is not None and _is_turned(image, stated) else image.size
+    except Exception:  # reading the whole file says what is wrong
+        return None
+
+
+def header_sizes(
+    paths: Mapping[int, str], stated: Mapping[int, tuple[int, int] | None], *, num_threads: int = 8
+) -> dict[int, tuple[int, int]]:
+    """Image id → (width, height), of those files whose header can be read."""
+    ids = list(paths)
+    with ThreadPoolExecutor(num_threads) as pool:
+        sizes = pool.map(lambda i: header_size(paths[i], stated.get(i)), ids)
+    return {i: size for i, size in zip(ids, sizes, strict=True) if size is not None}
+
+
+def missing_files(paths: Iterable[str]) -> list[str]:
+    """Those paths at which there is no file. Every folder is listed once, which takes less than to ask for each."""
+    present: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in present:
+            try:
+                present[folder] = {entry.name for entry in os.scandir(folder)}
+            except OSError:
+                present[folder] = set()
+        if name not in present[folder]:
+            missing.append(path)
+    return missing
+
+
+def load_image_tensor(
+    path: str | os.PathLike, image_id: int | None = None, *, size: tuple[int, int] | None = None
+) -> torch.Tensor:
     """As ``load_image``, the same pixels as a uint8 tensor [3, H, W] whose memory is [H, W, 3].
 
     JPEG files are decoded by torchvision, which gives PIL's pixels in less time; what it does not take, and every other
@@ -77,11 +204,13 @@ def load_image_tensor(path: str | os.PathLike, image_id: int | None = None) -> t
         data = np.fromfile(path, dtype=np.uint8)
         if decode_jpeg is not None and data[:2].tolist() == _JPEG_MAGIC:
             image = decode_jpeg(torch.from_numpy(data), ImageReadMode.UNCHANGED)
-            if len(image) in (1, 3):  # grey or RGB; CMYK is converted as PIL does it
+            # Grey or RGB; CMYK is converted as PIL does it. What may have to be turned is PIL's, too.
+            may_turn = size is not None and image.shape[-2:] == size and size[0] != size[1]
+            if len(image) in (1, 3) and not may_turn:
                 return image.expand(3, -1, -1)
     except (OSError, RuntimeError):
         pass  # PIL has the last word on what cannot be read, and names it
-    return torch.from_numpy(np.array(load_image(path, image_id))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(load_image(path, image_id, size=size))).permute(2, 0, 1)
 
 
 def load_segment_ids(path: str | os.PathLike) -> np.ndarray:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 import torchvision.transforms as T
 
-from detr_fast.data.annotations import check_content, read_json
+from detr_fast.data.annotations import read_lines
 from detr_fast.data.categories import Categories
 from detr_fast.data.coco import CocoDetection
 from detr_fast.data.transforms import (
@@ -60,6 +59,8 @@ class LineDetection(CocoDetection):
         ValueError: a malformed json or annotation, repeated ids, or an annotation with an unknown category.
     """
 
+    _read = staticmethod(read_lines)
+    _lines = True
     mean, std = LINES_MEAN, LINES_STD  # with which its images are normalised
 
     def __init__(
@@ -73,26 +74,6 @@ class LineDetection(CocoDetection):
     ):
         super().__init__(img_folder, ann_file, transforms, categories=categories, tensor_images=tensor_images)
         self.prepare = ConvertLines()
-
-    @staticmethod
-    def _read(ann_file: str | os.PathLike) -> dict[str, Any]:
-        """As `read_annotations`; the annotations get the box around their line, which COCO's tools ask for."""
-        content = read_json(ann_file)
-        for category in content.get("categories") or []:
-            # LETR's own files have the id "0".
-            if isinstance(category, dict) and str(category.get("id")).isdigit():
-                category["id"] = int(category["id"])
-        check_content(content, ann_file)
-        for entry in content["annotations"]:
-            line = entry.get("line")
-            if not isinstance(line, list) or len(line) != 4 or not all(isinstance(value, Real) for value in line):
-                raise ValueError(
-                    f"{ann_file}: annotation {entry.get('id')!r} (image {entry.get('image_id')!r}) has line {line!r}; "
-                    "expected [x1, y1, dx, dy]"
-                )
-            x, y, dx, dy = line
-            entry["bbox"] = [min(x, x + dx), min(y, y + dy), abs(dx), abs(dy)]
-        return content
 
 
 class ConvertLines:

@@ -117,6 +117,7 @@ class Boxes(Task):
         )
         if not dataset.ids:
             raise ValueError(f"{annotations}: there are no images")
+        dataset.check_files()
         return dataset
 
     def bare_categories(self, config: Config) -> Categories | None:

@@ -101,9 +101,11 @@ class Lines(Task):
     ) -> LineDetection:
         transforms = self.transforms(image_set, config, uint8=uint8)
         images, annotations = dataset_paths(image_set, config, "lines")
-        return LineDetection(
+        dataset = LineDetection(
             images, annotations, transforms, categories=categories, tensor_images=uint8 and image_set == "train"
         )
+        dataset.check_files()
+        return dataset
 
     def resize(self, config: Config, *, uint8: bool = False) -> Compose:
         return make_line_transforms("val", scale=config.image_size, max_size=config.max_size, uint8=uint8)
