@@ -60,7 +60,7 @@ class SetCriterion(nn.Module):
         losses: which losses to compute, any of "labels", "boxes", "cardinality", "masks".
 
     Raises:
-        ValueError: if a loss is unknown.
+        ValueError: if a loss is unknown or `num_classes` negative.
         TypeError: if an argument is of another kind.
     """
 
@@ -78,8 +78,10 @@ class SetCriterion(nn.Module):
         losses: Sequence[str],
     ):
         super().__init__()
-        if not hasattr(num_classes, "__index__"):
+        if not hasattr(num_classes, "__index__") or (isinstance(num_classes, Tensor) and num_classes.dim() > 0):
             raise TypeError(f"num_classes is {num_classes!r}; expected an integer")
+        if num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes}; expected at least 0")
         if not callable(matcher):
             raise TypeError(f"matcher is a {type(matcher).__name__}; expected a HungarianMatcher or alike")
         if isinstance(losses, str) or not isinstance(losses, Iterable):

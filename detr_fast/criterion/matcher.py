@@ -118,7 +118,7 @@ def as_float(tensor: Tensor) -> Tensor:
 def check_numbers(**numbers) -> None:
     """Raise unless all are numbers."""
     for name, number in numbers.items():
-        if isinstance(number, str) or not hasattr(number, "__float__"):
+        if not hasattr(number, "__float__") or (isinstance(number, Tensor) and number.dim() > 0):
             raise TypeError(f"{name} is {number!r}; expected a number")
 
 

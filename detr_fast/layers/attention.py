@@ -131,6 +131,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the inputs have a batch dimension."""
         _check_tensors(query=query, key=key, value=value)
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name} has dtype {tensor.dtype}; expected floating point")
         shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
         if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
             raise ValueError(f"{shapes}; expected three 3-D tensors, or three 2-D ones without a batch")

@@ -63,7 +63,8 @@ def _check(cost, offsets, largest) -> None:
     for name, tensor, shape in (("cost", cost, "layers, targets, queries"), ("offsets", offsets, "images + 1")):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor [{shape}]")
-    if not hasattr(largest, "__index__"):  # as everything that counts has, torch's symbolic integers included
+    # As everything that counts has, torch's symbolic integers included.
+    if not hasattr(largest, "__index__") or (isinstance(largest, torch.Tensor) and largest.dim() > 0):
         raise TypeError(f"largest is a {type(largest).__name__}; expected an integer")
     if cost.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"cost must be float32 or float64; got {cost.dtype}")

@@ -62,7 +62,7 @@ def matching_cost_reference(
 
 def _weights(*weights) -> list[float]:
     for name, weight in zip(("cost_class", "cost_bbox", "cost_giou"), weights, strict=True):
-        if isinstance(weight, str) or not hasattr(weight, "__float__"):
+        if not hasattr(weight, "__float__") or (isinstance(weight, torch.Tensor) and weight.dim() > 0):
             raise TypeError(f"{name} is {weight!r}; expected a number")
     return [float(weight) for weight in weights]
 

@@ -338,6 +338,11 @@ def test_criterion_names_the_setting_of_a_wrong_kind(change, message):
         SetCriterion(**{**settings, **change})
 
 
+def test_criterion_rejects_a_negative_number_of_classes():
+    with pytest.raises(ValueError, match="num_classes is -1; expected at least 0"):
+        SetCriterion(-1, HungarianMatcher(), {}, 0.1, ["labels"])
+
+
 def test_criterion_rejects_missing_masks():
     outputs, targets = make_outputs(1, 6), make_targets((3,))
     with pytest.raises(ValueError, match="outputs lack the key 'pred_masks'"):
