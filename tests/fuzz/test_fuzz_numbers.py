@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 from fuzzing import fuzz
 from hypothesis import given
@@ -86,6 +87,7 @@ def test_attention(seed, sizes, keys, queries, p, dtype, garbage, same_dim):
         torch.testing.assert_close(result.double(), want, rtol=8 * unit, atol=32 * unit * (1 + size))
 
 
+@pytest.mark.filterwarnings("ignore:.*mismatched.*")
 @fuzz(2000)
 @given(
     seed=seeds,
