@@ -12,7 +12,7 @@ else
 endif
 BASE_PYTHON ?= python3
 
-.PHONY: test test-all gate demo gpu clean
+.PHONY: test test-all fuzz gate demo gpu clean
 
 $(VENV)/ready: setup.py pyproject.toml
 	@echo "installing into $(VENV); torch is large, this takes minutes the first time"
@@ -31,6 +31,11 @@ test test-all: $(READY)
 	@$(PYTEST) -m "not interpret and $(CHOSEN)"; rest=$$?; \
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpret and $(CHOSEN)"; interpreted=$$?; \
 	exit $$(( rest != 0 || interpreted != 0 ))
+
+# All of what `make test` fuzzes a hundredth of, with new examples each time: some minutes. A failure prints how to
+# repeat it.
+fuzz: $(READY)
+	DETR_FAST_FUZZ=full $(PYTEST) -m "not interpret and not gpu" tests/fuzz
 
 # Every kernel, with every configuration that its launcher can choose, compiled for sm_75, sm_80, sm_90 and sm_100 and
 # held to their limits of registers and shared memory. Needs no GPU; ten minutes on two cores, then cached.

@@ -69,6 +69,11 @@ class NestedTensor:
         return NestedTensor(function(self.tensors), None if self.mask is None else function(self.mask))
 
 
+def is_nested_tensor(value) -> bool:
+    """Whether it is a batch with a mask: ours, or the class of code that carries a copy of the original's."""
+    return hasattr(value, "tensors") and hasattr(value, "mask")
+
+
 def nested_tensor_from_tensor_list(
     tensor_list: Sequence[Tensor] | Tensor,
     *,

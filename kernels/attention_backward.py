@@ -37,7 +37,6 @@ from detr_fast.kernels.attention import (
     step_rows,
     tile_mask,
     tile_offsets,
-    unknown_zero,
 )
 
 
@@ -285,7 +284,9 @@ def _attention_grad_key_value_kernel(
         if DROPOUT:
             # drop(P) is needed for dv anyway: drop(P) · grad_P is P · drop(grad_P) without a second select.
             keep = dropout_keep(seed, drop_threshold, image_head, rows_m, start_n, BLOCK_M, BLOCK_N)
-            dropped = tl.where(keep, probs, unknown_zero(drop_threshold))
+            # A row of NaN stays one where it is dropped. The compiler sees no constant here, see `unknown_zero`.
+            zero = tl.where(lse_log2 == lse_log2, 0.0, float("nan"))  # [BLOCK_M]
+            dropped = tl.where(keep, probs, zero[:, None])
             grad_scores = dropped * grad_probs - probs * delta[:, None]
         else:
             dropped = probs

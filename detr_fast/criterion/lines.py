@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from detr_fast.criterion import losses
 from detr_fast.criterion.losses import _Layers
-from detr_fast.criterion.matcher import HungarianMatcher, as_float, check_predictions
+from detr_fast.criterion.matcher import HungarianMatcher, as_float, check_numbers, check_predictions
 from detr_fast.criterion.packing import Indices, PackedTargets, Targets
 from detr_fast.criterion.postprocess import best_classes
 
@@ -36,12 +36,14 @@ class HungarianMatcher_Line(HungarianMatcher):
 
     Raises:
         ValueError: if both weights are 0.
+        TypeError: if one is not a number.
     """
 
     geometry = "lines"
 
     def __init__(self, cost_class: float = 1, cost_line: float = 1):
         nn.Module.__init__(self)
+        check_numbers(cost_class=cost_class, cost_line=cost_line)
         if cost_class == 0 and cost_line == 0:
             raise ValueError("cost_class or cost_line must not be 0, both are")
         self.cost_class = cost_class

@@ -3,7 +3,7 @@
 Source: Carion et al. 2020, section 3.1; facebookresearch/detr ``models/detr.py`` and ``models/segmentation.py``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from detr_fast.criterion.matcher import (
     HungarianMatcher,
     as_float,
+    check_mapping,
+    check_numbers,
     check_predictions,
     check_targets,
+    check_tensor,
     explain_refusal,
 )
 from detr_fast.criterion.packing import (
@@ -57,7 +60,8 @@ class SetCriterion(nn.Module):
         losses: which losses to compute, any of "labels", "boxes", "cardinality", "masks".
 
     Raises:
-        ValueError: if a loss is unknown.
+        ValueError: if a loss is unknown or `num_classes` negative.
+        TypeError: if an argument is of another kind.
     """
 
     # For a criterion of something else than boxes: what is matched, by what, and which methods a subclass may override.
@@ -74,6 +78,15 @@ class SetCriterion(nn.Module):
         losses: Sequence[str],
     ):
         super().__init__()
+        if not hasattr(num_classes, "__index__") or (isinstance(num_classes, Tensor) and num_classes.dim() > 0):
+            raise TypeError(f"num_classes is {num_classes!r}; expected an integer")
+        if num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes}; expected at least 0")
+        if not callable(matcher):
+            raise TypeError(f"matcher is a {type(matcher).__name__}; expected a HungarianMatcher or alike")
+        if isinstance(losses, str) or not isinstance(losses, Iterable):
+            raise TypeError(f"losses is {losses!r}; expected a list of names")
+        check_numbers(eos_coef=eos_coef)
         self.num_classes = num_classes
         self.matcher = matcher
         self.weight_dict = weight_dict
@@ -110,9 +123,15 @@ class SetCriterion(nn.Module):
             ValueError: if a key is missing, a shape, class number, device or batch size does not fit, or the matcher
                 finds a label out of range or a value not finite. A label equal to num_classes is refused for targets
                 on the CPU; on a GPU, where asking would wait, it counts as no-object, as in the original.
-            TypeError: if predictions are not floating point or labels not integer.
+            TypeError: if an argument is of another kind, predictions are not floating point or labels not integer.
         """
-        layers = [{k: v for k, v in outputs.items() if k != "aux_outputs"}, *outputs.get("aux_outputs", [])]
+        check_mapping("outputs", outputs)
+        earlier = outputs.get("aux_outputs", [])
+        if not isinstance(earlier, Sequence):
+            raise TypeError(f"outputs['aux_outputs'] is a {type(earlier).__name__}; expected a list of dicts")
+        for i, layer in enumerate(earlier):
+            check_mapping(f"outputs['aux_outputs'][{i}]", layer)
+        layers = [{k: v for k, v in outputs.items() if k != "aux_outputs"}, *earlier]
         for layer in layers:
             self._check(layer, targets)
         if "masks" in self.losses:
@@ -310,9 +329,11 @@ class SetCriterion(nn.Module):
     def _check_masks(self, outputs: Mapping[str, Tensor], targets: Targets) -> None:
         if "pred_masks" not in outputs:
             raise ValueError(f"outputs lack the key 'pred_masks', they have {sorted(outputs)}")
+        check_tensor("pred_masks", outputs["pred_masks"])
         for i, target in enumerate(targets):
             if "masks" not in target:
                 raise ValueError(f"targets[{i}] lacks the key 'masks', it has {sorted(target)}")
+            check_tensor(f"targets[{i}]['masks']", target["masks"])
             shape, count = tuple(target["masks"].shape), len(target["labels"])
             if len(shape) != 3 or shape[0] != count:
                 raise ValueError(f"targets[{i}]['masks'] must be [{count}, H, W], got shape {shape}")

@@ -25,12 +25,14 @@ class HungarianMatcher(nn.Module):
 
     Raises:
         ValueError: if all three weights are 0.
+        TypeError: if one is not a number.
     """
 
     geometry = "boxes"  # what is matched: the targets' key; the predictions' is "pred_boxes"
 
     def __init__(self, cost_class: float = 1, cost_bbox: float = 1, cost_giou: float = 1):
         super().__init__()
+        check_numbers(cost_class=cost_class, cost_bbox=cost_bbox, cost_giou=cost_giou)
         if cost_class == 0 and cost_bbox == 0 and cost_giou == 0:
             raise ValueError("at least one of cost_class, cost_bbox and cost_giou must not be 0, all three are")
         self.cost_class = cost_class
@@ -58,7 +60,7 @@ class HungarianMatcher(nn.Module):
         Raises:
             ValueError: if a key is missing or a shape, batch size or device does not fit; if a label is out of range,
                 a target's width or height negative, or a value not finite (says which).
-            TypeError: if predictions are not floating point or labels not integer.
+            TypeError: if an argument is of another kind, predictions are not floating point or labels not integer.
         """
         check_predictions(outputs, self.geometry)
         check_targets(outputs, targets, self.geometry)
@@ -113,12 +115,32 @@ def as_float(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def check_numbers(**numbers) -> None:
+    """Raise unless all are numbers."""
+    for name, number in numbers.items():
+        if not hasattr(number, "__float__") or (isinstance(number, Tensor) and number.dim() > 0):
+            raise TypeError(f"{name} is {number!r}; expected a number")
+
+
+def check_mapping(name: str, value) -> None:
+    """Raise unless it is a dict of tensors, of which only the kind of the dict is looked at."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a dict of tensors")
+
+
+def check_tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
+
+
 def check_predictions(outputs: Mapping[str, Tensor], geometry: str = "boxes") -> None:
     """Raise unless "pred_logits" is [B, Q, K] and "pred_boxes" [B, Q, 4], floating point. Reads no values."""
+    check_mapping("outputs", outputs)
     name = f"pred_{geometry}"
     for key in ("pred_logits", name):
         if key not in outputs:
             raise ValueError(f"outputs lack the key {key!r}, they have {sorted(outputs)}")
+        check_tensor(key, outputs[key])
         if not outputs[key].is_floating_point():
             raise TypeError(f"{key} must be floating point, got {outputs[key].dtype}")
     logits, boxes = outputs["pred_logits"], outputs[name]
@@ -136,16 +158,18 @@ def check_targets(
 ) -> None:
     """Raise unless there is one target per image with fitting "labels" [n] and "boxes" [n, 4]. Reads no values."""
     logits = outputs["pred_logits"]
-    if isinstance(targets, Mapping) or not isinstance(targets, Sequence):
+    if isinstance(targets, Mapping | str) or not isinstance(targets, Sequence):
         raise TypeError(f"targets must be a list of dicts, one per image, got {type(targets).__name__}")
     if len(targets) != len(logits) or len(targets) == 0:
         raise ValueError(
             f"targets must hold one dict per image and at least one, got {len(targets)} for a batch of {len(logits)}"
         )
     for i, target in enumerate(targets):
+        check_mapping(f"targets[{i}]", target)
         for key in ("labels", geometry):
             if key not in target:
                 raise ValueError(f"targets[{i}] lacks the key {key!r}, it has {sorted(target)}")
+            check_tensor(f"targets[{i}][{key!r}]", target[key])
             if target[key].device not in (logits.device, torch.device("cpu")):
                 raise ValueError(
                     f"targets[{i}][{key!r}] is on {target[key].device}, the predictions are on {logits.device}"

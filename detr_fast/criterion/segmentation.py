@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from detr_fast.criterion.matcher import as_float, check_predictions
+from detr_fast.criterion.matcher import as_float, check_mapping, check_predictions, check_tensor
 from detr_fast.geometry.segment_ids import id2rgb
 
 # Segments of so few pixels are taken out of a panoptic picture.
@@ -178,9 +178,11 @@ def _segment_ids(masks: Tensor, size: tuple[int, int], merged: Sequence[int]) ->
 
 def _mask_logits(outputs: Mapping[str, Tensor]) -> Tensor:
     """[B, Q, h, w]."""
+    check_mapping("outputs", outputs)
     if "pred_masks" not in outputs:
         raise ValueError(f"outputs lack the key 'pred_masks', they have {sorted(outputs)}")
     masks = outputs["pred_masks"]
+    check_tensor("pred_masks", masks)
     if masks.dim() == 5 and masks.shape[2] == 1:
         masks = masks.squeeze(2)
     if masks.dim() != 4 or not masks.is_floating_point():

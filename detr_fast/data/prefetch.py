@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.data.packed import PackedBatch
-from detr_fast.nested_tensor import NestedTensor
+from detr_fast.nested_tensor import NestedTensor, is_nested_tensor
 
 _SMALL = 2**16  # bytes; tensors up to this size travel together
 _ALIGNMENT = 16  # bytes, of a tensor in the buffer that they share
@@ -99,6 +99,8 @@ def _map(part: Any, function: Callable) -> Any:
     """``function`` of all tensors and batches of images in nested tuples, lists and dicts."""
     if isinstance(part, (Tensor, NestedTensor, PackedBatch)):
         return function(part)
+    if is_nested_tensor(part):  # another's, which may not know how to copy without waiting
+        return function(NestedTensor(part.tensors, part.mask))
     if isinstance(part, Mapping):
         return {key: _map(value, function) for key, value in part.items()}
     if isinstance(part, (tuple, list)):

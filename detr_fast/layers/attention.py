@@ -1,5 +1,7 @@
 """`MultiheadAttention`: nn.MultiheadAttention's parameters around the fused `attention`."""
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,10 +14,11 @@ class MultiheadAttention(nn.MultiheadAttention):
     """Multi-head attention with `nn.MultiheadAttention`'s constructor, parameters, initial values and state-dict.
 
     Without weights, the default, the fused `attention` runs. `need_weights`, an `attn_mask` or a float
-    `key_padding_mask` compute the [Lq, Lk] matrix in plain PyTorch. A row without a valid key gives zeros before the
-    output projection, where `nn.MultiheadAttention` gives NaN. The fused dropout rate is the multiple of 1/256 nearest
-    to `dropout` (`detr_fast.ops.applied_dropout`). A `query_padding_mask` saves the time of the padded queries' rows;
-    the detectors here pass one where nobody reads those rows.
+    `key_padding_mask` compute the [Lq, Lk] matrix in plain PyTorch. A module with a forward hook gives weights unless
+    told not to: code written for `nn.MultiheadAttention` reads them there. A row without a valid key gives zeros before
+    the output projection, where `nn.MultiheadAttention` gives NaN. The fused dropout rate is the multiple of 1/256
+    nearest to `dropout` (`detr_fast.ops.applied_dropout`). A `query_padding_mask` saves the time of the padded queries'
+    rows; the detectors here pass one where nobody reads those rows.
 
     Args:
         embed_dim: E, width of the queries and of the output; a multiple of `num_heads`.
@@ -62,7 +65,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         key: Tensor,
         value: Tensor,
         key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
+        need_weights: bool | None = None,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
@@ -77,7 +80,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             query: [B, Lq, E] with `batch_first`, otherwise [Lq, B, E]; or [Lq, E] without a batch.
             key, value: like `query`, of lengths Lk and widths `kdim` and `vdim`.
             key_padding_mask: [B, Lk], or [Lk] without a batch; bool, True = padding, or float, added to the scores.
-            need_weights: also return the weights.
+            need_weights: also return the weights; None means where a forward hook of this module can see them.
             attn_mask: [Lq, Lk] or [B * H, Lq, Lk]; bool, True = may not attend, or float, added to the scores.
             average_attn_weights: return the weights' mean over the heads.
             is_causal: a hint that `attn_mask` is causal; changes nothing, and is an error without an `attn_mask`.
@@ -93,6 +96,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 `query_padding_mask`, not bool.
             ValueError: shapes do not fit together; `is_causal` without `attn_mask`.
         """
+        if need_weights is None:
+            need_weights = bool(self._forward_hooks)
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True without attn_mask; expected the causal mask in attn_mask")
         batched = self._check_inputs(query, key, value)
@@ -126,6 +131,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the inputs have a batch dimension."""
         _check_tensors(query=query, key=key, value=value)
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name} has dtype {tensor.dtype}; expected floating point")
         shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
         if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
             raise ValueError(f"{shapes}; expected three 3-D tensors, or three 2-D ones without a batch")
@@ -157,11 +165,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         inputs = (query, key, value)
         heads = []
         for size, weight, part in zip(sizes, weights, biases, strict=True):
-            x = F.linear(inputs[len(heads)], weight, part)
+            x = inputs[len(heads)]
+            is_length_first = batched and not self.batch_first
+            if is_length_first and x.stride(0) < x.stride(1):
+                # A view of batch-first memory: in that order the product copies nothing.
+                x, is_length_first = x.transpose(0, 1), False
+            x = F.linear(x, weight, part)
             x = x.unflatten(-1, (size, self.num_heads, self.head_dim))
             if not batched:
                 x = x.unsqueeze(0)
-            elif not self.batch_first:
+            elif is_length_first:
                 x = x.transpose(0, 1)
             heads += x.permute(2, 0, 3, 1, 4).unbind(0)  # [B, L, size, H, D] to [B, H, L, D] each
         return heads
@@ -231,17 +244,29 @@ def _attention_with_weights(
     query_padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention with its weights: out [B, H, Lq, D] and weights [B, H, Lq, Lk] after dropout."""
+    masks = []
+    if key_padding_mask is not None:
+        # What padded keys and values hold, NaN included, reaches nothing.
+        padding = _forbidden(key_padding_mask)
+        k, v = zero_rows(k, padding), zero_rows(v, padding)
+        masks.append(key_padding_mask[:, None, None, :])
+    if attn_mask is not None:
+        masks.append(attn_mask)
     q = zero_rows(q, query_padding_mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if key_padding_mask is not None:
-        scores = _apply_mask(scores, key_padding_mask[:, None, None, :])
-    if attn_mask is not None:
-        scores = _apply_mask(scores, attn_mask)
-    no_key = (scores == -torch.inf).all(dim=-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(no_key, 0), dim=-1).masked_fill(no_key, 0)
+    for mask in masks:
+        scores = scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+    if masks:
+        # Asked of the masks, not of the scores, where NaN and infinity are to be seen.
+        no_key = reduce(torch.logical_or, map(_forbidden, masks)).all(dim=-1, keepdim=True)
+        scores = scores.masked_fill(no_key, 0)
+    weights = torch.softmax(scores, dim=-1)
+    if masks:
+        weights = weights.masked_fill(no_key, 0)
     weights = F.dropout(zero_rows(weights, query_padding_mask), dropout_p)
     return zero_rows(weights.to(v.dtype) @ v, query_padding_mask), weights
 
 
-def _apply_mask(scores: Tensor, mask: Tensor) -> Tensor:
-    return scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+def _forbidden(mask: Tensor) -> Tensor:
+    """Where a mask, bool or added to the scores, leaves no weight."""
+    return mask if mask.dtype == torch.bool else mask == -torch.inf

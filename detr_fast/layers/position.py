@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from detr_fast.nested_tensor import is_nested_tensor
 from detr_fast.ops.sine_position import check_num_pos_feats, sine_position
 
 
 def _check_nested(tensor_list) -> None:
-    # By attribute, not isinstance, so that the original's NestedTensor passes, too.
-    if not hasattr(tensor_list, "mask") or not hasattr(tensor_list, "tensors"):
+    if not is_nested_tensor(tensor_list):
         raise TypeError(
             f"got a {type(tensor_list).__name__}; expected a NestedTensor, which has tensors [B, C, h, w] and mask "
             "[B, h, w]; for a mask alone call from_mask"

@@ -1,6 +1,7 @@
 """DETR and its parts under the original's names."""
 
 from detr_fast import _moved
+from detr_fast.models.attention_maps import AttentionMaps, capture_attention
 from detr_fast.models.backbone import Backbone, BackboneBase, Joiner
 from detr_fast.models.detr import DETR
 from detr_fast.models.hub import (
@@ -22,6 +23,7 @@ from detr_fast.models.transformer import (
 )
 
 __all__ = [
+    "AttentionMaps",
     "DETR",
     "DETRsegm",
     "MHAttentionMap",
@@ -34,6 +36,7 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "capture_attention",
     "detr_resnet101",
     "detr_resnet101_dc5",
     "detr_resnet101_panoptic",

@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d, PositionEmbeddingLearned, PositionEmbeddingSine
 from detr_fast.layers.norm import frozen_affines
 from detr_fast.models.weights import load_file, load_url
-from detr_fast.nested_tensor import NestedTensor
+from detr_fast.nested_tensor import NestedTensor, is_nested_tensor
 from detr_fast.ops.folded_conv import Affine, folded_conv
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -311,7 +311,7 @@ def check_samples(samples: NestedTensor) -> None:
         TypeError: not a NestedTensor, no bool mask, or images that are not floating point.
         ValueError: images that are not [B, 3, H, W], or a mask that is not [B, H, W].
     """
-    if not isinstance(samples, NestedTensor):
+    if not is_nested_tensor(samples):
         raise TypeError(f"expected a NestedTensor, got {type(samples).__name__}")
     images, mask = samples.tensors, samples.mask
     if images.dim() != 4 or images.shape[1] != 3:

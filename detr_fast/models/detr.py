@@ -3,14 +3,14 @@
 Source: facebookresearch/detr, models/detr.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from detr_fast.layers import MLP
 from detr_fast.models.transformer import without_padded_memory
-from detr_fast.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from detr_fast.nested_tensor import NestedTensor, is_nested_tensor, nested_tensor_from_tensor_list
 
 
 class DETR(nn.Module):
@@ -66,10 +66,22 @@ class DETR(nn.Module):
 
     def outputs(self, hs: Tensor) -> dict:
         """What `forward` returns, from the decoder's outputs hs [layers, B, num_queries, d_model]."""
-        return head_outputs(hs, self.class_embed, self.bbox_embed, "pred_boxes", self.aux_loss)
+        return head_outputs(
+            hs, self.class_embed, self.bbox_embed, "pred_boxes", self._set_aux_loss if self.aux_loss else None
+        )
+
+    def _set_aux_loss(self, outputs_class: Tensor, outputs_coord: Tensor) -> list[dict[str, Tensor]]:
+        """ "aux_outputs" from all layers' logits [layers, B, Q, K] and boxes [layers, B, Q, 4]; the original's name."""
+        return aux_outputs(outputs_class, outputs_coord, "pred_boxes")
 
 
-def head_outputs(hs: Tensor, class_embed: nn.Module, embed: nn.Module, name: str, aux_loss: bool) -> dict:
+def head_outputs(
+    hs: Tensor,
+    class_embed: nn.Module,
+    embed: nn.Module,
+    name: str,
+    set_aux_loss: Callable[[Tensor, Tensor], list] | None,
+) -> dict:
     """Predictions from the decoder's outputs, as a detector returns them.
 
     Args:
@@ -77,17 +89,22 @@ def head_outputs(hs: Tensor, class_embed: nn.Module, embed: nn.Module, name: str
         class_embed: [..., C] → class logits.
         embed: [..., C] → four numbers, of which the sigmoid is taken.
         name: the key of those numbers, such as "pred_boxes".
-        aux_loss: also give "aux_outputs".
+        set_aux_loss: makes "aux_outputs" of all layers' logits and numbers; None for none.
     """
-    if not aux_loss:
+    if set_aux_loss is None:
         hs = hs[-1:]
     logits = class_embed(hs)
     values = embed(hs).sigmoid()
     out = {"pred_logits": logits[-1], name: values[-1]}
-    if aux_loss:
-        earlier = zip(logits[:-1].unbind(), values[:-1].unbind(), strict=True)
-        out["aux_outputs"] = [{"pred_logits": a, name: b} for a, b in earlier]
+    if set_aux_loss is not None:
+        out["aux_outputs"] = set_aux_loss(logits, values)
     return out
+
+
+def aux_outputs(logits: Tensor, values: Tensor, name: str) -> list[dict[str, Tensor]]:
+    """The predictions of all decoder layers but the last, one dict for each; both [layers, ...]."""
+    earlier = zip(logits[:-1].unbind(), values[:-1].unbind(), strict=True)
+    return [{"pred_logits": a, name: b} for a, b in earlier]
 
 
 def as_nested(samples: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTensor:
@@ -99,7 +116,7 @@ def as_nested(samples: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTensor
         samples = NestedTensor(samples, mask)
     elif isinstance(samples, (list, tuple)):
         samples = nested_tensor_from_tensor_list(samples)
-    elif not isinstance(samples, NestedTensor):
+    elif not is_nested_tensor(samples):
         raise TypeError(
             f"expected a NestedTensor, a tensor [B, 3, H, W] or a list of [3, H, W], got {type(samples).__name__}"
         )

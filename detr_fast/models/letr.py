@@ -10,6 +10,7 @@ and letr_stack.py.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from detr_fast import _moved
 from detr_fast.layers import MLP
 from detr_fast.models import transformer as detr_transformer
 from detr_fast.models.backbone import Joiner
-from detr_fast.models.detr import as_nested, head_outputs
+from detr_fast.models.detr import as_nested, aux_outputs, head_outputs
 from detr_fast.models.segmentation import keep_batch_norm_statistics
 from detr_fast.models.transformer import without_padded_memory
 from detr_fast.nested_tensor import NestedTensor
@@ -154,7 +155,7 @@ class LETR(nn.Module):
             TypeError, ValueError: samples of another kind, shape or dtype; the message says what came.
         """
         hs = self.decode(*self.backbone(as_nested(samples)))
-        return head_outputs(hs, self.class_embed, self.lines_embed, "pred_lines", self.aux_loss)
+        return _line_outputs(self, hs)
 
     def decode(self, features: Sequence[NestedTensor], positions: Sequence[Tensor]) -> Tensor:
         """The decoder's outputs [layers, B, Q, C] from the backbone's levels."""
@@ -236,7 +237,13 @@ class LETRstack(nn.Module):
         src, mask = features[self.args.layer2_num].decompose()
         position = positions[self.args.layer2_num]
         hs = without_padded_memory(self.transformer, self.input_proj(src), mask, query_embed, position)[0]
-        return head_outputs(hs, self.class_embed, self.lines_embed, "pred_lines", self.aux_loss), None
+        return _line_outputs(self, hs), None
+
+
+def _line_outputs(model: LETR | LETRstack, hs: Tensor) -> dict:
+    """What `LETR.forward` returns, from the decoder's outputs [layers, B, Q, C]."""
+    earlier = partial(aux_outputs, name="pred_lines") if model.aux_loss else None
+    return head_outputs(hs, model.class_embed, model.lines_embed, "pred_lines", earlier)
 
 
 def _channels(backbone: nn.Module, name: str, level: int) -> int:

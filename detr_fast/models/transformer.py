@@ -1,7 +1,8 @@
 """DETR's transformer: torch.nn.Transformer with positions added inside every attention.
 
-The public tensors are sequence first ([length, batch, features]), as in the original. Inside, everything is computed
-batch first on the transposed view. `Transformer` holds its tokens in batch-first memory and hands out views of it, so
+The public tensors are sequence first ([length, batch, features]), as in the original, and so are those of the layers'
+attentions, so that the original's hooks and subclasses fit. Inside, everything is computed batch first on the
+transposed view. `Transformer` holds its tokens in batch-first memory and hands out views of it, so
 that nothing is copied on the way.
 
 Letters in names: B batch, L memory length (h*w), Q queries, C features.
@@ -130,8 +131,23 @@ def supported(module: nn.Module, **options) -> dict:
 
     A part may be another's, or a subclass's, whose forward has the original's arguments alone.
     """
-    known = getattr(module.forward, "__kwdefaults__", None) or ()
+    return _accepted(module.forward, **options)
+
+
+def _accepted(function: Callable, **options) -> dict:
+    known = getattr(function, "__kwdefaults__", None) or ()
     return {name: value for name, value in options.items() if name in known}
+
+
+def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """What an attention, ours or another's, gives for tensors [B, L, C], which it gets in the order that it takes."""
+    if getattr(attention, "batch_first", False):
+        return attention(q, k, v, **options)[0]
+    # What is one tensor stays one: our attention then projects it once.
+    q_LBC = q.transpose(0, 1)
+    k_LBC = q_LBC if k is q else k.transpose(0, 1)
+    v_LBC = k_LBC if v is k else v.transpose(0, 1)
+    return attention(q_LBC, k_LBC, v_LBC, **options)[0].transpose(0, 1)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -247,7 +263,7 @@ class TransformerEncoderLayer(nn.Module):
         normalize_before: bool = False,
     ):
         super().__init__()
-        self.self_attn = MultiheadAttention(d_model, nhead, dropout=dropout, batch_first=True)
+        self.self_attn = MultiheadAttention(d_model, nhead, dropout=dropout)
         self.linear1 = nn.Linear(d_model, _linear1_width(dim_feedforward, activation))
         self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
@@ -283,22 +299,47 @@ class TransformerEncoderLayer(nn.Module):
         Returns:
             [L, B, C].
         """
-        src = src.transpose(0, 1)
-        pos = _transposed(pos)
-        query_padding = supported(self.self_attn, query_padding_mask=src_query_padding_mask)
+        forward = self.forward_pre if self.normalize_before else self.forward_post
+        options = _accepted(forward, src_query_padding_mask=src_query_padding_mask)
+        return forward(src, src_mask, src_key_padding_mask, pos, **options)
 
-        def self_attention(x: Tensor) -> Tensor:
-            q = k = self.with_pos_embed(x, pos)
-            masks = dict(attn_mask=src_mask, key_padding_mask=src_key_padding_mask, **query_padding)
-            return self.self_attn(q, k, x, **masks)[0]
+    def forward_post(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        pos: Tensor | None = None,
+        *,
+        src_query_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """`forward` with the norms behind the residuals."""
+        masks = (src_mask, src_key_padding_mask, src_query_padding_mask)
+        x, pos = src.transpose(0, 1), _transposed(pos)
+        x = self.norm1(x + self.dropout1(self._self_attention(x, pos, *masks)))
+        x = self.norm2(x + self.dropout2(self._feed_forward(x)))
+        return x.transpose(0, 1)
 
-        if self.normalize_before:
-            src = src + self.dropout1(self_attention(self.norm1(src)))
-            src = src + self.dropout2(self._feed_forward(self.norm2(src)))
-        else:
-            src = self.norm1(src + self.dropout1(self_attention(src)))
-            src = self.norm2(src + self.dropout2(self._feed_forward(src)))
-        return src.transpose(0, 1)
+    def forward_pre(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        pos: Tensor | None = None,
+        *,
+        src_query_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """`forward` with the norms before the attention and the feed-forward network."""
+        masks = (src_mask, src_key_padding_mask, src_query_padding_mask)
+        x, pos = src.transpose(0, 1), _transposed(pos)
+        x = x + self.dropout1(self._self_attention(self.norm1(x), pos, *masks))
+        x = x + self.dropout2(self._feed_forward(self.norm2(x)))
+        return x.transpose(0, 1)
+
+    def _self_attention(self, x, pos, attn_mask, key_padding_mask, query_padding_mask) -> Tensor:
+        """x [B, L, C] → [B, L, C]."""
+        q = k = self.with_pos_embed(x, pos)
+        options = supported(self.self_attn, query_padding_mask=query_padding_mask)
+        return _attend(self.self_attn, q, k, x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, **options)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.linear2(self.dropout(self.activation(self.linear1(x))))
@@ -320,8 +361,8 @@ class TransformerDecoderLayer(nn.Module):
         normalize_before: bool = False,
     ):
         super().__init__()
-        self.self_attn = MultiheadAttention(d_model, nhead, dropout=dropout, batch_first=True)
-        self.multihead_attn = MultiheadAttention(d_model, nhead, dropout=dropout, batch_first=True)
+        self.self_attn = MultiheadAttention(d_model, nhead, dropout=dropout)
+        self.multihead_attn = MultiheadAttention(d_model, nhead, dropout=dropout)
         self.linear1 = nn.Linear(d_model, _linear1_width(dim_feedforward, activation))
         self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
@@ -362,31 +403,57 @@ class TransformerDecoderLayer(nn.Module):
         Returns:
             [Q, B, C].
         """
-        tgt, memory = tgt.transpose(0, 1), memory.transpose(0, 1)
-        pos, query_pos = _transposed(pos), _transposed(query_pos)
+        forward = self.forward_pre if self.normalize_before else self.forward_post
+        masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+        return forward(tgt, memory, *masks, pos, query_pos)
 
-        def self_attention(x: Tensor) -> Tensor:
-            q = k = self.with_pos_embed(x, query_pos)
-            return self.self_attn(q, k, x, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask)[0]
+    def forward_post(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        pos: Tensor | None = None,
+        query_pos: Tensor | None = None,
+    ) -> Tensor:
+        """`forward` with the norms behind the residuals."""
+        x, memory, pos, query_pos = (_transposed(tensor) for tensor in (tgt, memory, pos, query_pos))
+        x = self.norm1(x + self.dropout1(self._self_attention(x, query_pos, tgt_mask, tgt_key_padding_mask)))
+        found = self._cross_attention(x, memory, pos, query_pos, memory_mask, memory_key_padding_mask)
+        x = self.norm2(x + self.dropout2(found))
+        x = self.norm3(x + self.dropout3(self._feed_forward(x)))
+        return x.transpose(0, 1)
 
-        def cross_attention(x: Tensor) -> Tensor:
-            return self.multihead_attn(
-                self.with_pos_embed(x, query_pos),
-                self.with_pos_embed(memory, pos),
-                memory,
-                attn_mask=memory_mask,
-                key_padding_mask=memory_key_padding_mask,
-            )[0]
+    def forward_pre(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        pos: Tensor | None = None,
+        query_pos: Tensor | None = None,
+    ) -> Tensor:
+        """`forward` with the norms before the attentions and the feed-forward network."""
+        x, memory, pos, query_pos = (_transposed(tensor) for tensor in (tgt, memory, pos, query_pos))
+        x = x + self.dropout1(self._self_attention(self.norm1(x), query_pos, tgt_mask, tgt_key_padding_mask))
+        found = self._cross_attention(self.norm2(x), memory, pos, query_pos, memory_mask, memory_key_padding_mask)
+        x = x + self.dropout2(found)
+        x = x + self.dropout3(self._feed_forward(self.norm3(x)))
+        return x.transpose(0, 1)
 
-        if self.normalize_before:
-            tgt = tgt + self.dropout1(self_attention(self.norm1(tgt)))
-            tgt = tgt + self.dropout2(cross_attention(self.norm2(tgt)))
-            tgt = tgt + self.dropout3(self._feed_forward(self.norm3(tgt)))
-        else:
-            tgt = self.norm1(tgt + self.dropout1(self_attention(tgt)))
-            tgt = self.norm2(tgt + self.dropout2(cross_attention(tgt)))
-            tgt = self.norm3(tgt + self.dropout3(self._feed_forward(tgt)))
-        return tgt.transpose(0, 1)
+    def _self_attention(self, x, query_pos, attn_mask, key_padding_mask) -> Tensor:
+        """x [B, Q, C] → [B, Q, C]."""
+        q = k = self.with_pos_embed(x, query_pos)
+        return _attend(self.self_attn, q, k, x, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
+
+    def _cross_attention(self, x, memory, pos, query_pos, attn_mask, key_padding_mask) -> Tensor:
+        """x [B, Q, C], memory [B, L, C] → [B, Q, C]."""
+        q, k = self.with_pos_embed(x, query_pos), self.with_pos_embed(memory, pos)
+        return _attend(self.multihead_attn, q, k, memory, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.linear2(self.dropout(self.activation(self.linear1(x))))

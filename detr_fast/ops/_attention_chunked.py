@@ -20,6 +20,8 @@ _CPU_CHUNK, _GPU_CHUNK = 2**20, 2**28
 # Scores of an image, without and with dropout, from which a CPU computes images with padding one at a time. With fewer,
 # starting on each image takes longer than computing its padding.
 _ONE_IMAGE, _ONE_IMAGE_WITH_DROPOUT = 2**17, 2**16
+# Elements of the widest vectors that PyTorch's fused attention computes with: 16 float32 in 512 bits.
+_VECTOR = 16
 
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -53,7 +55,12 @@ def chunked_forward(
     for group in _groups(query, key, key_padding_mask, query_padding_mask, seed):
         q, k, v = group.inputs(query, key, value)
         if _has_fused(q, k, v, seed):
-            result, lse = _fused_forward(q, k, v, attn_mask=group.bias, scale=scale)
+            bias = group.bias
+            if bias is None and k.shape[2] < _VECTOR:
+                # Without a mask its maximum over less than a vector of keys skips NaN, and it takes a row of NaN scores
+                # for one without a key, which gives zeros. A mask of zeros changes nothing else.
+                bias = q.new_zeros(1, 1, 1, k.shape[2])
+            result, lse = _fused_forward(q, k, v, attn_mask=bias, scale=scale)
         else:
             result, lse = _zeros(q, v.shape[3]), q.new_full(q.shape[:3], torch.inf)
             flat_result, flat_lse = result.flatten(0, 1), lse.flatten(0, 1)

@@ -36,7 +36,7 @@ def assign(cost: torch.Tensor, offsets: torch.Tensor, largest: int) -> tuple[tor
         The targets of an unsolved problem have no query.
 
     Raises:
-        TypeError: `cost` is not float32 or float64, or `offsets` not int64.
+        TypeError: `cost` is not a float32 or float64 tensor, `offsets` not an int64 tensor, `largest` not an integer.
         ValueError: a shape or device does not fit, `largest` is negative; on the CPU also if offsets do not fit, or a
             problem has no solution (outside `torch.compile`).
 
@@ -60,6 +60,12 @@ def assign_reference(cost: torch.Tensor, offsets: torch.Tensor, largest: int) ->
 
 
 def _check(cost, offsets, largest) -> None:
+    for name, tensor, shape in (("cost", cost, "layers, targets, queries"), ("offsets", offsets, "images + 1")):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor [{shape}]")
+    # As everything that counts has, torch's symbolic integers included.
+    if not hasattr(largest, "__index__") or (isinstance(largest, torch.Tensor) and largest.dim() > 0):
+        raise TypeError(f"largest is a {type(largest).__name__}; expected an integer")
     if cost.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"cost must be float32 or float64; got {cost.dtype}")
     if cost.dim() != 3:

@@ -199,7 +199,8 @@ def _dropout_scale(dropout_p: float) -> float:
 
 
 def _check_dropout(dropout_p: float) -> None:
-    if isinstance(dropout_p, str | None) or not 0 <= dropout_p <= 1:
+    is_list = isinstance(dropout_p, torch.Tensor) and dropout_p.dim() > 0
+    if is_list or not hasattr(dropout_p, "__float__") or not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p!r}; expected a probability in 0..1")
 
 

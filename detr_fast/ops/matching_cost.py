@@ -36,13 +36,13 @@ def matching_cost(
         [L, T, Q] contiguous: each target against the queries of its own image.
 
     Raises:
-        TypeError: a dtype does not fit.
+        TypeError: an argument is not a tensor, a weight not a number, or a dtype does not fit.
         ValueError: a shape or device does not fit.
 
     Source: Carion et al. 2020, equation 1; facebookresearch/detr `models/matcher.py`.
     """
     arguments = _check(logits, boxes, labels, target_boxes, offsets)
-    return _matching_cost(*arguments, float(cost_class), float(cost_bbox), float(cost_giou))
+    return _matching_cost(*arguments, *_weights(cost_class, cost_bbox, cost_giou))
 
 
 def matching_cost_reference(
@@ -57,11 +57,22 @@ def matching_cost_reference(
 ) -> torch.Tensor:
     """`matching_cost` in plain PyTorch: same arguments, results and errors."""
     arguments = _check(logits, boxes, labels, target_boxes, offsets)
-    return _reference(*arguments, float(cost_class), float(cost_bbox), float(cost_giou))
+    return _reference(*arguments, *_weights(cost_class, cost_bbox, cost_giou))
+
+
+def _weights(*weights) -> list[float]:
+    for name, weight in zip(("cost_class", "cost_bbox", "cost_giou"), weights, strict=True):
+        if not hasattr(weight, "__float__") or (isinstance(weight, torch.Tensor) and weight.dim() > 0):
+            raise TypeError(f"{name} is {weight!r}; expected a number")
+    return [float(weight) for weight in weights]
 
 
 def _check(logits, boxes, labels, target_boxes, offsets) -> tuple[torch.Tensor, ...]:
     """Check the arguments; return them detached, the floating ones in the dtype to compute in."""
+    arguments = dict(logits=logits, boxes=boxes, labels=labels, target_boxes=target_boxes, offsets=offsets)
+    for name, tensor in arguments.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
     for name, tensor in (("logits", logits), ("boxes", boxes), ("target_boxes", target_boxes)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point; got {tensor.dtype}")

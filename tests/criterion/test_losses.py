@@ -297,6 +297,52 @@ def test_criterion_rejects(change, error, message):
         make_criterion()(outputs, targets)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda o, t: (None, t), "outputs is a NoneType; expected a dict of tensors"),
+        (lambda o, t: ("outputs", t), "outputs is a str; expected a dict of tensors"),
+        (lambda o, t: ({**o, "pred_boxes": [1.0]}, t), "pred_boxes is a list; expected a tensor"),
+        (lambda o, t: ({**o, "aux_outputs": None}, t), r"outputs\['aux_outputs'\] is a NoneType; expected a list"),
+        (lambda o, t: ({**o, "aux_outputs": [None]}, t), r"outputs\['aux_outputs'\]\[0\] is a NoneType; expected"),
+        (lambda o, t: (o, None), "targets must be a list of dicts, one per image, got NoneType"),
+        (lambda o, t: (o, [t[0], "dog"]), r"targets\[1\] is a str; expected a dict of tensors"),
+        (lambda o, t: (o, [t[0], {**t[1], "labels": [0, 1]}]), r"targets\[1\]\['labels'\] is a list; expected a ten"),
+        (lambda o, t: (o, [t[0], {**t[1], "masks": None}]), r"targets\[1\]\['masks'\] is a NoneType; expected a ten"),
+    ],
+)
+def test_criterion_names_the_argument_of_a_wrong_kind(change, message):
+    outputs, targets = make_outputs(2, 6), make_targets((3, 2))
+    outputs["pred_masks"] = torch.zeros(2, 6, 4, 4)
+    for target in targets:
+        target["masks"] = torch.zeros(len(target["labels"]), 4, 4, dtype=torch.bool)
+    criterion = make_criterion(["labels", "boxes", "masks"])
+    criterion(outputs, targets)
+    with pytest.raises(TypeError, match=message):
+        criterion(*change(outputs, targets))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(num_classes="4"), "num_classes is '4'; expected an integer"),
+        (dict(matcher=None), "matcher is a NoneType; expected a HungarianMatcher or alike"),
+        (dict(eos_coef=None), "eos_coef is None; expected a number"),
+        (dict(losses="labels"), "losses is 'labels'; expected a list of names"),
+        (dict(losses=None), "losses is None; expected a list of names"),
+    ],
+)
+def test_criterion_names_the_setting_of_a_wrong_kind(change, message):
+    settings = dict(num_classes=4, matcher=HungarianMatcher(), weight_dict={}, eos_coef=0.1, losses=["labels"])
+    with pytest.raises(TypeError, match=message):
+        SetCriterion(**{**settings, **change})
+
+
+def test_criterion_rejects_a_negative_number_of_classes():
+    with pytest.raises(ValueError, match="num_classes is -1; expected at least 0"):
+        SetCriterion(-1, HungarianMatcher(), {}, 0.1, ["labels"])
+
+
 def test_criterion_rejects_missing_masks():
     outputs, targets = make_outputs(1, 6), make_targets((3,))
     with pytest.raises(ValueError, match="outputs lack the key 'pred_masks'"):

@@ -185,6 +185,35 @@ def test_matcher_rejects_structure(change, error, message):
         HungarianMatcher()(outputs, targets)
 
 
+@pytest.mark.parametrize(
+    "outputs, targets, message",
+    [
+        (None, [], "outputs is a NoneType; expected a dict of tensors"),
+        ([torch.zeros(1)], [], "outputs is a list; expected a dict of tensors"),
+        ({"pred_logits": None}, None, "pred_logits is a NoneType; expected a tensor"),
+        ({"pred_boxes": [[0.5] * 4]}, None, "pred_boxes is a list; expected a tensor"),
+        ({}, None, "targets must be a list of dicts, one per image, got NoneType"),
+        ({}, "ab", "targets must be a list of dicts, one per image, got str"),
+        ({}, [None, None], r"targets\[0\] is a NoneType; expected a dict of tensors"),
+        ({}, [{"labels": [1], "boxes": torch.zeros(1, 4)}] * 2, r"targets\[0\]\['labels'\] is a list; expected a"),
+        ({}, [{"labels": torch.zeros(1).long(), "boxes": None}] * 2, r"targets\[0\]\['boxes'\] is a NoneType; exp"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_matcher_names_the_argument_of_a_wrong_kind(outputs, targets, message):
+    if isinstance(outputs, dict):
+        outputs = {**make_outputs(2, 5, 4), **outputs}
+    with pytest.raises(TypeError, match=message):
+        HungarianMatcher()(outputs, targets)
+
+
+@pytest.mark.parametrize("name", ["cost_class", "cost_bbox", "cost_giou"])
+def test_matcher_rejects_weights_that_are_no_numbers(name):
+    for weight in (None, "1", [1]):
+        with pytest.raises(TypeError, match=f"{name} is .*; expected a number"):
+            HungarianMatcher(**{name: weight})
+
+
 def test_matcher_rejects_an_empty_batch_and_a_single_dict():
     with pytest.raises(ValueError, match="got 0 for a batch of 0"):
         HungarianMatcher()(make_outputs(0, 5, 4), [])

@@ -185,6 +185,30 @@ def test_padded_queries_without_a_batch(need_weights):
     assert weights is None or (weights[padding] == 0).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"need_weights": True}, {"attn_mask": torch.zeros(5, 7)}], ids=str)
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_nan_in_padding_reaches_nothing_and_other_nan_is_seen(options, kind):
+    """On the fused path and on the one with weights, forward and backward."""
+    if kind == "float" and not options:
+        options = {"need_weights": False}
+    module = MultiheadAttention(16, 2, batch_first=True)
+    query, key = torch.randn(3, 5, 16), torch.randn(3, 7, 16)
+    mask = torch.tensor([[False] * 4 + [True] * 3, [False] * 7, [True] * 7])
+    masks = {"key_padding_mask": mask if kind == "bool" else torch.zeros(3, 7).masked_fill(mask, -torch.inf)}
+    masks.update(options)
+    results = []
+    for garbage in (0.0, float("nan")):
+        inputs = [query.clone().requires_grad_(), key.masked_fill(mask[..., None], garbage).requires_grad_()]
+        out = module(inputs[0], inputs[1], inputs[1], **masks)[0]
+        results.append([out, *torch.autograd.grad(out, inputs, torch.ones_like(out))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    query[0, 1, 3], key[1, 2, 0] = float("nan"), float("nan")
+    out = module(query, key, key, **masks)[0]
+    seen = torch.zeros(3, 5, dtype=torch.bool)
+    seen[0, 1], seen[1] = True, True
+    assert torch.equal(out.isnan(), seen[..., None].expand(3, 5, 16))
+
+
 def test_dropout_acts_in_training_only():
     module = make_pair(batch_first=True, dropout=0.5)[1]
     inputs = make_inputs("qqq", True)
@@ -252,6 +276,7 @@ def test_projections_reach_the_op_without_copies(monkeypatch):
         (dict(query_padding_mask=torch.zeros(3, 7, dtype=torch.bool)), ValueError, r"\[3, 7\]; expected \[3, 5\]"),
         (dict(query_padding_mask=torch.zeros(3, 5)), TypeError, r"float32; expected bool \(True = padding\)$"),
         (dict(query_padding_mask=[False]), TypeError, "query_padding_mask is a list"),
+        (dict(query=torch.zeros(3, 5, 16).long()), TypeError, "query has dtype torch.int64; expected floating point"),
         (dict(attn_mask=torch.zeros(5, 6)), ValueError, "attn_mask has shape"),
         (dict(attn_mask=torch.zeros(5, 7, dtype=torch.int64)), TypeError, "int64"),
         (dict(is_causal=True), ValueError, "is_causal"),
@@ -260,7 +285,8 @@ def test_projections_reach_the_op_without_copies(monkeypatch):
 def test_rejects(arguments, error, match):
     module = MultiheadAttention(16, 2, batch_first=True)
     shapes = {"query": (3, 5, 16), "key": (3, 7, 16), "value": (3, 7, 16)}
-    inputs = {name: torch.randn(arguments.get(name, shape)) for name, shape in shapes.items()}
+    inputs = {name: arguments.get(name, shape) for name, shape in shapes.items()}
+    inputs = {name: torch.randn(x) if isinstance(x, tuple) else x for name, x in inputs.items()}
     rest = {name: value for name, value in arguments.items() if name not in shapes}
     with pytest.raises(error, match=match):
         module(**inputs, **rest)

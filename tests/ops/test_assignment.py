@@ -232,6 +232,10 @@ def test_assign_compiles_dynamic():
     "change, error, message",
     [
         (dict(cost=torch.zeros(1, 3, 4, dtype=torch.float16)), TypeError, "float32 or float64; got torch.float16"),
+        (dict(cost=None), TypeError, r"cost is a NoneType; expected a tensor \[layers, targets, queries\]"),
+        (dict(offsets=[0, 1, 3]), TypeError, r"offsets is a list; expected a tensor \[images \+ 1\]"),
+        (dict(largest="2"), TypeError, "largest is a str; expected an integer"),
+        (dict(largest=None), TypeError, "largest is a NoneType; expected an integer"),
         (dict(cost=torch.zeros(3, 4)), ValueError, r"\[layers, targets, queries\]; got shape \(3, 4\)"),
         (dict(offsets=torch.tensor([0, 1, 3]).int()), TypeError, "offsets must be int64; got torch.int32"),
         (dict(offsets=torch.zeros(0, dtype=torch.int64)), ValueError, r"\[images \+ 1\]; got shape \(0,\)"),

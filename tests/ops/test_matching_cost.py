@@ -198,6 +198,11 @@ def test_matching_cost_compiles_dynamic():
         (2, lambda t: t[1:], ValueError, r"got shapes \(11,\), \(12, 4\) and \(4,\)"),
         (4, lambda t: t[1:], ValueError, r"offsets \[images \+ 1\] = \[4\]; got shapes .* and \(3,\)"),
         (3, lambda t: t.to("meta"), ValueError, "on one device; got cpu, cpu, cpu, meta, cpu"),
+        (0, lambda t: None, TypeError, "logits is a NoneType; expected a tensor"),
+        (1, lambda t: t.tolist(), TypeError, "boxes is a list; expected a tensor"),
+        (2, lambda t: "cat", TypeError, "labels is a str; expected a tensor"),
+        (3, lambda t: t.numpy(), TypeError, "target_boxes is a ndarray; expected a tensor"),
+        (4, lambda t: t.tolist(), TypeError, "offsets is a list; expected a tensor"),
     ],
 )
 def test_matching_cost_rejects(index, change, error, message):
@@ -206,6 +211,14 @@ def test_matching_cost_rejects(index, change, error, message):
     for function in (matching_cost, matching_cost_reference):
         with pytest.raises(error, match=message):
             function(*inputs)
+
+
+@pytest.mark.parametrize("name", ["cost_class", "cost_bbox", "cost_giou"])
+@pytest.mark.parametrize("weight", [None, "1", [1.0]], ids=str)
+def test_matching_cost_rejects_weights_that_are_no_numbers(name, weight):
+    for function in (matching_cost, matching_cost_reference):
+        with pytest.raises(TypeError, match=f"{name} is .*; expected a number"):
+            function(*make_inputs(), **{name: weight})
 
 
 @pytest.mark.gpu
