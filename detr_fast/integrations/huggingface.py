@@ -250,10 +250,9 @@ def _to_checkpoint(folder: Path, file: Path, dilation: bool | None, nheads: int 
     if dilation is not None or nheads is not None:
         raise ValueError(f"{folder} says itself whether it is dilated and how many heads it has; leave that out")
     described = _read_json(folder / "config.json")
-    sizes = _read_json(folder / "preprocessor_config.json", {}).get("size", {})
+    processor = _read_json(folder / "preprocessor_config.json", {})
     state = from_huggingface(_read_weights(folder))
-    settings = _settings(described, sizes, folder)
-    config = _config_of(state, settings, {}, str(folder))
+    config = _config_of(state, _settings(described, processor, folder), {}, str(folder))
     checkpoint: dict[str, Any] = {"model": state, "args": config.to_dict()}
     categories = _categories(described)
     if categories is not None:
@@ -319,26 +318,30 @@ def _sizes(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     }
 
 
-def _settings(described: Mapping, sizes: Mapping, folder: Path) -> dict[str, Any]:
+def _settings(described: Mapping, processor: Mapping, folder: Path) -> dict[str, Any]:
     """The settings that a folder's `config.json` and `preprocessor_config.json` name."""
     if described.get("model_type") != "detr":
         raise ValueError(f"{folder}: model_type is {described.get('model_type')!r}, expected 'detr'")
-    backbone = described.get("backbone_config") or {}
-    if "stage_names" in backbone or described.get("use_timm_backbone") is False and not backbone:
-        raise ValueError(f"{folder}: its backbone is not timm's; expected the published folders' kind")
+    backbone, options = (described.get(f"backbone_{name}") or {} for name in ("config", "kwargs"))
+    timm = backbone.get("model_type") == "timm_backbone" if backbone else described.get("use_timm_backbone", True)
+    if not timm:
+        raise ValueError(f"{folder}: its backbone is not timm's; expected one like the published folders' (main)")
     heads, feed_forward = (
         {described.get(f"{side}_{name}", default) for side in ("encoder", "decoder")}
         for name, default in (("attention_heads", 8), ("ffn_dim", 2048))
     )
     if len(heads) > 1 or len(feed_forward) > 1 or described.get("activation_function", "relu") != "relu":
         raise ValueError(f"{folder}: encoder and decoder must be alike, with ReLU; the original's are")
-    stride = backbone.get("output_stride") or described.get("backbone_kwargs", {}).get("output_stride") or 32
+    size = processor.get("size", {})
+    if isinstance(size, int):  # as the first versions wrote it
+        size = {"shortest_edge": size, "longest_edge": processor.get("max_size")}
     return {
         "nheads": heads.pop(),
-        "dilation": bool(described.get("dilation")) or stride == 16,
+        "dilation": bool(described.get("dilation"))
+        or 16 in (backbone.get("output_stride"), options.get("output_stride")),
         "dropout": float(described.get("dropout", 0.1)),
-        "image_size": sizes.get("shortest_edge"),
-        "max_size": sizes.get("longest_edge"),
+        "image_size": size.get("shortest_edge"),
+        "max_size": size.get("longest_edge"),
         "thing_classes": described.get("detr_fast", {}).get("thing_classes"),
     }
 
