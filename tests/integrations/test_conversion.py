@@ -93,7 +93,7 @@ def assert_bit_equal(state, other):
     assert all(torch.equal(state[name], other[name]) for name in state)
 
 
-@pytest.mark.parametrize("kind", ["boxes", "learned", "masks"])
+@pytest.mark.parametrize("kind", ["boxes", "learned", pytest.param("masks", marks=pytest.mark.slow)])
 def test_a_checkpoint_there_and_back(kind, tmp_path):
     path, model = checkpoint_of(tmp_path, kind, categories=CATEGORIES.to_dict())
     convert(str(path), str(tmp_path / "hf"))

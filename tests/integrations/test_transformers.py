@@ -124,7 +124,7 @@ def test_without_the_mask_function_padding_is_dropped(registered, padded_batch):
     assert (right - wrong)[1].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["detr", *(pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[1:])])
 def test_loss_and_gradients_in_training(name, registered, padded_batch, calls):
     pytest.importorskip("scipy")  # transformers' matcher
     results = []
