@@ -9,6 +9,8 @@ HERE = Path(__file__).parent
 VIZ = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.14"]
 EVAL = ["faster-coco-eval>=1.6"]
+# transformers since its registry of patched classes; timm has the backbone of its DETR.
+HF = ["transformers>=5.17", "safetensors>=0.5", "timm>=1.0"]
 # triton 3.6's interpreter needs numpy < 2.4; newer tritons take any.
 TEST = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "setuptools", "wheel"]
 # Another minor version of ruff formats differently.
@@ -39,6 +41,7 @@ setup(
     extras_require={
         "viz": VIZ,
         "tensorboard": TENSORBOARD,
+        "hf": HF,
         "eval": EVAL,
         "test": TEST + LINT + VIZ + TENSORBOARD + EVAL,
     },

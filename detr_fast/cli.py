@@ -164,6 +164,36 @@ def _predict(args: argparse.Namespace, given: set[str]) -> int:
     return 1 if failed else 0
 
 
+def _convert_parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "convert",
+        "Writes a checkpoint of ours or of the original as a Hugging Face folder (model.safetensors, config.json,\n"
+        "preprocessor_config.json, model card), or such a folder as a checkpoint. Needs the extra hf.",
+        usage="detr-fast convert CHECKPOINT NEW_FOLDER [--dilation] [--nheads N], or back\n"
+        "       detr-fast convert FOLDER NEW_CHECKPOINT",
+    )
+    parser.add_argument("source", metavar="SRC", help="a checkpoint, a file or an https address; or a folder")
+    parser.add_argument("destination", metavar="DST", help="the folder, or the checkpoint; nothing is overwritten")
+    parser.add_argument(
+        "--dilation",
+        action="store_true",
+        default=None,
+        help="the last stage is dilated (DC5); for checkpoints of the original, which do not say it",
+    )
+    parser.add_argument("--nheads", type=int, help="attention heads, likewise (default 8)")
+    return parser
+
+
+def _convert(args: argparse.Namespace, given: set[str]) -> int:
+    from detr_fast.integrations.huggingface import convert
+
+    try:
+        convert(args.source, args.destination, dilation=args.dilation, nheads=args.nheads)
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+    return 0
+
+
 def _check_data_parser() -> argparse.ArgumentParser:
     parser = command_parser("check-data", "Reads annotations and all images, and lists what is wrong with them.")
     parser.add_argument("--coco_path", metavar="DIR", help="folder in COCO's layout: both sets are checked")
@@ -290,6 +320,7 @@ _COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "train": (_train_parser, _train, "train DETR on data in COCO's format"),
     "eval": (_eval_parser, _eval, "evaluate a checkpoint with pycocotools"),
     "predict": (_predict_parser, _predict, "detect objects or lines in images: pictures and a json"),
+    "convert": (_convert_parser, _convert, "between checkpoints and Hugging Face folders, both ways"),
     "check-data": (_check_data_parser, _check_data, "find what is wrong with a data set"),
     "bench": (_bench_parser, _bench, "measure the fused ops beside their peers and the physical limit"),
     "doctor": (_doctor_parser, _doctor, "compare every kernel with plain PyTorch on this machine"),

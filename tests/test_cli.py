@@ -228,7 +228,7 @@ def test_python_m_detr_fast_shows_the_commands():
     assert all(f"  {name} " in done.stdout for name in ("train", "eval", "predict", "check-data", "demo"))
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "check-data", "demo"])
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "convert", "check-data", "demo"])
 def test_every_command_has_help(command, capsys):
     assert main([command, "--help"]) == 0
     assert f"usage: detr-fast {command}" in capsys.readouterr().out
