@@ -4,7 +4,7 @@ With the image as X [M, C], a pixel per row, and the weight as W [N, C],
 
     out[m, n] = relu(sum over c of X[m, c] * W[n, c] + bias[n] + residual[m, n])
 
-Fused: bias, residual and ReLU are applied to the product while it is in registers, in float32, and rounded once with it.
+Fused: bias, residual and ReLU are applied in float32 while the product is in registers, and the result is rounded once.
 As steps of their own the residual and the ReLU read and write the output once more each.
 
 The backward is two matrix products, which the op leaves to cuBLAS.

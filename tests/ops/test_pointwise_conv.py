@@ -1,4 +1,4 @@
-"""`pointwise_conv` against a convolution and its steps, as reference on the CPU and as kernel through the interpreter."""
+"""`pointwise_conv` against a convolution and its steps, as reference on the CPU and as interpreted kernel."""
 
 import os
 
@@ -15,10 +15,10 @@ either = pytest.mark.parametrize("_implementation", both)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 
 # (B, C, O, H, W): whole tiles, several ragged ones, single elements, nothing.
-SHAPES = [(1, 64, 128, 8, 16), (2, 40, 72, 9, 11), (1, 129, 65, 5, 13), (1, 1, 1, 1, 1), (0, 4, 3, 5, 5), (2, 4, 3, 0, 5)]
-SHAPES += [(2, 4, 0, 3, 3), (2, 0, 3, 3, 3)]
+SHAPES = [(1, 64, 128, 8, 16), (2, 40, 72, 9, 11), (1, 129, 65, 5, 13), (1, 1, 1, 1, 1), (0, 4, 3, 5, 5)]
+SHAPES += [(2, 4, 3, 0, 5), (2, 4, 0, 3, 3), (2, 0, 3, 3, 3)]
 # Whether there are a bias, a residual and a ReLU.
-OPTIONS = {"all": (True, True, True), "relu": (True, False, True), "residual": (False, True, False), "plain": (False,) * 3}
+OPTIONS = {"all": (True,) * 3, "relu": (True, False, True), "residual": (False, True, False), "plain": (False,) * 3}
 
 
 def _case(shape, options="all", dtype=torch.float32, device="cpu"):
