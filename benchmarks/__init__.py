@@ -7,6 +7,6 @@ as `detr_fast.benchmarks`, too, so that an installed package can measure itself.
 
 SUITES = (
     "pad_collate", "sine_position", "attention", "multihead_attention", "folded_conv", "matching_cost", "assign",
-    "joint_softmax",
+    "joint_softmax", "pointwise_conv",
 )  # fmt: skip
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")

@@ -26,6 +26,9 @@ GOALS = [
     (Spec("attention", "encoder", "DC5", padding="none", dropout=0.1), 720),
     (Spec("attention", "cross", dropout=0.1), 6),
     (Spec("attention", "decoder", dropout=0.1), 4),
+    (Spec("pointwise_conv", "reduce", padding="none"), None),
+    (Spec("pointwise_conv", "expand", padding="none"), None),
+    (Spec("pointwise_conv", "expand-deep", padding="none"), None),
     (Spec("multihead_attention", "encoder", padding="none", dropout=0.1, mode="both"), None),
 ]
 

@@ -56,7 +56,7 @@ def cpu_plan(suite: str, quick: bool) -> list[Spec]:
 def interpreter_plan(suite: str) -> list[Spec]:
     """Tiny cases for the kernels through Triton's interpreter: correctness only."""
     if suite == "folded_conv":
-        return []  # its kernels are cuDNN's
+        return []  # `pointwise_conv` has its products; its other kernels are cuDNN's
     specs = _each_kind(suite, model="DC5", batch=2, padding="valid60")
     options = suite_module(suite).options(specs[0].kind)
     specs += _with_gradients(specs)

@@ -24,6 +24,7 @@ QUOTED = [
     ("multihead_attention", "encoder", "R50", "coco", "bf16", "both", 0.1),
     ("folded_conv", "3x3", "R50", "none", "bf16", "both", None),
     ("folded_conv", "residual", "R50", "none", "bf16", "both", None),
+    ("pointwise_conv", "expand", "R50", "none", "bf16", "both", None),
     ("matching_cost", None, "R50", "none", "fp32", "forward", None),
     ("assign", "boxes", "R50", "none", "fp32", "forward", None),
     ("joint_softmax", None, "R50", "coco", "bf16", "both", None),

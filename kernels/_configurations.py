@@ -22,6 +22,9 @@ Conditions of the attention kernels:
 BLOCK_M is queries per tile (forward, gradient of queries) or per step (gradient of keys and values). BLOCK_N is keys
 per block, a multiple of 64, since dropout's bytes are dealt out over 64 columns.
 
+Conditions of pointwise_conv: family, precision (as of attention), ragged (input channels no multiple of 64), narrow (at
+most 64 output channels). BLOCK_M is pixels, BLOCK_N output channels, BLOCK_K input channels per step.
+
 Conditions of pad_collate: family, source_bytes and batch_bytes (sizes of an element), channels_last. Conditions of
 sine_position: family, bytes (of the embedding's element), tokens.
 """
@@ -47,6 +50,10 @@ _FORWARD, _GRAD_QUERY, _GRAD_KEY_VALUE = "attention_forward", "attention_grad_qu
 
 def _tile(block_m: int, warps: int, stages: int, block_n: int = 64) -> dict[str, int]:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+
+
+def _product(block_m: int, block_n: int, block_k: int, warps: int, stages: int) -> dict[str, int]:
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
 
 
 # Families whose 16-bit matrix products are whole warp groups' (wgmma, tcgen05) and take at least 64 rows.
@@ -86,6 +93,17 @@ RULES: tuple[Entry, ...] = (
     (_GRAD_KEY_VALUE, _DETR | _16_BIT, _tile(32, 4, 2)),
     (_GRAD_KEY_VALUE, _16_BIT, _tile(32, 8, 2)),
     (_GRAD_KEY_VALUE, {}, _tile(16, 8, 1)),
+    # The products are bound by memory: the whole width of the output in few tiles, so that pixels are read seldom.
+    ("pointwise_conv_forward", _IEEE, _product(64, 64, 16, 8, 3)),
+    # With whole tiles the compiler spills here, and only here.
+    ("pointwise_conv_forward", _TF32 | {"family": "sm_100"}, _product(64, 64, 32, 4, 3)),
+    ("pointwise_conv_forward", _TF32, _product(128, 64, 32, 8, 3)),
+    ("pointwise_conv_forward", {"ragged": True}, _product(64, 64, 32, 4, 3)),
+    ("pointwise_conv_forward", {"narrow": True} | _WARP_GROUPS, _product(128, 64, 64, 4, 3)),
+    ("pointwise_conv_forward", {"narrow": True}, _product(128, 64, 32, 4, 4)),
+    ("pointwise_conv_forward", _WARP_GROUPS, _product(128, 128, 64, 8, 3)),
+    ("pointwise_conv_forward", {}, _product(128, 128, 32, 8, 3)),
+    #
     # 32 elements a thread: with 64, triton 3.6 spills and 3.8 needs over 200 registers.
     ("pad_collate_forward", {}, {"BLOCK_H": 16, "BLOCK_W": 256, "num_warps": 4}),
     ("pad_collate_backward", {}, {"BLOCK_H": 16, "BLOCK_W": 256, "num_warps": 4}),

@@ -9,6 +9,7 @@ from detr_fast.ops.attention import attention
 from detr_fast.ops.joint_softmax import joint_softmax
 from detr_fast.ops.matching_cost import matching_cost
 from detr_fast.ops.pad_collate import pad_collate
+from detr_fast.ops.pointwise_conv import pointwise_conv
 from detr_fast.ops.sine_position import sine_position
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -231,3 +232,34 @@ def _matching_cost(classes: int, detr: bool = False) -> Case:
 CASES += [_assignment("fp32", 100, 63, detr=True), _assignment("fp32", 300, 300, detr=True)]
 CASES += [_assignment("fp32", 900, 100), _assignment("fp32", 100, 1500), _assignment("fp64", 100, 20)]
 CASES += [_matching_cost(92, detr=True), _matching_cost(1)]
+
+
+def _pointwise_conv(
+    dtype: str, channels: tuple[int, int], residual: bool = False, tf32: bool = False, plain: bool = False,
+    detr: bool = False,
+) -> Case:  # fmt: skip
+    def run():
+        x = torch.zeros(2, channels[0], 25, 38, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last)
+        weight = torch.zeros(channels[1], channels[0], 1, 1, dtype=DTYPES[dtype])
+        added = torch.zeros(2, channels[1], 25, 38, dtype=DTYPES[dtype]) if residual else None
+        saved = torch.backends.cudnn.conv.fp32_precision
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+        try:
+            pointwise_conv(x, weight, None if plain else torch.zeros(channels[1]), added, relu=not plain)
+        finally:
+            torch.backends.cudnn.conv.fp32_precision = saved
+
+    name = f"pointwise_conv {dtype}{' tf32' if tf32 else ''} {channels[0]} to {channels[1]}"
+    name += f"{' residual' if residual else ''}{' plain' if plain else ''}"
+    return Case(name, run, detr, from_chip=80)
+
+
+# A bottleneck's first and last convolution, layer1's downsampling, and numbers of channels that fit no tile.
+for _dtype, _tf32 in (("bf16", False), ("fp16", False), ("fp32", True), ("fp32", False)):
+    CASES += [
+        _pointwise_conv(_dtype, (256, 64), tf32=_tf32, detr=True),
+        _pointwise_conv(_dtype, (512, 128), tf32=_tf32, detr=True),
+        _pointwise_conv(_dtype, (64, 256), residual=True, tf32=_tf32, detr=True),
+        _pointwise_conv(_dtype, (64, 256), plain=True, tf32=_tf32, detr=True),
+        _pointwise_conv(_dtype, (40, 72), residual=True, tf32=_tf32),
+    ]

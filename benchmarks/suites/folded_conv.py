@@ -1,4 +1,4 @@
-"""A convolution with its frozen norm, residual and ReLU: ours, one cuDNN kernel on a GPU, against the steps apart.
+"""A convolution with its frozen norm, residual and ReLU: ours, one kernel on a GPU, against the steps apart.
 
 Kinds, all of ResNet-50 on 800 x 1216 images: `stem` (7 x 7, stride 2, on the image), `3x3` (128 channels, stride 8) and
 `residual` (1 x 1, 128 to 512 channels, with the block's input added before the ReLU). Channels-last on a GPU, as the
@@ -72,7 +72,7 @@ def _compiled(state: Inputs) -> Outputs:
 
 def providers() -> list[Provider]:
     return [
-        Provider("detr_fast", "norm folded, residual and ReLU in the convolution where cuDNN can", _ours, ours=True),
+        Provider("detr_fast", "norm folded, residual and ReLU in the convolution where it can be", _ours, ours=True),
         Provider("as shipped", "convolution, frozen norm, residual and ReLU one by one", reference),
         Provider("folded, op by op", "norm folded into the convolution, residual and ReLU after it", _folded_steps),
         Provider("folded, compiled", "the same; torch.compile", _compiled, needs_compile),

@@ -5,6 +5,7 @@ from detr_fast.ops.attention import applied_dropout, attention, attention_dropou
 from detr_fast.ops.joint_softmax import joint_softmax, joint_softmax_reference
 from detr_fast.ops.matching_cost import matching_cost, matching_cost_reference
 from detr_fast.ops.pad_collate import pack_images, pad_collate, pad_collate_packed, pad_collate_reference
+from detr_fast.ops.pointwise_conv import pointwise_conv, pointwise_conv_reference
 from detr_fast.ops.sine_position import sine_position, sine_position_reference
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "pad_collate",
     "pad_collate_packed",
     "pad_collate_reference",
+    "pointwise_conv",
+    "pointwise_conv_reference",
     "sine_position",
     "sine_position_reference",
 ]

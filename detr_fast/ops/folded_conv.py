@@ -1,7 +1,8 @@
 """`folded_conv`: convolution, frozen batch norm, residual and ReLU as one step.
 
 A frozen norm is y = scale * x + bias with constants, so it folds into the convolution before it: the weights are
-multiplied by `scale`, and `bias` is the convolution's. On a GPU what is left is one cuDNN kernel. Of the four
+multiplied by `scale`, and `bias` is the convolution's. On a GPU what is left is one kernel: `pointwise_conv` where the
+convolution is a matrix product (1x1, stride 1, channels-last), else cuDNN's where it has one. Of the four
 activations that autograd would keep only the last is kept: it tells where ReLU was active, and it is the next
 convolution's input anyway.
 
@@ -19,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr_fast.ops._dispatch import refuse_transforms
+from detr_fast.ops._dispatch import refuse_transforms, use_kernel
+from detr_fast.ops.pointwise_conv import KERNEL_DTYPES, pointwise_conv
 
 Affine = tuple[Tensor, Tensor | None]
 
@@ -120,6 +122,8 @@ def _forward(x, weight, scale, bias, residual, relu, stride, padding, dilation, 
 def _convolve(x, folded, bias, residual, relu, stride, padding, dilation, groups) -> Tensor:
     geometry = (stride, padding, dilation, groups)
     memory_format = _format(x)
+    if _is_product(x, folded, stride, padding, groups):
+        return pointwise_conv(x, folded, None if bias is None else bias.float(), residual, relu=relu)
     bias = None if bias is None else bias.to(x.dtype)
     if relu and _has_fused_kernel(x, folded, groups):
         if residual is None:
@@ -129,6 +133,19 @@ def _convolve(x, folded, bias, residual, relu, stride, padding, dilation, groups
     if residual is not None:
         out += residual
     return out.relu_() if relu else out
+
+
+def _is_product(x: Tensor, folded: Tensor, stride, padding, groups: int) -> bool:
+    """Whether `pointwise_conv` runs its kernel on these: a product of channels-last pixels and the weight.
+
+    In other layouts the pixels would be copied first. GPUs below compute capability 8.0 have no bfloat16, and Triton
+    does not use their tensor cores.
+    """
+    if folded.shape[2:] != (1, 1) or (*stride, *padding, groups) != (1, 1, 0, 0, 1):
+        return False
+    if not use_kernel(x.device) or x.dtype not in KERNEL_DTYPES or _format(x) is not torch.channels_last:
+        return False
+    return x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _has_fused_kernel(x: Tensor, folded: Tensor, groups: int) -> bool:

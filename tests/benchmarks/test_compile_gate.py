@@ -41,7 +41,8 @@ def test_the_table_is_complete(gate):
     assert {row["chip"] for row in rows} == {90}
     assert all(row["registers"] > 0 for row in rows if not row["error"])
     kernels = {row["kernel"] for row in rows}
-    for op in ("pad_collate", "sine_position", "attention", "assign", "matching_cost", "joint_softmax"):
+    ops = ("pad_collate", "sine_position", "attention", "assign", "matching_cost", "joint_softmax", "pointwise_conv")
+    for op in ops:
         assert any(op in kernel for kernel in kernels), f"no kernel of {op} among {sorted(kernels)}"
 
 

@@ -1,6 +1,7 @@
 """The fused body against the same modules called one by one."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -11,6 +12,11 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d
 from detr_fast.models import backbone as backbone_module
 from detr_fast.models.backbone import BackboneBase
+from detr_fast.ops import folded_conv as folded_conv_module
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+both = [pytest.param(None, id="reference", marks=pytest.mark.skipif(INTERPRET, reason="runs without the interpreter"))]
+both += [pytest.param(None, id="interpreted", marks=pytest.mark.interpret)]
 
 
 def _body(block=BasicBlock, norm=FrozenBatchNorm2d, level=1, **options):
@@ -33,6 +39,30 @@ def folded(monkeypatch):
     folded_conv = backbone_module.folded_conv
     monkeypatch.setattr(backbone_module, "folded_conv", counted)
     return calls
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Shapes of the weights that `pointwise_conv` was called with from `folded_conv`."""
+    calls = []
+
+    def counted(x, weight, *args, **kwargs):
+        calls.append(weight.shape)
+        return pointwise_conv(x, weight, *args, **kwargs)
+
+    pointwise_conv = folded_conv_module.pointwise_conv
+    monkeypatch.setattr(folded_conv_module, "pointwise_conv", counted)
+    return calls
+
+
+def _products_of(body):
+    """Shapes of the weights of the convolutions that are matrix products, in the order in which they run."""
+    blocks = [block for name, layer in body.named_children() if name.startswith("layer") for block in layer]
+    convolutions = []
+    for block in blocks:
+        convolutions += [block.downsample[0]] if block.downsample is not None else []
+        convolutions += [module for module in block.children() if isinstance(module, nn.Conv2d)]
+    return [m.weight.shape for m in convolutions if m.kernel_size == (1, 1) and m.stride == (1, 1)]
 
 
 def _step(body, x, fused):
@@ -80,6 +110,30 @@ def test_fused_body_in_float32():
     for name, gradient in gradients.items():
         right = expected_gradients[name]
         assert (gradient - right).abs().max() <= 1e-5 * right.abs().max(), name
+
+
+@pytest.mark.parametrize("_implementation", both)
+@pytest.mark.parametrize("dilation", [False, True])
+def test_convolutions_that_are_products_run_as_products(dilation, _implementation, products, monkeypatch):
+    """As on a GPU: in channels-last memory, where kernels are used."""
+    monkeypatch.setattr(folded_conv_module, "use_kernel", lambda device: True)
+    body = _body(**NARROW, level=3, replace_stride_with_dilation=[False, False, dilation])
+    x = torch.randn(2, 3, 40, 33).contiguous(memory_format=torch.channels_last)
+    out, gradients = _step(body, x, fused=True)
+    # Two of each of five blocks, and layer1's downsampling; with dilation layer4's as well.
+    assert products == _products_of(body) and len(products) == 11 + dilation
+    assert all(level.is_contiguous(memory_format=torch.channels_last) for level in out)
+    expected, expected_gradients = _step(body, x, fused=False)
+    for value, right in zip(out, expected, strict=True):
+        assert (value - right).abs().max() <= 1e-5 * right.abs().max()
+    for name, gradient in gradients.items():
+        right = expected_gradients[name]
+        assert (gradient - right).norm() <= 1e-4 * right.norm(), name
+
+
+def test_contiguous_images_on_a_cpu_run_no_products(products):
+    _step(_body(**NARROW), torch.randn(1, 3, 40, 33), fused=True)
+    assert products == []
 
 
 def test_frozen_stages_keep_nothing():
@@ -159,7 +213,7 @@ def test_other_dtypes_are_refused_as_by_a_convolution():
 
 
 @pytest.mark.gpu
-def test_fused_body_on_a_gpu():
+def test_fused_body_on_a_gpu(products):
     body = _body(**NARROW).cuda()
     exact = copy.deepcopy(body).double()
     x = torch.randn(2, 3, 128, 96, device="cuda")
@@ -169,6 +223,7 @@ def test_fused_body_on_a_gpu():
         with torch.autocast("cuda", torch.bfloat16):
             out, grads[fused] = _step(body, x, fused)
         assert out[-1].dtype == torch.bfloat16
+        assert products == _products_of(body)
         errors[fused] = (out[-1].double() - right[-1]).abs().mean()
     assert errors[True] <= 2 * errors[False]
     for name, gradient in grads[True].items():

@@ -11,6 +11,7 @@ from detr_fast.layers import FrozenBatchNorm2d
 from detr_fast.layers.norm import frozen_affines
 from detr_fast.ops import folded_conv as folded_conv_module
 from detr_fast.ops.folded_conv import folded_conv, folded_conv_reference
+from detr_fast.ops.pointwise_conv import pointwise_conv
 
 CASES = {
     "1x1": dict(kernel=1),
@@ -182,9 +183,13 @@ def test_folded_conv_op_gradcheck(name):
 FUSED_DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 
 
-def _fused_calls(x, weight, capability=(9, 0), residual=None, **options):
-    """Names of cuDNN's fused operators that a convolution of fake CUDA tensors calls, as on a GPU with cuDNN."""
+def _fused_calls(x, weight, capability=(9, 0), residual=None, layout=torch.contiguous_format, **options):
+    """Names of the fused operators that a convolution of fake CUDA tensors calls, as on a GPU with cuDNN and Triton."""
     calls = []
+
+    def product(x, weight, bias, residual, *, relu):
+        calls.append("product")
+        return pointwise_conv(x, weight, bias, residual, relu=relu)
 
     def stub(name):
         def call(x, folded, *rest):
@@ -197,11 +202,13 @@ def _fused_calls(x, weight, capability=(9, 0), residual=None, **options):
     with (
         mock.patch.object(folded_conv_module, "_cudnn_relu", stub("relu")),
         mock.patch.object(folded_conv_module, "_cudnn_add_relu", stub("add_relu")),
+        mock.patch.object(folded_conv_module, "pointwise_conv", product),
         mock.patch.object(torch.backends.cudnn, "is_available", lambda: True),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability),
         FakeTensorMode(),
     ):
         x, weight = (torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in (x, weight))
+        x = x.contiguous(memory_format=layout)
         residual = None if residual is None else torch.empty(residual, dtype=x.dtype, device="cuda")
         scale = torch.empty(weight.shape[0], device="cuda")
         geometry = (options.get("stride", (1, 1)), (0, 0), (1, 1), options.get("groups", 1))
@@ -233,6 +240,28 @@ def test_cudnns_fused_operators_are_not_called_by_rule():
         assert _fused_calls(half, weight) == []
     with torch.backends.cudnn.flags(enabled=False):
         assert _fused_calls(half, weight) == []
+
+
+@FUSED_DTYPES
+def test_1x1_convolutions_in_channels_last_are_products(dtype):
+    x, weight, last = ((2, 64, 6, 5), dtype), ((128, 64, 1, 1), torch.float32), torch.channels_last
+    assert _fused_calls(x, weight, layout=last) == ["product"]
+    assert _fused_calls(x, weight, layout=last, relu=False) == ["product"]
+    assert _fused_calls(x, weight, layout=last, residual=(2, 128, 6, 5)) == ["product"]
+    # Channels that cuDNN's fused kernel does not take.
+    assert _fused_calls(((2, 3, 6, 5), dtype), ((5, 3, 1, 1), torch.float32), layout=last) == ["product"]
+
+
+def test_other_convolutions_are_no_products(monkeypatch):
+    x, weight, last = ((2, 64, 6, 5), torch.float16), ((128, 64, 1, 1), torch.float32), torch.channels_last
+    assert _fused_calls(x, weight) == ["relu"]
+    assert _fused_calls(x, weight, layout=last, stride=(2, 2)) == ["relu"]
+    assert _fused_calls(x, ((128, 64, 3, 3), torch.float32), layout=last) == ["relu"]
+    assert _fused_calls(x, weight, layout=last, capability=(7, 5)) == ["relu"]
+    assert _fused_calls(x, ((128, 32, 1, 1), torch.float32), layout=last, groups=2) == []
+    assert _fused_calls(((2, 64, 6, 5), torch.float64), weight, layout=last) == []
+    monkeypatch.setenv("DETR_FAST_KERNELS", "torch")
+    assert _fused_calls(x, weight, layout=last) == ["relu"]
 
 
 def test_an_error_of_the_fused_operator_is_not_swallowed():
@@ -285,12 +314,12 @@ def test_folded_conv_on_a_gpu(name, dtype):
 @pytest.mark.gpu
 @FUSED_DTYPES
 def test_cudnns_fused_operators_run_on_a_gpu(dtype):
-    x, weight = torch.randn(2, 64, 24, 20), torch.randn(128, 64, 1, 1)
+    x, weight = torch.randn(2, 64, 24, 20), torch.randn(128, 64, 3, 3)
     x, weight = x.to("cuda", dtype, memory_format=torch.channels_last), weight.to("cuda")
     scale = torch.ones(128, device="cuda")
     for residual, name in ((None, "convolution_relu"), (x.new_zeros(2, 128, 24, 20), "convolution_add_relu")):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            folded_conv(x, weight, scale, scale, residual)
+            folded_conv(x, weight, scale, scale, residual, padding=(1, 1))
         assert f"aten::cudnn_{name}" in {event.key for event in profiler.key_averages()}
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from detr_fast.ops import attention, joint_softmax, pad_collate
+from detr_fast.ops import attention, joint_softmax, pad_collate, pointwise_conv
 from detr_fast.ops.folded_conv import folded_conv
 
 OPS = {
@@ -12,6 +12,7 @@ OPS = {
     "folded_conv": lambda x: folded_conv(x, torch.ones(2, 3, 1, 1), torch.ones(2), None),
     "joint_softmax": joint_softmax,
     "pad_collate": lambda x: pad_collate([x[0]])[0],
+    "pointwise_conv": lambda x: pointwise_conv(x, torch.ones(2, 3, 1, 1)),
 }
 
 
