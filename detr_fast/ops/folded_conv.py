@@ -143,9 +143,10 @@ def _is_product(x: Tensor, folded: Tensor, stride, padding, groups: int) -> bool
     """
     if folded.shape[2:] != (1, 1) or (*stride, *padding, groups) != (1, 1, 0, 0, 1):
         return False
-    if not use_kernel(x.device) or x.dtype not in KERNEL_DTYPES or _format(x) is not torch.channels_last:
+    if x.dtype not in KERNEL_DTYPES or _format(x) is not torch.channels_last:
         return False
-    return x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0)
+    is_new_enough = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return is_new_enough and use_kernel(x.device, "pointwise_conv")
 
 
 def _has_fused_kernel(x: Tensor, folded: Tensor, groups: int) -> bool:

@@ -100,7 +100,7 @@ def _empty(x: Tensor, channels: int) -> Tensor:
 
 @torch.library.custom_op("detr_fast::pointwise_conv", mutates_args=())
 def _pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
-    if not use_kernel(x.device) or x.dtype not in KERNEL_DTYPES:
+    if not use_kernel(x.device, "pointwise_conv") or x.dtype not in KERNEL_DTYPES:
         return pointwise_conv_reference(x, weight, bias, residual, relu=relu)
     from detr_fast.kernels.pointwise_conv import pointwise_conv_forward
 

@@ -279,6 +279,19 @@ def _joint_softmax(dtype: torch.dtype, device: torch.device) -> Outputs:
     return _with_gradients([joint_softmax(scores, _padding((77, 31), 77, device))], [scores])
 
 
+def _pointwise_conv(dtype: torch.dtype, device: torch.device) -> Outputs:
+    from detr_fast.ops.pointwise_conv import pointwise_conv
+
+    generator = _generator()
+    shapes = ((2, 40, 9, 11), (72, 40, 1, 1), (72,), (2, 72, 9, 11))
+    x, weight, bias, residual = (_drawn(generator, *shape).to(device, dtype) for shape in shapes)
+    x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
+    # Gradients without the ReLU: rounding decides on which side of zero a sum lies.
+    inputs = [t.requires_grad_() for t in (x, weight, bias, residual)]
+    linear = _with_gradients([pointwise_conv(*inputs, relu=False)], inputs)
+    return [*linear, pointwise_conv(*inputs).detach().cpu()]
+
+
 def _problem(dtype: torch.dtype, device: torch.device) -> Outputs:
     generator = _generator()
     logits = _drawn(generator, 2, 2, 20, 6).to(device, dtype)
@@ -311,6 +324,7 @@ CHECKS = {
     "sine_position": Check(_sine_position, _ALL),
     "attention": Check(_attention, _ALL),
     "joint_softmax": Check(_joint_softmax, _ALL),
+    "pointwise_conv": Check(_pointwise_conv, _ALL),
     "matching_cost": Check(_matching_cost, (torch.float32,), exact_dtype=torch.float32),
     "assign": Check(_assign, (torch.float32,), exact_dtype=torch.float32),
 }
