@@ -4,6 +4,7 @@ Source of the five keys "model", "optimizer", "lr_scheduler", "epoch" and "args"
 """
 
 import argparse
+import errno
 import os
 import random
 import zipfile
@@ -90,9 +91,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # what the unpickler raises on other files depends on their first bytes
+        except Exception as error:  # what torch.load raises on other files depends on their first bytes
+            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+                raise
             raise ValueError(
                 f"{str(path)!r} cannot be read; expected a file written by torch.save that holds only tensors, "
                 "numbers, strings, lists and dicts"
@@ -117,9 +118,10 @@ def _check_records(path: str | os.PathLike) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except OSError:
-        raise
     except Exception as error:  # what zipfile raises depends on the place of the damage
+        # A damaged offset may lead to a place that the operating system refuses, by EINVAL.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise ValueError(f"{str(path)!r} is damaged ({error}); take another checkpoint or a copy of it") from error
     if damaged is not None:
         raise ValueError(

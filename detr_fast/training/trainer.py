@@ -141,6 +141,9 @@ class Trainer:
         if is_dist_avail_and_initialized():
             ids = [device.index] if device.type == "cuda" else None
             self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+            # The wrapper has given all processes the first one's weights; the average was made of each one's own.
+            for value in self.ema.values.values() if self.ema is not None else ():
+                dist.broadcast(value, 0)
 
     def run(self) -> dict:
         """Trains to the end that the configuration sets. Returns the last epoch's log row, empty if none was left."""

@@ -419,6 +419,7 @@ class Hanging(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         if index == 5:
+            time.sleep(1)  # the batch before is sent by a thread of this process
             os.kill(os.getpid(), signal.SIGSTOP)
         return index
 
