@@ -18,7 +18,7 @@ from detr_fast.config import (
     normalise_options,
     parse_with_given,
 )
-from detr_fast.errors import NonFiniteLossError, UsageError
+from detr_fast.errors import InterruptedRun, NonFiniteLossError, UsageError
 
 _TRACEBACK = "DETR_FAST_TRACEBACK"
 
@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 if `check-data` found errors or `predict` could not read an image; 2 for a user's error,
-        whose message is printed to stderr; 130 if interrupted. With DETR_FAST_TRACEBACK=1 in the environment errors
-        are raised instead, to see where they come from.
+        whose message is printed to stderr; 128 + its number after a signal (SIGINT 130, SIGTERM 143, SIGHUP 129). With
+        DETR_FAST_TRACEBACK=1 in the environment errors are raised instead, to see where they come from.
     """
     argv = normalise_options(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("detr-fast: interrupted", file=sys.stderr)
         return 130
+    except InterruptedRun as stop:
+        print(f"detr-fast: {stop}", file=sys.stderr, flush=True)
+        _leave_processes()
+        return 128 + stop.signal
     except (ValueError, OSError, NotImplementedError, NonFiniteLossError) as error:
         if os.environ.get(_TRACEBACK) == "1":
             raise

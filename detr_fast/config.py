@@ -284,6 +284,11 @@ class DataConfig(Part):
         check=_POSITIVE,
     )
     num_workers: int = flag(2, "loader processes", check=_NOT_NEGATIVE)
+    loader_timeout: float = flag(
+        600,
+        "seconds after which a loader process that gives no batch ends the run, with the names of its images; 0: never",
+        check=_NOT_NEGATIVE,
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -308,6 +313,12 @@ class RunConfig(Part):
         "continue a run from its checkpoint; auto: from output_dir if a checkpoint is there",
         metavar="PATH|auto",
     )
+    checkpoint_every: str = flag(
+        "30m",
+        "also save within an epoch: 500, every so many optimiser steps, or 10m, minutes; 0: at its end only",
+        metavar="STEPS|MINUTESm",
+        idle=_NO_TRAINING,
+    )
     weights: str = flag(
         "", "start a new run from a checkpoint's weights; heads that do not fit are replaced", metavar="PATH"
     )
@@ -321,6 +332,10 @@ class RunConfig(Part):
     tensorboard: bool = flag(False, "write event files to output_dir/tensorboard", idle=_NO_TRAINING)
     world_size: int = flag(1, "number of processes, checked against torchrun's", check=_POSITIVE)
     dist_url: str = flag("env://", "where torchrun's processes meet; refused without torchrun")
+
+    def __post_init__(self):
+        super().__post_init__()
+        checkpoint_interval(self.checkpoint_every)
 
 
 _Self = TypeVar("_Self", bound="Config")
@@ -394,6 +409,22 @@ def check_for_training(config: Config) -> None:
         raise UsageError("--resume auto looks in --output_dir, which is empty")
     if config.start_epoch >= config.epochs:
         raise UsageError(f"--start_epoch {config.start_epoch} leaves nothing to train of --epochs {config.epochs}")
+
+
+def checkpoint_interval(text: str) -> tuple[int, float]:
+    """What ``--checkpoint_every`` says: (steps, 0) or (0, seconds), both 0 for never.
+
+    Raises:
+        UsageError: it says neither.
+    """
+    number, is_minutes = text.removesuffix("m"), text.endswith("m")
+    try:
+        value = float(number) if is_minutes else int(number or 0)
+    except ValueError:
+        value = -1
+    if not 0 <= value < math.inf:
+        raise UsageError(f"--checkpoint_every must be steps, such as 500, or minutes, such as 10m; got {text!r}")
+    return (0, 60 * value) if is_minutes else (int(value), 0.0)
 
 
 def make_output_dir(path: str) -> Path:

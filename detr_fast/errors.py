@@ -7,3 +7,15 @@ class UsageError(ValueError):
 
 class NonFiniteLossError(RuntimeError):
     """Training met NaN or infinity; the message says where it first appears. The optimiser has not taken that step."""
+
+
+class InterruptedRun(RuntimeError):
+    """A run stopped because of a signal, with everything saved; the message says how to go on.
+
+    Attributes:
+        signal: its number; a program ends with exit code 128 + signal.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal

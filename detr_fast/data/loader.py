@@ -6,6 +6,7 @@ How seeds and order come about is told in `detr_fast.data.seeding`, how batches 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     WeightedRandomSampler,
 )
 
@@ -45,6 +47,7 @@ class EpochLoader(DataLoader):
 
     Raises:
         ValueError: a combination of options that excludes itself, or a number outside its range.
+        TimeoutError: while iterating, no batch came within `timeout` seconds; names its images.
         TypeError: a dataset that is not map-style, an option that there is not.
     """
 
@@ -99,14 +102,59 @@ class EpochLoader(DataLoader):
             **options,
         )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses order and augmentation of the next iteration."""
-        self.epoch_sampler.set_epoch(epoch)
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Chooses order and augmentation of the next iteration, and the batch of that epoch with which it begins.
+
+        Batches from `first` on are, bit for bit, those of an iteration that begins with batch 0.
+        """
+        self.epoch_sampler.set_epoch(epoch, first)
 
     def __iter__(self) -> Iterator:
         batches = super().__iter__()
+        asked_for = self.epoch_sampler.asked_for
         self.set_epoch(self.epoch_sampler.epoch + 1)
-        return (batch for batch in batches if batch is not None)
+        return self._batches(batches, asked_for)
+
+    def _batches(self, batches: Iterator, asked_for: deque) -> Iterator:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise
+                # Workers' batches come in the order in which they were asked for: the oldest is the one awaited.
+                keys = asked_for[0] if isinstance(asked_for[0], list) else [asked_for[0]]
+                names = ", ".join(_name_of(self.dataset.dataset, key[1]) for key in keys)
+                raise TimeoutError(
+                    f"a loader process has given no batch for {self.timeout:g} seconds; it is to read {names}. Look at "
+                    "these files and at the storage they are on, or allow it more time (timeout, --loader_timeout)"
+                ) from error
+            asked_for.popleft()
+            if batch is not None:
+                yield batch
+
+    def close(self) -> None:
+        """Ends the worker processes that live on between epochs, also those that hang or ignore signals."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()  # asks them, and waits a few seconds for each
+            for worker in iterator._workers:
+                if worker.is_alive():
+                    worker.kill()
+
+
+def _name_of(dataset, index: int) -> str:
+    """The file of a sample, or its index where the dataset does not say."""
+    while isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, dataset.indices[index]
+    try:
+        if isinstance(dataset.coco, dict):  # panoptic
+            return str(dataset.coco["images"][index]["file_name"])
+        return str(dataset.coco.imgs[dataset.ids[index]]["file_name"])
+    except (AttributeError, KeyError, TypeError):
+        return f"sample {index}"
 
 
 def _check_dataset(dataset) -> None:
@@ -164,6 +212,7 @@ def build_loader(
     drop_last: bool | None = None,
     collate_fn: Callable = collate_fn,
     group_by_size: bool | None = None,
+    timeout: float = 0,
 ) -> EpochLoader:
     """The loader for training or validation.
 
@@ -186,6 +235,7 @@ def build_loader(
             ``PackedCollate()``, with a dataset of uint8 images: padded and normalised on the training device.
         group_by_size: batches of images of alike size after augmentation. False: the original's order. None: where
             the dataset can plan sizes, as `CocoDetection` with our transforms can.
+        timeout: seconds to wait for a worker's batch; 0: as long as it takes.
 
     Raises:
         ValueError: an empty dataset, a batch size below 1, a negative seed, a dataset too small for a single batch
@@ -228,6 +278,7 @@ def build_loader(
         collate_fn=collate_fn,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        timeout=timeout if num_workers else 0,
         persistent_workers=num_workers > 0,
         seed=seed,
     )

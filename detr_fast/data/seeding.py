@@ -9,8 +9,9 @@ depend on it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -99,23 +100,36 @@ class EpochSampler(Sampler):
 
     Attributes:
         epoch: of the next iteration.
+        first: how many keys (of an `EpochBatchSampler`: batches) the next iteration leaves out at its beginning.
+        asked_for: what the latest iteration has given; whoever receives the samples takes it out again.
     """
 
     def __init__(self, sampler: Iterable, seed: int):
         self.sampler = sampler
         self.seed = seed
-        self.epoch = 0
+        self.epoch = self.first = 0
+        self.asked_for: deque = deque()
         self._seedable = [s for s in _chain(sampler) if getattr(s, "generator", 0) is None]
 
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the next iteration."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Chooses the epoch of the next iteration, and where in it it begins."""
+        self.epoch, self.first = epoch, first
 
     def __iter__(self) -> Iterator:
-        return self._keys(self.epoch)  # the epoch as it is now, not as it is when the first key is asked for
+        # The epoch as it is now, not as it is when the first key is asked for. What is left out is drawn nevertheless:
+        # the rest is what it would have been.
+        keys = itertools.islice(self._keys(self.epoch), self.first, None)
+        self.asked_for = deque()
+        return self._noted(keys, self.asked_for)
+
+    @staticmethod
+    def _noted(keys: Iterator, asked_for: deque) -> Iterator:
+        for key in keys:
+            asked_for.append(key)
+            yield key
 
     def _keys(self, epoch: int) -> Iterator:
         self._start(epoch)

@@ -4,10 +4,13 @@ Source of the five keys "model", "optimizer", "lr_scheduler", "epoch" and "args"
 """
 
 import argparse
+import errno
 import os
 import random
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -22,15 +25,45 @@ def save_checkpoint(state: Mapping, path: str | os.PathLike) -> None:
     Args:
         state: tensors, numbers, strings, lists and dicts: what ``torch.load(weights_only=True)`` reads.
         path: the file; its folder exists.
+
+    Raises:
+        OSError: it could not be written, for instance because the disk is full. What there was stays.
     """
     path = Path(path)
     # One fixed name: what a killed process leaves behind is overwritten by the next.
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            writer = _Writer(file)
+            try:
+                torch.save(dict(state), writer)
+            except Exception:
+                if writer.error is not None:
+                    raise writer.error from None
+                raise
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class _Writer:
+    """A file to write to that keeps the error of a write: torch.save raises another one, without its reason."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.error = file, None
+
+    def write(self, data) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
@@ -44,7 +77,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file holds something else, or the download failed.
+        ValueError: the file is damaged or holds something else, or the download failed.
     """
     if str(path).startswith(("https://", "http://")):
         try:
@@ -54,12 +87,13 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     else:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no checkpoint file at {str(path)!r}")
+        _check_records(path)
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # what the unpickler raises on other files depends on their first bytes
+        except Exception as error:  # what torch.load raises on other files depends on their first bytes
+            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+                raise
             raise ValueError(
                 f"{str(path)!r} cannot be read; expected a file written by torch.save that holds only tensors, "
                 "numbers, strings, lists and dicts"
@@ -71,6 +105,29 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if isinstance(checkpoint.get("args"), argparse.Namespace):
         checkpoint["args"] = vars(checkpoint["args"])
     return checkpoint
+
+
+def _check_records(path: str | os.PathLike) -> None:
+    """Compares the checksums in the archive that torch.save writes, which torch.load does not do.
+
+    Raises:
+        ValueError: a part of the file is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # of torch before 1.6, or no checkpoint at all: torch.load will tell
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # what zipfile raises depends on the place of the damage
+        # A damaged offset may lead to a place that the operating system refuses, by EINVAL.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise ValueError(f"{str(path)!r} is damaged ({error}); take another checkpoint or a copy of it") from error
+    if damaged is not None:
+        raise ValueError(
+            f"{str(path)!r} is damaged: the checksum of {damaged!r} in it is wrong; take another checkpoint or a copy "
+            "of it"
+        )
 
 
 def rng_state(device: torch.device) -> dict:

@@ -40,6 +40,9 @@ def train_one_epoch(
     ema: ModelEma | None = None,
     max_steps: int | None = None,
     print_freq: int = 10,
+    first_batch: int = 0,
+    metrics: Metrics | None = None,
+    on_step: Callable[[int, Callable[[], None]], None] | None = None,
 ) -> dict[str, float]:
     """Trains for one pass over the loader.
 
@@ -61,8 +64,12 @@ def train_one_epoch(
         accumulate_steps: batches per optimiser step, each with its share of the loss; the last group may be smaller.
         step_scheduler: a schedule that advances with every optimiser step.
         ema: an average to update after every optimiser step.
-        max_steps: stop after so many optimiser steps.
+        max_steps: stop after so many optimiser steps of the epoch, those before `first_batch` included.
         print_freq: show and read the losses every so many batches.
+        first_batch: the batch of the epoch with which the loader begins, the first of an optimiser step.
+        metrics: averages of the batches before it, to be continued.
+        on_step: called after every optimiser step with the number of batches of the epoch done, and with a function
+            that waits until all steps so far have been found finite. What it raises ends the epoch.
 
     Returns:
         Means over the epoch and the processes, under the original's names: "loss", each weighted loss, each loss as it
@@ -78,16 +85,21 @@ def train_one_epoch(
         raise ValueError(f"precision fp16, and only it, needs a scaler; got {precision} and {type(scaler).__name__}")
     model.train()
     criterion.train()
-    metrics, watch = Metrics(), FiniteWatch(device)
+    metrics, watch = Metrics() if metrics is None else metrics, FiniteWatch(device)
     # On a GPU the next batch is copied while this one is computed.
     prefetcher, limit = Prefetcher(data_loader, device), None if max_steps is None else max_steps * accumulate_steps
-    progress = Progress(prefetcher, f"Epoch: [{epoch}]", metrics, print_freq, device, limit)
+    progress = Progress(prefetcher, f"Epoch: [{epoch}]", metrics, print_freq, device, limit, first_batch)
     batches = len(data_loader)
 
     def stop(batch) -> None:
         raise NonFiniteLossError(_explain(model, criterion, batch, epoch, device, dtype))
 
-    for index, (samples, targets) in enumerate(progress):
+    def check() -> None:
+        bad = watch.drain()
+        if bad is not None:
+            stop(bad)
+
+    for index, (samples, targets) in enumerate(progress, first_batch):
         batch = (index, samples, targets)
         group_start = index - index % accumulate_steps
         group_size = min(accumulate_steps, batches - group_start)
@@ -123,10 +135,10 @@ def train_one_epoch(
         metrics.update(_named_losses(loss_dict, loss, criterion.weight_dict, samples, optimizer))
         if is_last_of_group:
             optimizer.zero_grad()
+            if on_step is not None:
+                on_step(index + 1, check)
 
-    bad = watch.drain()
-    if bad is not None:
-        stop(bad)
+    check()
     stats = metrics.averages(device)
     return {**stats, "time": progress.seconds_per_step, "data": progress.data_seconds_per_step}
 

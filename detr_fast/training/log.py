@@ -86,6 +86,17 @@ class Metrics:
         *sums, steps = values.tolist()
         return {name: value / steps for name, value in zip(names, sums, strict=True)} if steps else {}
 
+    def state(self) -> dict:
+        """For a checkpoint: sums, and the steps that nobody has read yet, as they are. Waits for the device."""
+        pending = torch.stack(self._pending).cpu() if self._pending else None  # [steps, names]
+        return {"names": self._names, "pending": pending, "sums": dict(self._sums), "steps": self._steps}
+
+    def load_state(self, state: Mapping, device: torch.device) -> None:
+        """Sets what `state` returned; `device` is that of the values to come."""
+        self._names, self._sums, self._steps = state["names"], dict(state["sums"]), state["steps"]
+        # Added up later in the same groups of steps, and so to the same last bit, as without the interruption.
+        self._pending = [] if state["pending"] is None else list(state["pending"].to(device))
+
 
 class Progress:
     """Goes through `batches`, measuring time; shows a bar on a terminal and lines elsewhere, in the first process only.
@@ -97,6 +108,7 @@ class Progress:
         print_freq: show (and therefore read) the metrics every so many steps.
         device: whose memory is shown.
         limit: stop after so many batches; None: after all.
+        first: batches of this epoch that were gone through in an earlier process; `batches` yields those after them.
     """
 
     def __init__(
@@ -107,23 +119,31 @@ class Progress:
         print_freq: int,
         device: torch.device,
         limit: int | None = None,
+        first: int = 0,
     ):
-        self._limit = limit
+        self._limit, self._first = limit, first
         self._batches, self._header, self._metrics = batches, header, metrics
         self._print_freq, self._device = print_freq, device
         self.seconds_per_step = 0.0
         self.data_seconds_per_step = 0.0
 
     def __iter__(self) -> Iterator:
+        first = self._first
         total = len(self._batches) if self._limit is None else min(self._limit, len(self._batches))
         terminal = sys.stderr.isatty()
-        bar = tqdm(total=total, desc=self._header, disable=not (terminal and is_main_process()), dynamic_ncols=True)
+        bar = tqdm(
+            total=total,
+            initial=first,
+            desc=self._header,
+            disable=not (terminal and is_main_process()),
+            dynamic_ncols=True,
+        )
         start = shown_at = time.perf_counter()
         waited = waited_before = 0.0
-        shown = 0
+        shown = first
         before = time.perf_counter()
         with bar:
-            for step, batch in enumerate(itertools.islice(self._batches, total)):
+            for step, batch in enumerate(itertools.islice(self._batches, total - first), first):
                 waited += time.perf_counter() - before
                 yield batch
                 done = step + 1
@@ -136,12 +156,12 @@ class Progress:
                     if terminal:
                         bar.set_postfix_str(text)
                     elif is_main_process():
-                        eta = datetime.timedelta(seconds=int((now - start) / done * (total - done)))
+                        eta = datetime.timedelta(seconds=int((now - start) / (done - first) * (total - done)))
                         print(f"{self._header} [{done:{len(str(total))}d}/{total}]  eta: {eta}  {text}", flush=True)
                     shown_at, shown, waited_before = now, done, waited
                 before = time.perf_counter()
-                self.seconds_per_step = (before - start) / done
-                self.data_seconds_per_step = waited / done
+                self.seconds_per_step = (before - start) / (done - first)
+                self.data_seconds_per_step = waited / (done - first)
 
     def _text(self, latest: Mapping[str, float], per_step: float, data: float) -> str:
         parts = [f"{name}: {latest[name]:.4g}" for name in ("lr", "loss", "class_error") if name in latest]

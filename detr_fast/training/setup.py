@@ -100,6 +100,7 @@ def loader_for(task: Task, dataset: Dataset, config: Config, train: bool) -> Epo
         distributed=is_dist_avail_and_initialized(),
         seed=config.seed,
         group_by_size=None if config.group_by_size else False,
+        timeout=config.loader_timeout,
         collate_fn=packed_collate(task, config, train=train),
     )
 

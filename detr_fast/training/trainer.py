@@ -5,8 +5,9 @@ Source: facebookresearch/detr, main.py.
 
 import datetime
 import math
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from detr_fast.distributed import (
     is_main_process,
     say,
 )
-from detr_fast.errors import UsageError
+from detr_fast.errors import InterruptedRun, UsageError
 from detr_fast.models.weights import load_model, load_weights
 from detr_fast.tasks import task_of
 from detr_fast.tasks.pictures import draw_sheet
@@ -36,7 +37,9 @@ from detr_fast.training.checkpoint import read_checkpoint, rng_state, save_check
 from detr_fast.training.curves import draw_curves
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.engine import evaluate, train_one_epoch
-from detr_fast.training.log import RunLog
+from detr_fast.training.folder import check_space, is_full, locked, megabytes, remove_left_overs, size_of
+from detr_fast.training.interrupt import GO_ON, SAVE, Interruption, ignore_signals, signal_of
+from detr_fast.training.log import Metrics, RunLog
 from detr_fast.training.optim import build_optimizer, build_scheduler, load_optimizer, steps_every
 from detr_fast.training.regions import compile_regions
 from detr_fast.training.setup import build, loader_for, size_divisor, start, with_norm
@@ -54,13 +57,19 @@ def train(config: Config) -> dict:
     Raises:
         UsageError: the configuration, the data or a checkpoint do not fit; the message is for the user.
         NonFiniteLossError: the loss or a gradient became NaN or infinite.
+        InterruptedRun: SIGTERM, SIGINT or SIGHUP came; the run's state is saved.
+        OSError: a file could not be written, for instance because the disk is full; what is kept is said.
     """
     with usage_errors():
         task = task_of(config)
         check_for_training(config)
         task.check_image_size(config)
-        trainer = Trainer(*start(config))
-    return trainer.run()
+        config, device = start(config)
+        folder = make_output_dir(config.output_dir) if config.output_dir and is_main_process() else None
+    with locked(folder):
+        with usage_errors():
+            trainer = Trainer(config, device)
+        return trainer.run()
 
 
 class Trainer:
@@ -88,6 +97,7 @@ class Trainer:
         config = replace(config, **self.task.classes(self.dataset_train))
         self.loader_train = loader_for(self.task, self.dataset_train, config, train=True)
         self.loader_val = loader_for(self.task, self.dataset_val, config, train=False)
+        self.loader_train.worker_init_fn = self.loader_val.worker_init_fn = ignore_signals
         config, checkpoint = self._resume_from(config)
         self.config = config = with_norm(config)
         weights = _read_weights(config.weights) if config.weights and checkpoint is None else None
@@ -111,10 +121,18 @@ class Trainer:
 
         self.epoch, self.steps, self.best = config.start_epoch, 0, None
         self._unevaluated: dict | None = None  # training numbers of an epoch whose evaluation was interrupted
+        self._inside: dict | None = None  # where in the epoch a checkpoint was made
         if checkpoint is not None:
             self._continue(checkpoint)
+        self._kept = f"{config.resume} is" if checkpoint is not None else "no checkpoint is"
         self.log = None
         if self.output_dir is not None and is_main_process():
+            remove_left_overs(self.output_dir)
+            warning = check_space(
+                self.output_dir, self._checkpoint_bytes(), sum(map(self._is_numbered, range(self.epoch, config.epochs)))
+            )
+            if warning is not None:
+                say(warning)
             self.log = RunLog(self.output_dir, self.epoch - (self._unevaluated is not None), config.tensorboard)
 
         if config.compile:
@@ -123,9 +141,30 @@ class Trainer:
         if is_dist_avail_and_initialized():
             ids = [device.index] if device.type == "cuda" else None
             self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+            # The wrapper has given all processes the first one's weights; the average was made of each one's own.
+            for value in self.ema.values.values() if self.ema is not None else ():
+                dist.broadcast(value, 0)
 
     def run(self) -> dict:
         """Trains to the end that the configuration sets. Returns the last epoch's log row, empty if none was left."""
+        try:
+            with Interruption(self.config.checkpoint_every) as self._interruption:
+                return self._run()
+        except OSError as error:
+            if self.output_dir is None or not is_full(error):
+                raise
+            needed = megabytes(self._checkpoint_bytes() + 2**20)
+            raise OSError(
+                f"the disk of {self.output_dir} is full ({error.strerror}) in epoch {self.epoch} after step "
+                f"{self.steps}; {self._kept} kept. Make {needed} free and continue with --resume auto"
+            ) from error
+        finally:
+            self.loader_train.close()
+            self.loader_val.close()
+            if self.log is not None:
+                self.log.close()
+
+    def _run(self) -> dict:
         config, row = self.config, {}
         say(
             f"{self.n_parameters} trained parameters, {len(self.dataset_train)} training and {len(self.dataset_val)} "
@@ -137,40 +176,82 @@ class Trainer:
         began = time.perf_counter()
         if self._unevaluated is not None:
             row = self._finish(self.epoch - 1, self._unevaluated)
-        elif self.epoch >= config.epochs or self._at_last_step():
+        elif self.epoch >= config.epochs or (self._at_last_step() and self._inside is None):
             limit = f"--max_steps {config.max_steps}" if self._at_last_step() else f"--epochs {config.epochs}"
             say(
                 f"nothing is left to train: {config.resume} has {self.epoch} epochs, {self.steps} steps, and the run "
                 f"ends at {limit}. To train longer, give a larger one; to evaluate, use detr-fast eval"
             )
-        while self.epoch < config.epochs and not self._at_last_step():
-            self.loader_train.set_epoch(self.epoch)
-            stats = train_one_epoch(
-                self.wrapped,
-                self.criterion,
-                self.loader_train,
-                self.optimizer,
-                self.device,
-                self.epoch,
-                config.clip_max_norm,
-                precision=config.precision,
-                scaler=self.scaler,
-                accumulate_steps=config.accumulate_steps,
-                step_scheduler=self.scheduler if steps_every(config) == "step" else None,
-                ema=self.ema,
-                max_steps=config.max_steps - self.steps if config.max_steps else None,
-                print_freq=config.print_freq,
-            )
-            if steps_every(config) == "epoch":
-                self.scheduler.step()
-            left = config.max_steps - self.steps if config.max_steps else self.steps_per_epoch
-            self.steps += min(self.steps_per_epoch, left)
+        while self.epoch < config.epochs and (self._inside is not None or not self._at_last_step()):
+            stats = self._train_epoch()
             self.epoch += 1
             row = self._finish(self.epoch - 1, stats)
-        if self.log is not None:
-            self.log.close()
         say(f"training took {datetime.timedelta(seconds=int(time.perf_counter() - began))}")
         return row
+
+    def _train_epoch(self) -> dict[str, float]:
+        """Trains the next epoch, or the rest of one that was begun. Returns its averages."""
+        config, metrics, first = self.config, Metrics(), 0
+        if self._inside is not None:
+            first = self._inside["batches"]
+            metrics.load_state(self._inside["metrics"][get_rank()], self.device)
+            self._inside = None
+        before = self.steps - math.ceil(first / config.accumulate_steps)
+        self.loader_train.set_epoch(self.epoch, first)
+
+        def on_step(batches: int, check: Callable[[], None]) -> None:
+            self.steps += 1
+            agreed = self._interruption.after_step(self.steps)
+            # At the end of an epoch a checkpoint is made anyway.
+            if agreed == GO_ON or (agreed == SAVE and batches == len(self.loader_train)):
+                return
+            check()
+            if batches % config.print_freq == 0:
+                metrics.latest()  # as it happens after this step: sums of other groups differ in their last bits
+            inside = {"batches": batches, "metrics": all_gather(metrics.state()), **self._order()}
+            self._save(self.epoch - 1, inside=inside)
+            self._stop_if(agreed)
+
+        stats = train_one_epoch(
+            self.wrapped,
+            self.criterion,
+            self.loader_train,
+            self.optimizer,
+            self.device,
+            self.epoch,
+            config.clip_max_norm,
+            precision=config.precision,
+            scaler=self.scaler,
+            accumulate_steps=config.accumulate_steps,
+            step_scheduler=self.scheduler if steps_every(config) == "step" else None,
+            ema=self.ema,
+            # Where more has been done than a resumed run is asked for, the epoch ends here.
+            max_steps=max(config.max_steps, self.steps) - before if config.max_steps else None,
+            print_freq=config.print_freq,
+            first_batch=first,
+            metrics=metrics,
+            on_step=on_step,
+        )
+        if steps_every(config) == "epoch":
+            self.scheduler.step()
+        return stats
+
+    def _order(self) -> dict[str, Any]:
+        """What the batches of an epoch depend on: with other values a position in the epoch means nothing."""
+        names = ("batch_size", "accumulate_steps", "seed", "group_by_size")
+        values = {name: getattr(self.config, name) for name in names}
+        return {**values, "processes": get_world_size(), "images": len(self.dataset_train)}
+
+    def _stop_if(self, agreed: int) -> None:
+        """Ends the run if that is what the processes have agreed upon; everything is saved."""
+        if agreed <= SAVE:
+            return
+        number = signal_of(agreed)
+        where = f"stopped by {signal.Signals(number).name} in epoch {self.epoch} after step {self.steps}"
+        if self.output_dir is None:
+            raise InterruptedRun(f"{where}; nothing is kept, there is no --output_dir", number)
+        path = self.output_dir / "checkpoint.pth"
+        raise InterruptedRun(f"{where}; saved in {path}. To go on, add --resume auto to the same command", number)
 
     def _at_last_step(self) -> bool:
         return bool(self.config.max_steps) and self.steps >= self.config.max_steps
@@ -202,13 +283,23 @@ class Trainer:
             self.log.append(row)
             if not draw_curves(self.output_dir):
                 say("no curves.png: matplotlib is not installed (pip install matplotlib)")
-        self._save(epoch, is_best=is_best, numbered=(epoch + 1) % config.lr_drop == 0 or (epoch + 1) % 100 == 0)
+        self._save(epoch, is_best=is_best, numbered=self._is_numbered(epoch))
         return row
+
+    def _is_numbered(self, epoch: int) -> bool:
+        return (epoch + 1) % self.config.lr_drop == 0 or (epoch + 1) % 100 == 0
+
+    def _checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: weights, AdamW's two averages of the trained ones, and averaged weights."""
+        weights = size_of(self.model.state_dict())
+        moments = 2 * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        return weights + moments + (weights if self.ema is not None else 0)
 
     def _evaluate(self, epoch: int) -> dict:
         samples: dict[int, dict[str, Any]] = {}
 
         def keep(results):
+            self._stop_if(self._interruption.while_evaluating())
             for image_id, result in results.items():
                 # Those of the smallest ids, in whatever order they come: every evaluation shows the same.
                 samples[image_id] = result
@@ -258,8 +349,23 @@ class Trainer:
             rows.append(self.task.draw_sample(image, truth, result, names, _SAMPLE_THRESHOLD, coco))
         draw_sheet(path, rows)
 
-    def _save(self, epoch: int, *, is_best: bool = False, numbered: bool = False, unevaluated: dict | None = None):
-        """Writes checkpoint.pth, and checkpoint_best.pth and checkpoint0123.pth if asked for."""
+    def _save(
+        self,
+        epoch: int,
+        *,
+        is_best: bool = False,
+        numbered: bool = False,
+        unevaluated: dict | None = None,
+        inside: dict | None = None,
+    ) -> None:
+        """Writes checkpoint.pth, and checkpoint_best.pth and checkpoint0123.pth if asked for.
+
+        Args:
+            epoch: the last one that is finished; -1: none.
+            is_best, numbered: what is to be written beside checkpoint.pth.
+            unevaluated: averages of this epoch's training, if it is still to be evaluated.
+            inside: position and averages of the epoch after it, if that has begun.
+        """
         if self.output_dir is None:
             return
         generators = all_gather(rng_state(self.device))
@@ -275,17 +381,20 @@ class Trainer:
                 "best": self.best,
                 "rng": generators,
                 "unevaluated": unevaluated,
+                "inside": inside,
                 "version": 1,
             }
             if self.scaler is not None:
                 state["scaler"] = self.scaler.state_dict()
             if self.ema is not None:
                 state["ema"] = self.ema.state_dict()
-            names = ["checkpoint.pth"]
-            names += ["checkpoint_best.pth"] if is_best else []
+            names = ["checkpoint_best.pth"] if is_best else []
             names += [f"checkpoint{epoch:04}.pth"] if numbered else []
-            for name in names:
+            # The one to resume from comes last: killed before it, the run does this epoch's end, and the others, again.
+            for name in [*names, "checkpoint.pth"]:
                 save_checkpoint(state, self.output_dir / name)
+            self._kept = f"{self.output_dir / 'checkpoint.pth'} of step {self.steps} is"
+        self._interruption.saved()
         barrier()
 
     def _resume_from(self, config: Config) -> tuple[Config, dict | None]:
@@ -326,6 +435,7 @@ class Trainer:
         self.steps = checkpoint.get("steps", self.epoch * self.steps_per_epoch)
         self.best = checkpoint.get("best")
         self._unevaluated = checkpoint.get("unevaluated")
+        self._inside = checkpoint.get("inside")
         if self.scaler is not None and "scaler" in checkpoint:
             self.scaler.load_state_dict(checkpoint["scaler"])
         if self.ema is not None and "ema" in checkpoint:
@@ -333,13 +443,22 @@ class Trainer:
         elif self.ema is not None:
             self.ema = ModelEma(self.model, self.config.ema_decay)
             say(f"--ema_decay: {source} holds no averaged weights; the average starts from its weights")
+        where = f"epoch {self.epoch}"
+        if self._inside is not None:
+            changed = {name: value for name, value in self._order().items() if self._inside[name] != value}
+            if changed:
+                text = ", ".join(f"{name} was {self._inside[name]} and is {changed[name]}" for name in changed)
+                say(f"--resume: {text}: epoch {self.epoch} begins anew with the weights of step {self.steps}")
+                self._inside = None
+            else:
+                where += f", batch {self._inside['batches']}"
         generators = checkpoint.get("rng", [])
         if len(generators) == get_world_size():
             set_rng_state(generators[get_rank()], self.device)
-            say(f"continuing {source} with epoch {self.epoch}")
+            say(f"continuing {source} with {where}")
         else:
             say(
-                f"continuing {source} with epoch {self.epoch}; it holds random states of {len(generators)} processes "
+                f"continuing {source} with {where}; it holds random states of {len(generators)} processes "
                 f"and there are {get_world_size()}: not the very same numbers as without the interruption"
             )
 
@@ -363,7 +482,16 @@ def _check_same_run(config: Config, checkpoint: Mapping, categories: Categories)
             f"--resume {config.resume}: it was trained for the categories {checkpoint['categories']['names']}, the "
             f"data has {list(categories.names)}; to start a new run from its weights, use --weights"
         )
-    own = {"resume", "weights", "output_dir", "start_epoch", "world_size", "device"}
+    own = {
+        "resume",
+        "weights",
+        "output_dir",
+        "start_epoch",
+        "world_size",
+        "device",
+        "checkpoint_every",
+        "loader_timeout",
+    }
     changed = [name for name in differing if name not in own and name not in MODEL_SETTINGS]
     for name in changed:
         kept = name in ("lr", "lr_backbone", "weight_decay")
