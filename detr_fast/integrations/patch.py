@@ -76,7 +76,7 @@ class PatchReport:
         return [module.name for module in self.modules if module.taken]
 
     def __str__(self) -> str:
-        head = ("module", "class", "", "error", "ms before", "ms after", "why")
+        head = ("module", "class", "taken or refused", "error", "ms before", "ms after", "why")
         rows = [
             (
                 module.name or "(the model)",
@@ -236,7 +236,7 @@ _CLASSES = {
 
 
 @functools.cache
-def _patched_class(kind: str, original: type, settings: tuple = ()) -> type:
+def _patched_class(kind: str, original: Any, settings: tuple = ()) -> Any:
     names = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -250,7 +250,7 @@ def _patched_class(kind: str, original: type, settings: tuple = ()) -> type:
 
 def _new(kind: str, original: type, settings: tuple) -> nn.Module:
     cls = _patched_class(kind, original, settings)
-    return cls.__new__(cls)
+    return nn.Module.__new__(cls)
 
 
 def _fused(module, query, key, value, key_padding_mask, need_weights, attn_mask) -> bool:
@@ -281,8 +281,8 @@ def _kind(module: nn.Module, call: "_Call | None") -> str | None:
         return None
     if isinstance(module, nn.MultiheadAttention) or _attends_to_projected(module):
         return "attention"
-    norm = [getattr(module, name, None) for name in _NORM_TENSORS]
-    if all(isinstance(x, Tensor) and x.dim() == 1 for x in norm) and len({len(x) for x in norm}) == 1:
+    norm = [x for name in _NORM_TENSORS if isinstance(x := getattr(module, name, None), Tensor) and x.dim() == 1]
+    if len(norm) == len(_NORM_TENSORS) and len({len(x) for x in norm}) == 1:
         return "norm"
     if call is None or next(module.parameters(), None) is not None or next(module.children(), None) is not None:
         return None
@@ -325,7 +325,7 @@ def _judge(module: nn.Module, kind: str, call: "_Call | None", tolerance: float,
 
 
 def _judge_attention(module: Any, tolerance: float) -> tuple[type, float, str]:
-    original = type(module)
+    original: Any = type(module)
     projected = not isinstance(module, nn.MultiheadAttention)
     cls = _patched_class("projected attention" if projected else "attention", original)
     expected, got = (list(inspect.signature(c.forward).parameters) for c in (cls, original))
@@ -365,7 +365,7 @@ def _judge_norm(module: Any, tolerance: float) -> tuple[type, float, str]:
     generator = torch.Generator().manual_seed(0)
     theirs = _tiny_copy(module, generator)
     channels = len(module.weight)
-    cls = _patched_class("norm", type(module))
+    cls = _patched_class("norm", module.__class__)
     largest, worst = 0.0, ""
     for training in (False, True):
         x = torch.randn(2, channels, 3, 4, generator=generator)
@@ -390,7 +390,7 @@ def _judge_position(module: Any, call: "_Call", tolerance: float) -> tuple[type,
     for temperature in dict.fromkeys(float(t) for t in temperatures if isinstance(t, float | int)):
         for normalize in normalizes:
             settings = (features, temperature, normalize, scale if normalize else None)
-            cls = _patched_class("position", type(module), settings)
+            cls = _patched_class("position", module.__class__, settings)
             theirs = _tiny_copy(module, None)
             ours = _as_class(theirs, cls)
             error = 0.0

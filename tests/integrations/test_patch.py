@@ -3,6 +3,8 @@
 import copy
 import math
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import detr_fast
 from detr_fast.integrations.patch import ModuleReport, PatchError, patch, unpatch
+
+PAGE = Path(__file__).parents[2] / "docs" / "other_detrs.md"
 
 
 class Nested:
@@ -292,3 +296,9 @@ def test_bad_input_says_what_was_expected():
     assert "no padding" in str(detr_fast.patch(model, batch))
     with pytest.raises(ValueError, match="patched already"):
         detr_fast.patch(model, batch)
+
+
+def test_the_page_runs_as_printed(capsys):
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    exec(snippet, {})
+    assert re.search(r"attention +MultiheadAttention +taken .* batch first", capsys.readouterr().out)
