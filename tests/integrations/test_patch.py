@@ -211,7 +211,7 @@ def test_attention_with_another_scale_is_refused_although_its_output_is_zero():
 
     model = Detector(projected=True)
     model.attention, model.cross = Odd(32, 4), Hotter(64, 4, vdim=32)
-    nn.init.zeros_(model.cross.out_proj.weight)
+    nn.init.zeros_(model.cross.requires_grad_(False).out_proj.weight)
     report = patch(model, example())
     assert set(report.taken) == {"norm", "position"}
     assert "its forward takes" in line(report, "attention").reason
