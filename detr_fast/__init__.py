@@ -23,6 +23,12 @@ if TYPE_CHECKING:  # `import x as x` is what re-exports
         Detector as Detector,
         load as load,
     )
+    from detr_fast.integrations.patch import (
+        PatchError as PatchError,
+        PatchReport as PatchReport,
+        patch as patch,
+        unpatch as unpatch,
+    )
     from detr_fast.layers import (
         MLP as MLP,
         FrozenBatchNorm2d as FrozenBatchNorm2d,
@@ -108,6 +114,7 @@ _HOME = {
         "PostProcessPanoptic",
     ],
     "detr_fast.inference": ["Detections", "Detector", "load"],
+    "detr_fast.integrations.patch": ["PatchError", "PatchReport", "patch", "unpatch"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

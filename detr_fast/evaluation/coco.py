@@ -240,14 +240,32 @@ def _by_faster_coco_eval(coco_eval: COCOeval, coco_gt: COCO, results: list[dict]
     from faster_coco_eval import COCO as FasterCOCO
     from faster_coco_eval import COCOeval_faster
 
+    # It takes ids that are not negative, and fewer forms of masks: it gets positions in the sorted ids, and compressed RLE.
+    image_of = {image_id: n for n, image_id in enumerate(sorted(coco_gt.getImgIds()), 1)}
+    category_of = {category_id: n for n, category_id in enumerate(coco_eval.params.catIds, 1)}
+    has_masks = coco_eval.params.iouType == "segm"
+
+    def renumbered(entry: Mapping) -> dict:
+        return {**entry, "image_id": image_of[entry["image_id"]], "category_id": category_of[entry["category_id"]]}
+
+    truth = []
+    for n, entry in enumerate(coco_gt.dataset["annotations"], 1):
+        if entry["category_id"] in category_of:
+            kept = {name: entry[name] for name in ("image_id", "category_id", "bbox", "area")}
+            kept |= {"id": n, "iscrowd": entry.get("iscrowd", 0)}
+            truth.append(renumbered(kept | ({"segmentation": coco_gt.annToRLE(entry)} if has_masks else {})))
     annotations = FasterCOCO()
-    annotations.dataset = coco_gt.dataset
+    annotations.dataset = {
+        "images": [{**coco_gt.imgs[image_id], "id": n} for image_id, n in image_of.items()],
+        "annotations": truth,
+        "categories": [{"id": n} for n in category_of.values()],
+    }
     annotations.createIndex()
-    faster = COCOeval_faster(annotations, annotations.loadRes(results), coco_eval.params.iouType)
-    faster.params.imgIds = coco_eval.params.imgIds
+    found = annotations.loadRes([renumbered(entry) for entry in results if entry["category_id"] in category_of])
+    faster = COCOeval_faster(annotations, found, coco_eval.params.iouType)
+    faster.params.imgIds = [image_of[image_id] for image_id in coco_eval.params.imgIds]
     faster.evaluate()
     faster.accumulate()
-    coco_eval.cocoDt, coco_eval.params.catIds = faster.cocoDt, list(faster.params.catIds)
     return faster.eval
 
 
