@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 
 VIZ = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.14"]
+EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
 EVAL = ["faster-coco-eval>=1.6"]
 # triton 3.6's interpreter needs numpy < 2.4; newer tritons take any.
 TEST = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "setuptools", "wheel"]
@@ -40,6 +41,7 @@ setup(
         "viz": VIZ,
         "tensorboard": TENSORBOARD,
         "eval": EVAL,
+        "export": EXPORT,
         "test": TEST + LINT + VIZ + TENSORBOARD + EVAL,
     },
     entry_points={"console_scripts": ["detr-fast = detr_fast.cli:main"]},
