@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 
 VIZ = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.14"]
+EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
 EVAL = ["faster-coco-eval>=1.6"]
 # transformers since its registry of patched classes; timm has the backbone of its DETR.
 HF = ["transformers>=5.17", "safetensors>=0.5", "timm>=1.0"]
@@ -43,6 +44,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "hf": HF,
         "eval": EVAL,
+        "export": EXPORT,
         "test": TEST + LINT + VIZ + TENSORBOARD + EVAL,
     },
     entry_points={"console_scripts": ["detr-fast = detr_fast.cli:main"]},

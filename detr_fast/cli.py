@@ -1,9 +1,10 @@
-"""The command line: ``detr-fast train | eval | predict | check-data | bench | doctor | demo``."""
+"""The command line: ``detr-fast train | eval | predict | convert | export | check-data | bench | doctor | demo``."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from detr_fast import __version__
 from detr_fast.config import (
@@ -30,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; None: those of the process.
 
     Returns:
-        The exit code: 0; 1 if `check-data` found errors or `predict` could not read an image; 2 for a user's error,
-        whose message is printed to stderr; 128 + its number after a signal (SIGINT 130, SIGTERM 143, SIGHUP 129). With
-        DETR_FAST_TRACEBACK=1 in the environment errors are raised instead, to see where they come from.
+        The exit code: 0; 1 if `check-data` found errors, `predict` could not read an image, `doctor` found a wrong
+        kernel, or what `export` made differs from the model; 2 for a user's error, whose message is printed to stderr;
+        128 + its number after a signal (SIGINT 130, SIGTERM 143, SIGHUP 129). With DETR_FAST_TRACEBACK=1 in the
+        environment errors are raised instead, to see where they come from.
     """
     argv = normalise_options(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -198,6 +200,44 @@ def _convert(args: argparse.Namespace, given: set[str]) -> int:
     return 0
 
 
+def _export_parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "export",
+        "Writes a detector of boxes as a file that runs without this package, with batch, height and width free, and\n"
+        "compares it with the model on three other shapes: a file that differs is not kept, and the exit code is 1.",
+        usage="detr-fast export --weights PATH --format onnx|torch|aoti --output FILE [FLAG …]",
+    )
+    _add_weights(parser)
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=("onnx", "torch", "aoti"),
+        help="ONNX (.onnx), torch.export's program (.pt2), or a package compiled by AOTInductor for CPUs (.pt2)",
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file")
+    parser.add_argument("--mask", action="store_true", help="a second input: the padding mask of a batch")
+    parser.add_argument(
+        "--postprocess", action="store_true", help="give boxes in pixels, scores and labels instead of raw outputs"
+    )
+    add_flags(parser, DataConfig, only=("image_size", "max_size"))
+    add_flags(parser, ModelConfig, inference=True)
+    return parser
+
+
+def _export(args: argparse.Namespace, given: set[str]) -> int:
+    config = Config.of(args)
+    from detr_fast.inference.export import ExportDiffersError, export
+    from detr_fast.inference.loading import load_for_inference
+
+    loaded = load_for_inference(replace(config, device="cpu"), given, config.weights)
+    try:
+        export(loaded, args.output, args.format, mask=args.mask, postprocess=args.postprocess)
+    except ExportDiffersError as error:
+        print(f"detr-fast: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
 def _check_data_parser() -> argparse.ArgumentParser:
     parser = command_parser("check-data", "Reads annotations and all images, and lists what is wrong with them.")
     parser.add_argument("--coco_path", metavar="DIR", help="folder in COCO's layout: both sets are checked")
@@ -325,6 +365,7 @@ _COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "eval": (_eval_parser, _eval, "evaluate a checkpoint with pycocotools"),
     "predict": (_predict_parser, _predict, "detect objects or lines in images: pictures and a json"),
     "convert": (_convert_parser, _convert, "between checkpoints and Hugging Face folders, both ways"),
+    "export": (_export_parser, _export, "write a detector as ONNX or for torch, to run without this package"),
     "check-data": (_check_data_parser, _check_data, "find what is wrong with a data set"),
     "bench": (_bench_parser, _bench, "measure the fused ops beside their peers and the physical limit"),
     "doctor": (_doctor_parser, _doctor, "compare every kernel with plain PyTorch on this machine"),

@@ -240,7 +240,7 @@ def _by_faster_coco_eval(coco_eval: COCOeval, coco_gt: COCO, results: list[dict]
     from faster_coco_eval import COCO as FasterCOCO
     from faster_coco_eval import COCOeval_faster
 
-    # It takes ids that are not negative, and fewer forms of masks: it gets positions in the sorted ids, and compressed RLE.
+    # It takes no negative ids, and fewer forms of masks: it gets positions in the sorted ids, and compressed RLE.
     image_of = {image_id: n for n, image_id in enumerate(sorted(coco_gt.getImgIds()), 1)}
     category_of = {category_id: n for n, category_id in enumerate(coco_eval.params.catIds, 1)}
     has_masks = coco_eval.params.iouType == "segm"

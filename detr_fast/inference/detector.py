@@ -22,6 +22,7 @@ from detr_fast.data.images import ImageReadError
 from detr_fast.data.prefetch import Prefetcher
 from detr_fast.inference.detections import Detections, best
 from detr_fast.inference.evaluation import evaluate_loaded
+from detr_fast.inference.export import export
 from detr_fast.inference.images import (
     CollateRead,
     ImageLike,
@@ -225,6 +226,23 @@ class Detector:
             config = Config(**{**own, **settings, "weights": weights})
             train(config)
         return load(output_dir, device=config.device, precision=config.precision, compile=config.compile)
+
+    def export(
+        self, path: str | os.PathLike, format: str = "onnx", *, mask: bool = False, postprocess: bool = False
+    ) -> None:
+        """Writes a detector of boxes as a file that runs without this package, as ``detr-fast export`` does.
+
+        Args:
+            path: the file, ending in .onnx, or .pt2 for the other formats.
+            format: "onnx", "torch" (`torch.export.load`) or "aoti" (`torch._inductor.aoti_load_package`).
+            mask: take the padding mask of a batch as an input.
+            postprocess: give boxes in pixels, scores and labels (category ids) instead of the raw outputs.
+
+        Raises:
+            UsageError: a format, ending or model that cannot be, or a package that is not installed.
+            ExportDiffersError: the file gives other numbers than the model; it is not kept.
+        """
+        export(self._loaded, path, format, mask=mask, postprocess=postprocess)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a checkpoint that `load`, ``--weights`` and the original read: weights, settings and classes."""
