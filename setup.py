@@ -45,7 +45,7 @@ setup(
         "hf": HF,
         "eval": EVAL,
         "export": EXPORT,
-        "test": TEST + LINT + VIZ + TENSORBOARD + EVAL,
+        "test": TEST + LINT + VIZ + TENSORBOARD,
     },
     entry_points={"console_scripts": ["detr-fast = detr_fast.cli:main"]},
     classifiers=[

@@ -2,7 +2,8 @@
 
 Built on the public interface of pycocotools alone (``COCO``, ``COCO.loadRes``, ``COCOeval``), which faster-coco-eval
 has as well: predictions are only collected during the run and evaluated once at its end. faster-coco-eval matches and
-counts in C++, pycocotools makes the twelve numbers of its arrays; they differ by rounding at most (1e-14).
+counts in C++, and pycocotools makes the twelve numbers of its arrays. Its precision of a single right detection is 1.0,
+pycocotools' 1 - 2e-16, so that means may differ in the last digit.
 
 Source: facebookresearch/detr ``datasets/coco_eval.py``, whose numbers this equals.
 """
