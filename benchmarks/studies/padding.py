@@ -92,25 +92,22 @@ def divisor_rows(
 
 
 def divisor_markdown(table: list[dict]) -> str:
-    lines = [
-        "| batch | steps | multiple of | distinct shapes | more pixels | valid pixels | valid tokens |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in table:
-        shares = " | ".join(f"{row[name]:.1%}" for name in ("more_pixels", "pixels", "tokens"))
-        lines.append(f"| {row['batch']} | {row['steps']} | {row['divisor']} | {row['shapes']} | {shares} |")
-    return "\n".join(lines)
+    heads = ["batch", "steps", "multiple of", "distinct shapes", "more pixels", "valid pixels", "valid tokens"]
+    counts, shares = ("batch", "steps", "divisor", "shapes"), ("more_pixels", "pixels", "tokens")
+    return in_markdown(heads, [[row[n] for n in counts] + [f"{row[n]:.1%}" for n in shares] for row in table])
 
 
 def markdown(table: list[dict]) -> str:
-    lines = [
-        "| batch | order | valid pixels | valid tokens | valid pairs | pixels computed per valid one |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = ["batch", "order", "valid pixels", "valid tokens", "valid pairs", "pixels computed per valid one"]
+    rows = []
     for row in table:
-        shares = " | ".join(f"{row[name]:.1%}" for name in ("pixels", "tokens", "pairs"))
-        lines.append(f"| {row['batch']} | {row['order']} | {shares} | {1 / row['pixels']:.2f} |")
-    return "\n".join(lines)
+        shares = [f"{row[name]:.1%}" for name in ("pixels", "tokens", "pairs")]
+        rows.append([row["batch"], row["order"], *shares, f"{1 / row['pixels']:.2f}"])
+    return in_markdown(heads, rows)
+
+
+def in_markdown(heads: list[str], rows: list[list]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (heads, ["---"] * len(heads), *rows))
 
 
 def main(argv: list[str] | None = None) -> int:
