@@ -38,7 +38,7 @@ fuzz: $(READY)
 	DETR_FAST_FUZZ=full $(PYTEST) -m "not interpret and not gpu" tests/fuzz
 
 # Every kernel, with every configuration that its launcher can choose, compiled for sm_75, sm_80, sm_90 and sm_100 and
-# held to their limits of registers and shared memory. Needs no GPU; ten minutes on two cores, then cached.
+# held to their limits of registers and shared memory, each where it is used. Needs no GPU; ten minutes on two cores, then cached.
 # `make test` does the same for DETR's own shapes on sm_90.
 gate: $(READY)
 	$(PY) -m benchmarks.compile_gate
@@ -48,7 +48,7 @@ demo: $(READY)
 
 # What only a GPU can tell, thirteen minutes at most: the doctor, cuDNN's convolutions, the GPU tests, the training step, every
 # benchmark suite. Goes on after a failure; every result is printed and saved when it is there, under benchmarks/results/<gpu>/.
-# QUICK=1: two minutes. PART="probe step" runs these alone, PART=same six comparisons of 300 training steps with the
+# QUICK=1: under three minutes. PART="probe step" runs these alone, PART=same six comparisons of 300 training steps with the
 # reference path's, PART=tune times other tile sizes. BUDGET=seconds. `python -m benchmarks.gpu --list` shows the parts.
 gpu: $(READY)
 	@$(PY) -m benchmarks.gpu $(if $(filter-out 0,$(QUICK)),--quick) $(if $(PART),--part $(PART)) $(if $(BUDGET),--budget $(BUDGET))

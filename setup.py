@@ -45,6 +45,7 @@ setup(
         "hf": HF,
         "eval": EVAL,
         "export": EXPORT,
+        "all": VIZ + TENSORBOARD + EVAL + HF + EXPORT,
         "test": TEST + LINT + VIZ + TENSORBOARD,
     },
     entry_points={"console_scripts": ["detr-fast = detr_fast.cli:main"]},

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--part", nargs="+", default=[], help="only these, in the order of the list")
     parser.add_argument("--list", action="store_true", help="show the parts and their seconds")
-    parser.add_argument("--quick", action="store_true", help="two minutes: does everything work at all?")
+    parser.add_argument("--quick", action="store_true", help="under three minutes: does everything work at all?")
     parser.add_argument("--budget", type=float, default=780, help="seconds for all of them (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile and test (default %(default)s)")
     args = parser.parse_args(argv)

@@ -18,6 +18,7 @@ from detr_fast.config import (
     get_args_parser,
     normalise_options,
     parse_with_given,
+    usage_errors,
 )
 from detr_fast.errors import InterruptedRun, NonFiniteLossError, UsageError
 
@@ -229,7 +230,8 @@ def _export(args: argparse.Namespace, given: set[str]) -> int:
     from detr_fast.inference.export import ExportDiffersError, export
     from detr_fast.inference.loading import load_for_inference
 
-    loaded = load_for_inference(replace(config, device="cpu"), given, config.weights)
+    with usage_errors():
+        loaded = load_for_inference(replace(config, device="cpu"), given, config.weights)
     try:
         export(loaded, args.output, args.format, mask=args.mask, postprocess=args.postprocess)
     except ExportDiffersError as error:

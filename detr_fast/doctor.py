@@ -7,7 +7,7 @@ import torch
 
 from detr_fast import __version__
 from detr_fast.config import choose_device
-from detr_fast.ops._dispatch import kernels_chosen
+from detr_fast.ops._dispatch import HAS_TRITON, kernels_chosen
 from detr_fast.ops.selfcheck import CHECKS, Verdict, compare, dtypes_of
 
 _PACKAGES = ("torch", "torchvision", "triton", "numpy", "scipy", "pillow", "pycocotools")
@@ -58,6 +58,10 @@ def environment(device: torch.device) -> list[str]:
 
 
 def _version(package: str) -> str:
+    if package == "triton" and HAS_TRITON:  # the package may have another name than the module
+        import triton
+
+        return triton.__version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

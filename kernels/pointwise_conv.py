@@ -127,9 +127,5 @@ def pointwise_conv_forward(
 
 def _input_precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied, by what holds for convolutions; 16-bit products are exact."""
-    precision = torch.backends.cudnn.conv.fp32_precision
-    if precision == "none":
-        precision = torch.backends.cudnn.fp32_precision
-    if precision == "none":
-        precision = torch.backends.fp32_precision
-    return "ieee" if dtype == torch.float32 and precision != "tf32" else "tf32"
+    is_tf32 = dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if is_tf32 else "ieee"

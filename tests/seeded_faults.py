@@ -54,7 +54,7 @@ def first_failure(tree: Path, mode: str, tests: list[str], *options: str) -> str
         run = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return f"{mode} {' '.join(tests) or 'tests'}"  # it hangs: noticed, too
-    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", run.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", run.stdout, re.MULTILINE)
     if run.returncode < 0:  # a wild address ended the process: in the last test that it began
         failed = re.search(r"^(tests/\S+)(?!.*^tests/)", run.stdout, re.MULTILINE | re.DOTALL)
     if failed:

@@ -79,6 +79,14 @@ def providers() -> list[Provider]:
     ]
 
 
+def work_of(mode: str, itemsize: int, read: int, weights: int, written: int, residual: int, flops: int) -> list[Work]:
+    """A convolution's, from the elements of its input, weights, output and residual."""
+    forward = Work(itemsize * (read + weights + residual + written), flops)
+    # The output and its gradient, the input and the weights read; their gradients and the residual's written.
+    backward = Work(itemsize * (2 * written + 2 * read + 2 * weights + residual), 2 * flops)
+    return {"forward": [forward], "backward": [backward], "both": [forward, backward]}[mode]
+
+
 def case(
     kind: str, shape: BatchShape, precision: str, mode: str, device: torch.device, *, compile: bool = False
 ) -> Case:
@@ -116,9 +124,6 @@ def case(
     written = shape.batch * filters * out_size[0] * out_size[1]
     residual = written if kind == "residual" else 0
     flops = 2 * written * channels * kernel**2
-    forward = Work(dtype.itemsize * (read + weights + residual + written), flops)
-    # The output and its gradient, the input and the weights read; their gradients and the residual's written.
-    backward = Work(dtype.itemsize * (2 * written + 2 * read + 2 * weights + residual), 2 * flops)
     return Case(
         suite="folded_conv",
         name=f"{kind} {shape.name}",
@@ -128,7 +133,7 @@ def case(
         reference=reference,
         plain=reference,
         leaves=() if kind == "stem" else ("x", "weight") + (("residual",) if kind == "residual" else ()),
-        work={"forward": [forward], "backward": [backward], "both": [forward, backward]}[mode],
+        work=work_of(mode, dtype.itemsize, read, weights, written, residual, flops),
         shape={
             "kind": kind, "batch": shape.batch, "channels": channels, "filters": filters, "kernel": kernel,
             "height": size[0], "width": size[1],

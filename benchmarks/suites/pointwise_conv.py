@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from detr_fast.ops import pointwise_conv, pointwise_conv_reference
 
 from ..harness.case import Case, Inputs, Outputs, Provider, Unavailable, needs_compile
-from ..harness.ceilings import PRECISIONS, Work
+from ..harness.ceilings import PRECISIONS
 from ..harness.spec import BATCHES, Scale, Spec, both_modes, shape_of
 from ..shapes import BatchShape
+from .folded_conv import work_of
 
 # (channels in, channels out, whether there is a residual, stride of the image)
 LAYERS = {"reduce": (256, 64, False, 4), "expand": (64, 256, True, 4), "expand-deep": (512, 2048, True, 32)}
@@ -152,9 +153,6 @@ def case(
     read, weights, written = pixels * channels, channels * filters, pixels * filters
     residual = written if has_residual else 0
     flops = 2 * written * channels
-    forward = Work(dtype.itemsize * (read + weights + residual + written), flops)
-    # The output and its gradient, the input and the weights read; their gradients and the residual's written.
-    backward = Work(dtype.itemsize * (2 * written + 2 * read + 2 * weights + residual), 2 * flops)
     return Case(
         suite="pointwise_conv",
         name=f"{kind} {shape.name}",
@@ -164,7 +162,7 @@ def case(
         reference=reference,
         plain=_steps,
         leaves=("x", "weight") + (("residual",) if has_residual else ()),
-        work={"forward": [forward], "backward": [backward], "both": [forward, backward]}[mode],
+        work=work_of(mode, dtype.itemsize, read, weights, written, residual, flops),
         shape={
             "kind": kind, "batch": shape.batch, "channels": channels, "filters": filters, "height": height,
             "width": width,

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from detr_fast.criterion import losses
 from detr_fast.criterion.losses import _Layers
-from detr_fast.criterion.matcher import HungarianMatcher, as_float, check_numbers, check_predictions
+from detr_fast.criterion.matcher import HungarianMatcher, as_float, check_predictions
 from detr_fast.criterion.packing import Indices, PackedTargets, Targets
 from detr_fast.criterion.postprocess import best_classes
+from detr_fast.ops._checks import check_numbers
 
 LABEL_LOSSES = ("cross_entropy", "focal_loss")
 

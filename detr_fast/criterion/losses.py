@@ -15,10 +15,8 @@ from detr_fast.criterion.matcher import (
     HungarianMatcher,
     as_float,
     check_mapping,
-    check_numbers,
     check_predictions,
     check_targets,
-    check_tensor,
     explain_refusal,
 )
 from detr_fast.criterion.packing import (
@@ -32,6 +30,7 @@ from detr_fast.criterion.packing import (
 from detr_fast.distributed import get_world_size
 from detr_fast.geometry.boxes import box_cxcywh_to_xyxy, paired_generalized_box_iou
 from detr_fast.nested_tensor import nested_tensor_from_tensor_list
+from detr_fast.ops._checks import check_numbers, check_tensor, is_integer
 
 
 class _Layers(NamedTuple):
@@ -78,7 +77,7 @@ class SetCriterion(nn.Module):
         losses: Sequence[str],
     ):
         super().__init__()
-        if not hasattr(num_classes, "__index__") or (isinstance(num_classes, Tensor) and num_classes.dim() > 0):
+        if not is_integer(num_classes):
             raise TypeError(f"num_classes is {num_classes!r}; expected an integer")
         if num_classes < 0:
             raise ValueError(f"num_classes is {num_classes}; expected at least 0")
@@ -91,8 +90,8 @@ class SetCriterion(nn.Module):
         self.matcher = matcher
         self.weight_dict = weight_dict
         self.eos_coef = eos_coef
-        self.losses = losses
-        for loss in losses:
+        self.losses = list(losses)
+        for loss in self.losses:
             self._loss_function(loss)
         empty_weight = torch.ones(num_classes + 1)
         empty_weight[-1] = eos_coef

@@ -10,6 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from detr_fast.criterion.packing import Indices, PackedTargets, Pairs, pack_targets, pairs_from_queries
+from detr_fast.ops._checks import check_numbers, check_tensor
 from detr_fast.ops.matching_cost import matching_cost
 
 
@@ -115,22 +116,10 @@ def as_float(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def check_numbers(**numbers) -> None:
-    """Raise unless all are numbers."""
-    for name, number in numbers.items():
-        if not hasattr(number, "__float__") or (isinstance(number, Tensor) and number.dim() > 0):
-            raise TypeError(f"{name} is {number!r}; expected a number")
-
-
 def check_mapping(name: str, value) -> None:
     """Raise unless it is a dict of tensors, of which only the kind of the dict is looked at."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a dict of tensors")
-
-
-def check_tensor(name: str, value) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
 
 
 def check_predictions(outputs: Mapping[str, Tensor], geometry: str = "boxes") -> None:

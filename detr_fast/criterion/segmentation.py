@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from detr_fast.criterion.matcher import as_float, check_mapping, check_predictions, check_tensor
+from detr_fast.criterion.matcher import as_float, check_mapping, check_predictions
 from detr_fast.geometry.segment_ids import id2rgb
+from detr_fast.ops._checks import check_tensor
 
 # Segments of so few pixels are taken out of a panoptic picture.
 _SMALLEST_AREA = 4

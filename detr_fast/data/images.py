@@ -86,6 +86,11 @@ def load_image(
         raise CorruptImageError(f"{which} cannot be decoded: {why}", str(path), image_id) from error
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """As `load_image` gives it: 16-bit and float pixels are scaled, where PIL itself would clip them to white."""
+    return (_to_8_bits(image) if image.mode in _WIDE_MODES else image).convert("RGB")
+
+
 def _is_turned(image: Image.Image, size: tuple[int, int]) -> bool:
     """Whether the EXIF orientation, and nothing else, gives the image that size."""
     return image.size != size and image.size == size[::-1] and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)

@@ -20,6 +20,7 @@ from detr_fast.config import LOSS_SETTINGS, MODEL_SETTINGS, Config, choose_devic
 from detr_fast.data.categories import Categories
 from detr_fast.data.images import ImageReadError
 from detr_fast.data.prefetch import Prefetcher
+from detr_fast.errors import UsageError
 from detr_fast.inference.detections import Detections, best
 from detr_fast.inference.evaluation import evaluate_loaded
 from detr_fast.inference.export import export
@@ -196,6 +197,8 @@ class Detector:
         """
         _check_names(settings, _EVALUATION, "evaluate")
         config = replace(self.config, **settings)
+        if "image_size" in settings:
+            self._loaded.task.check_image_size(config)
         if config.output_dir:
             make_output_dir(config.output_dir)
         return evaluate_loaded(replace(self._loaded, config=config), "the model")
@@ -216,6 +219,8 @@ class Detector:
         """
         for name in {"weights", "eval"} & set(settings):
             raise TypeError(f"train starts from this model's weights and trains: {name!r} cannot be set")
+        if not os.fspath(output_dir):
+            raise UsageError("train needs an output_dir: the trained model is read from it")
         own = {name: getattr(self.config, name) for name in (*_SAVED, "device", "precision", "compile")}
         # The classes are the data's. Frozen norms came with pretrained weights: their first layers are not trained.
         own |= {"num_classes": None, "thing_classes": None, "output_dir": output_dir}

@@ -21,6 +21,7 @@ from detr_fast.distributed import say
 from detr_fast.errors import UsageError
 from detr_fast.geometry.boxes import box_cxcywh_to_xyxy
 from detr_fast.inference.loading import Loaded
+from detr_fast.layers import PositionEmbeddingLearned
 from detr_fast.models.detr import DETR
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.ops.attention import attention_reference
@@ -67,7 +68,11 @@ def export(
     model = copy.deepcopy(loaded.model).cpu().eval()
     categories = loaded.categories if postprocess else None
     graph = _Graph(model, mask, postprocess, categories)
-    program = _decomposed(_program(graph, loaded.task.stride(loaded.config)))
+    stride = loaded.task.stride(loaded.config)
+    # Learned positions are a table: larger images have none.
+    position = model.backbone[1]
+    largest = stride * len(position.row_embed.weight) if isinstance(position, PositionEmbeddingLearned) else None
+    program = _decomposed(_program(graph, stride, largest))
     metadata = json.dumps(metadata_of(loaded, graph), ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
@@ -156,9 +161,10 @@ class _Graph(nn.Module):
         return tuple(inputs[name] for name in self.inputs)
 
 
-def _program(graph: _Graph, stride: int) -> ExportedProgram:
+def _program(graph: _Graph, stride: int, largest: int | None) -> ExportedProgram:
     # At least two cells of the feature map: at one, sizes of 1 would be fixed in the graph.
-    batch, height, width = Dim("batch", min=1), Dim("height", min=stride + 1), Dim("width", min=stride + 1)
+    batch = Dim("batch", min=1)
+    height, width = (Dim(name, min=stride + 1, max=largest) for name in ("height", "width"))
     shapes = {"images": {0: batch, 2: height, 3: width}, "mask": {0: batch, 1: height, 2: width}, "sizes": {0: batch}}
     with torch.no_grad():
         return torch.export.export(

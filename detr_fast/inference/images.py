@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detr_fast.data.images import CorruptImageError, ImageReadError, load_image
+from detr_fast.data.images import CorruptImageError, ImageReadError, load_image, to_rgb
 from detr_fast.data.packed import PackedCollate
 from detr_fast.data.transforms import Compose
 from detr_fast.errors import UsageError
@@ -73,7 +73,13 @@ class Picture:
             ImageReadError: it cannot be fetched, read or decoded; the message names it.
         """
         if self._image is not None:
-            return self._image.convert("RGB")
+            try:
+                return to_rgb(self._image)
+            except MemoryError:
+                raise
+            except Exception as error:  # of a lazily opened file: what a decoder raises differs from format to format
+                name = getattr(self._image, "filename", "") or "from memory"
+                raise CorruptImageError(f"the PIL image {name} cannot be decoded: {error}", name) from error
         assert self.path is not None
         if not _is_address(self.path):
             return load_image(self.path)
@@ -147,6 +153,8 @@ def batches_of_one_size(images: Sequence[Picture], transforms: Compose, batch_si
         batch_size: at least 1.
     """
     groups: dict[Any, list[int]] = {}
+    if batch_size == 1:  # no header need be read
+        return [[index] for index in range(len(images))]
     for index, picture in enumerate(images):
         size = picture.size()
         # What cannot be read stands alone: nothing comes of it but a message.
@@ -232,7 +240,7 @@ def _fetch(address: str) -> Image.Image:
             f"could not get {address}: {reason}. Download it elsewhere and give the file's path", address
         ) from error
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        return to_rgb(Image.open(io.BytesIO(data)))
     except MemoryError:
         raise
     except Exception as error:  # what a decoder raises on damaged data differs from format to format

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from detr_fast.config import IDLE_IN_INFERENCE, LOSS_SETTINGS, MODEL_SETTINGS, Config
@@ -12,6 +13,7 @@ from detr_fast.distributed import say
 from detr_fast.errors import UsageError
 from detr_fast.inference.names import coco_names
 from detr_fast.inference.sources import read_source
+from detr_fast.models.backbone import STAGES
 from detr_fast.models.weights import DETECTOR, has_masks, load_model
 from detr_fast.tasks import Task, task_of_weights
 from detr_fast.training.regions import compile_regions
@@ -20,6 +22,19 @@ from detr_fast.training.setup import build
 # Of the settings that a checkpoint brings along, those that may be given all the same: the weights fit anyway. Whether
 # there are masks is seen from the weights.
 _FREE = ("image_size", "max_size", "masks")
+
+# Kind of block, blocks per stage, and the first 3x3 convolution's [out, in]: what tells one ResNet from another.
+_RESNETS = {
+    "resnet18": (2, (2, 2, 2, 2), (64, 64)),
+    "resnet34": (2, (3, 4, 6, 3), (64, 64)),
+    "resnet50": (3, (3, 4, 6, 3), (64, 64)),
+    "resnet101": (3, (3, 4, 23, 3), (64, 64)),
+    "resnet152": (3, (3, 8, 36, 3), (64, 64)),
+    "resnext50_32x4d": (3, (3, 4, 6, 3), (128, 4)),
+    "resnext101_32x8d": (3, (3, 4, 23, 3), (256, 8)),
+    "wide_resnet50_2": (3, (3, 4, 6, 3), (128, 128)),
+    "wide_resnet101_2": (3, (3, 4, 23, 3), (256, 128)),
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,8 @@ def load_for_inference(config: Config, given: Collection[str], path: str) -> Loa
 def settings_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What a DETR's weights, with or without masks, show of its settings by their names and shapes.
 
-    The number of attention heads and dilation leave no trace. Empty for weights of another model.
+    The number of attention heads and dilation leave no trace, and "backbone" is absent where it is no ResNet of
+    torchvision's. Empty for weights of another model.
     """
     state = {name.removeprefix(DETECTOR): value for name, value in state.items()}
     if not {"bbox_embed.layers.0.weight", "input_proj.weight", "query_embed.weight"} <= set(state):
@@ -109,26 +125,26 @@ def settings_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     def count(prefix: str) -> int:
         return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
 
-    is_bottleneck = "backbone.0.body.layer1.0.conv3.weight" in state
-    if is_bottleneck:
-        backbone = "resnet101" if count("backbone.0.body.layer3.") == 23 else "resnet50"
-    else:
-        backbone = "resnet34" if count("backbone.0.body.layer1.") == 3 else "resnet18"
-    hidden_dim, channels = state["input_proj.weight"].shape[:2]
+    body = "backbone.0.body."
+    blocks = tuple(filter(None, (count(f"{body}{stage}.") for stage in STAGES)))
+    layers = sum(f"{body}layer1.0.conv{i}.weight" in state for i in (1, 2, 3))
+    second = state.get(f"{body}layer1.0.conv2.weight", torch.empty(0, 0)).shape[:2]
+    shape = (layers, blocks, tuple(second))
+    backbones = [name for name, (kind, n, size) in _RESNETS.items() if (kind, n[: len(blocks)], size) == shape]
     settings = {
-        "backbone": backbone,
         "position_embedding": "learned" if "backbone.1.row_embed.weight" in state else "sine",
         "enc_layers": count("transformer.encoder.layers."),
         "dec_layers": count("transformer.decoder.layers."),
         "pre_norm": "transformer.encoder.norm.weight" in state,
-        "hidden_dim": hidden_dim,
+        "hidden_dim": state["input_proj.weight"].shape[0],
         "dim_feedforward": len(state["transformer.decoder.layers.0.linear1.bias"]),
         "num_queries": len(state["query_embed.weight"]),
     }
     if "backbone.0.body.bn1.running_mean" not in state:
         settings["backbone_norm"] = "group"
-    level = (channels // (256 if is_bottleneck else 64)).bit_length() - 1
-    return settings if level == 3 else {**settings, "backbone_level": level}
+    if blocks and backbones:
+        settings["backbone"] = backbones[0]
+    return settings if len(blocks) in (0, len(STAGES)) else {**settings, "backbone_level": len(blocks) - 1}
 
 
 def _check_given(config: Config, given: Collection[str], path: str, theirs: Mapping, task: Task) -> None:

@@ -85,10 +85,10 @@ def _predict(detector: Detector, files, ids, pictures, output_dir: Path, thresho
 
 
 def _image_ids(names: Sequence[str], ann_file: str | None) -> dict[str, int]:
+    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if repeated:
+        raise UsageError(f"more than one input image is called {repeated[0]!r}; give them in separate runs")
     if ann_file is None:
-        repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-        if repeated:
-            raise UsageError(f"more than one input image is called {repeated[0]!r}; give them in separate runs")
         return {name: number for number, name in enumerate(names, 1)}
     known = {image["file_name"]: image["id"] for image in read_annotations(ann_file)["images"]}
     unknown = [name for name in names if name not in known]

@@ -18,30 +18,29 @@ _CHECKPOINTS_OF_A_RUN = ("checkpoint_best.pth", "checkpoint.pth")
 
 
 class Format(NamedTuple):
-    """A format besides torch's checkpoints.
+    """A format besides torch's checkpoints, refused by its name.
 
     Attributes:
         name: what it is called in messages.
         recognises: whether an existing file or folder is of this format.
-        read: called with the path, returns what `read_checkpoint` does: "model" (weights under the original's names)
-            and, where known, "args" (settings by name) and "categories" (`Categories.to_dict`). None: not supported.
+        advice: what to do with it.
     """
 
     name: str
     recognises: Callable[[Path], bool]
-    read: Callable[[Path], dict[str, Any]] | None
+    advice: str = ""
 
 
 def _is_hugging_face(path: Path) -> bool:
     return path.is_dir() and (path / "config.json").is_file()
 
 
-# Asked in this order; a conversion is plugged in by naming its function here.
+# Asked in this order.
 FORMATS = [
-    Format("a Hugging Face folder", _is_hugging_face, None),
-    Format("a safetensors file", lambda path: path.suffix == ".safetensors", None),
-    Format("an ONNX file", lambda path: path.suffix == ".onnx", None),
-    Format("an exported program (.pt2)", lambda path: path.suffix == ".pt2", None),
+    Format("a Hugging Face folder", _is_hugging_face, " as it is: make a checkpoint of it with detr-fast convert"),
+    Format("a safetensors file", lambda path: path.suffix == ".safetensors"),
+    Format("an ONNX file", lambda path: path.suffix == ".onnx"),
+    Format("an exported program (.pt2)", lambda path: path.suffix == ".pt2"),
 ]
 
 
@@ -54,7 +53,7 @@ def read_source(source: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is nothing of that name, or no checkpoint in the folder.
-        ValueError: a format that is not supported, a file that cannot be read, or a download that failed; the message
+        ValueError: a format that is not read, a file that cannot be read, or a download that failed; the message
             says what to do.
     """
     name, path = os.fspath(source), Path(source)
@@ -66,9 +65,7 @@ def read_source(source: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no file or folder {name!r}{_meant(name)}; expected {SOURCES}")
     for kind in FORMATS:
         if kind.recognises(path):
-            if kind.read is None:
-                raise ValueError(f"{name} is {kind.name}, which is not supported yet; expected {SOURCES}")
-            return kind.read(path)
+            raise ValueError(f"{name} is {kind.name}, which is not read{kind.advice}; expected {SOURCES}")
     if path.is_dir():
         for file in _CHECKPOINTS_OF_A_RUN:
             if (path / file).is_file():

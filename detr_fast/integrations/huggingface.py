@@ -20,7 +20,7 @@ from detr_fast.config import MODEL_SETTINGS, Config
 from detr_fast.data.categories import Categories
 from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomResize, make_coco_transforms
 from detr_fast.distributed import say
-from detr_fast.models.backbone import STAGES
+from detr_fast.inference.loading import settings_from_shapes
 from detr_fast.models.weights import DETECTOR, has_masks, load_file, load_model
 from detr_fast.tasks import task_of_weights
 from detr_fast.training.checkpoint import read_checkpoint, save_checkpoint
@@ -79,18 +79,6 @@ _NEWER = (
 )
 _MASK_HEAD = ("bbox_attention.", "mask_head.")
 
-# Kind of block, blocks per stage, and the first 3x3 convolution's [out, in]: what tells one ResNet from another.
-_RESNETS = {
-    "resnet18": (2, (2, 2, 2, 2), (64, 64)),
-    "resnet34": (2, (3, 4, 6, 3), (64, 64)),
-    "resnet50": (3, (3, 4, 6, 3), (64, 64)),
-    "resnet101": (3, (3, 4, 23, 3), (64, 64)),
-    "resnet152": (3, (3, 8, 36, 3), (64, 64)),
-    "resnext50_32x4d": (3, (3, 4, 6, 3), (128, 4)),
-    "resnext101_32x8d": (3, (3, 4, 23, 3), (256, 8)),
-    "wide_resnet50_2": (3, (3, 4, 6, 3), (128, 128)),
-    "wide_resnet101_2": (3, (3, 4, 23, 3), (256, 128)),
-}
 _COCO_CLASSES, _COCO_PANOPTIC_CLASSES = 91, 250
 _NO_NAME = "N/A"  # what the published folders call labels that belong to no category
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -286,36 +274,12 @@ def _config_of(state: Mapping[str, Tensor], theirs: Mapping, given: Mapping[str,
 
 def _sizes(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     """The settings that names and shapes of the weights show."""
-    state = {name.removeprefix(DETECTOR): value for name, value in state.items()}
-    body = "backbone.0.body."
-    blocks = [len({name.split(".")[4] for name in state if name.startswith(f"{body}{stage}.")}) for stage in STAGES]
-    blocks = [count for count in blocks if count]
-    convolutions = sum(f"{body}layer1.0.conv{i}.weight" in state for i in (1, 2, 3))
-    second = state.get(f"{body}layer1.0.conv2.weight", torch.empty(0, 0))
-    found = [
-        name
-        for name, (kind, counts, shape) in _RESNETS.items()
-        if kind == convolutions and blocks == list(counts[: len(blocks)]) and tuple(second.shape[:2]) == shape
-    ]
-    if not blocks or not found or "query_embed.weight" not in state:
+    shown = settings_from_shapes(state)
+    if "backbone" not in shown:
         raise ValueError(f"{source}: the weights are not of a DETR on one of torchvision's ResNets")
-    if f"{body}bn1.running_mean" not in state:
+    if "backbone_norm" in shown:
         raise ValueError(f"{source}: the backbone has group norm, Hugging Face's DETR has batch norm alone")
-    layers = {
-        f"{side[:3]}_layers": len({name.split(".")[3] for name in state if name.startswith(f"transformer.{side}.lay")})
-        for side in ("encoder", "decoder")
-    }
-    queries, width = state["query_embed.weight"].shape
-    level = len(blocks) - 1
-    return layers | {
-        "backbone": found[0],
-        "backbone_norm": "frozen",
-        "backbone_level": None if level == 3 else level,
-        "position_embedding": "learned" if "backbone.1.row_embed.weight" in state else "sine",
-        "num_queries": queries,
-        "hidden_dim": width,
-        "dim_feedforward": len(state["transformer.encoder.layers.0.linear1.bias"]),
-    }
+    return {"backbone_norm": "frozen", "backbone_level": None, **shown}
 
 
 def _settings(described: Mapping, processor: Mapping, folder: Path) -> dict[str, Any]:

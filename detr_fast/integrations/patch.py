@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from detr_fast.layers.attention import MultiheadAttention
 from detr_fast.layers.norm import FrozenBatchNorm2d
+from detr_fast.nested_tensor import is_nested_tensor
 from detr_fast.ops.attention import attention
 from detr_fast.ops.sine_position import sine_position
 
@@ -224,7 +225,9 @@ class _SinePosition(_Patched):
 
 
 class _Norm(_Patched):
-    forward = FrozenBatchNorm2d.forward
+    def forward(self, x):
+        # Others were not compared: ours broadcasts over [B, C, H, W] alone.
+        return FrozenBatchNorm2d.forward(self, x) if x.dim() == 4 else super().forward(x)  # type: ignore[arg-type]
 
 
 _CLASSES = {
@@ -265,7 +268,7 @@ def _fused(module, query, key, value, key_padding_mask, need_weights, attn_mask)
 def _mask_of(args: tuple, kwargs: Mapping) -> Tensor | None:
     """The mask [B, h, w] in a call with a NestedTensor, a mask, or features and a mask; None for any other call."""
     values = [*args, *kwargs.values()]
-    if len(values) == 1 and hasattr(values[0], "tensors") and hasattr(values[0], "mask"):
+    if len(values) == 1 and is_nested_tensor(values[0]):
         values = [values[0].mask]
     elif len(values) == 2 and isinstance(values[0], Tensor) and values[0].is_floating_point():
         values = values[1:]
@@ -331,6 +334,8 @@ def _judge_attention(module: Any, tolerance: float) -> tuple[type, float, str]:
     expected, got = (list(inspect.signature(c.forward).parameters) for c in (cls, original))
     if got != expected:
         raise TypeError(f"its forward takes {', '.join(got[1:])}; expected {', '.join(expected[1:])}")
+    if inspect.signature(original.forward).parameters["need_weights"].default is not True:
+        raise TypeError("its forward gives no weights unless asked; expected need_weights=True as the default")
     if not isinstance(module.dropout, float | int):
         raise TypeError(f"its dropout is a {type(module.dropout).__name__}; expected a probability")
 
@@ -472,7 +477,7 @@ def _tensors(value: Any) -> list[Tensor]:
         return [tensor for item in value.values() for tensor in _tensors(item)]
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in _tensors(item)]
-    if hasattr(value, "tensors") and hasattr(value, "mask"):
+    if is_nested_tensor(value):
         return _tensors([value.tensors, value.mask])
     return _tensors(vars(value)) if is_dataclass(value) and not isinstance(value, type) else []
 
@@ -537,6 +542,8 @@ def _run(model: nn.Module, example: Any, names: Mapping[nn.Module, str]) -> _Run
             return
         run.module_ms[module] = run.module_ms.get(module, 0.0) + now() - starts[module]
         mask = call_kwargs.get("key_padding_mask")
+        if len(call_args) > 3 and (isinstance(module, nn.MultiheadAttention) or _attends_to_projected(module)):
+            mask = call_args[3]
         position_mask = _mask_of(call_args, call_kwargs)
         if position_mask is not None:
             run.calls.setdefault(module, _Call(call_args, call_kwargs, output))
@@ -571,13 +578,17 @@ def _run(model: nn.Module, example: Any, names: Mapping[nn.Module, str]) -> _Run
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and full float32 precision; afterwards each module's own mode again."""
     modes = {module: module.training for module in model.modules()}
-    precision = torch.get_float32_matmul_precision()
+    # Not `set_float32_matmul_precision`: its getter raises where somebody has set these.
+    products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    precisions = [product.fp32_precision for product in products]
     model.eval()
-    torch.set_float32_matmul_precision("highest")
+    for product in products:
+        product.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for product, precision in zip(products, precisions, strict=True):
+            product.fp32_precision = precision
         for module, training in modes.items():
             module.training = training
 

@@ -20,7 +20,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 _CHOICES = ("", "triton", "torch")
 _SELFCHECKS = ("", "0", "1")
 
-# While kernels are compared with plain PyTorch: "triton" or "torch", in the place of the environment's choice.
+# While kernels are compared with plain PyTorch: "triton" or "torch", in the place of the environment's choice. Of the
+# whole process: a backward runs in a thread of autograd's. Other threads follow it for as long as a comparison takes.
 forced: str | None = None
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from detr_fast.ops._checks import check_tensor, is_integer
 from detr_fast.ops._dispatch import use_kernel
 
 # The kernel keeps a problem's columns in registers; larger problems go to the host, even from a GPU.
@@ -61,10 +62,8 @@ def assign_reference(cost: torch.Tensor, offsets: torch.Tensor, largest: int) ->
 
 def _check(cost, offsets, largest) -> None:
     for name, tensor, shape in (("cost", cost, "layers, targets, queries"), ("offsets", offsets, "images + 1")):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor [{shape}]")
-    # As everything that counts has, torch's symbolic integers included.
-    if not hasattr(largest, "__index__") or (isinstance(largest, torch.Tensor) and largest.dim() > 0):
+        check_tensor(name, tensor, f" [{shape}]")
+    if not is_integer(largest):
         raise TypeError(f"largest is a {type(largest).__name__}; expected an integer")
     if cost.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"cost must be float32 or float64; got {cost.dtype}")

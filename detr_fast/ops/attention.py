@@ -17,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from detr_fast.ops._attention_chunked import chunked_backward, chunked_forward, zero_rows
+from detr_fast.ops._checks import is_number
 from detr_fast.ops._dispatch import refuse_transforms, use_kernel
 from detr_fast.ops._dropout_bits import dropout_bytes
 
@@ -199,8 +200,7 @@ def _dropout_scale(dropout_p: float) -> float:
 
 
 def _check_dropout(dropout_p: float) -> None:
-    is_list = isinstance(dropout_p, torch.Tensor) and dropout_p.dim() > 0
-    if is_list or not hasattr(dropout_p, "__float__") or not 0 <= dropout_p <= 1:
+    if not is_number(dropout_p) or not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p!r}; expected a probability in 0..1")
 
 

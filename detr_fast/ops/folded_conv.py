@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr_fast.ops._dispatch import refuse_transforms, use_kernel
-from detr_fast.ops.pointwise_conv import KERNEL_DTYPES, pointwise_conv
+from detr_fast.ops._dispatch import refuse_transforms
+from detr_fast.ops.pointwise_conv import pointwise_conv, runs_kernel
 
 Affine = tuple[Tensor, Tensor | None]
 
@@ -136,17 +136,9 @@ def _convolve(x, folded, bias, residual, relu, stride, padding, dilation, groups
 
 
 def _is_product(x: Tensor, folded: Tensor, stride, padding, groups: int) -> bool:
-    """Whether `pointwise_conv` runs its kernel on these: a product of channels-last pixels and the weight.
-
-    In other layouts the pixels would be copied first. GPUs below compute capability 8.0 have no bfloat16, and Triton
-    does not use their tensor cores.
-    """
-    if folded.shape[2:] != (1, 1) or (*stride, *padding, groups) != (1, 1, 0, 0, 1):
-        return False
-    if x.dtype not in KERNEL_DTYPES or _format(x) is not torch.channels_last:
-        return False
-    is_new_enough = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return is_new_enough and use_kernel(x.device, "pointwise_conv")
+    """Whether `pointwise_conv` runs its kernel on these. In other layouts the pixels would be copied first."""
+    is_1x1 = folded.shape[2:] == (1, 1) and (*stride, *padding, groups) == (1, 1, 0, 0, 1)
+    return is_1x1 and _format(x) is torch.channels_last and runs_kernel(x)
 
 
 def _has_fused_kernel(x: Tensor, folded: Tensor, groups: int) -> bool:

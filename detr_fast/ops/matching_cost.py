@@ -3,6 +3,7 @@
 import torch
 
 from detr_fast.ops._boxes import box_cxcywh_to_xyxy, paired_generalized_box_iou
+from detr_fast.ops._checks import check_numbers, check_tensor
 from detr_fast.ops._dispatch import use_kernel
 
 
@@ -42,7 +43,7 @@ def matching_cost(
     Source: Carion et al. 2020, equation 1; facebookresearch/detr `models/matcher.py`.
     """
     arguments = _check(logits, boxes, labels, target_boxes, offsets)
-    return _matching_cost(*arguments, *_weights(cost_class, cost_bbox, cost_giou))
+    return _matching_cost(*arguments, *_weights(cost_class=cost_class, cost_bbox=cost_bbox, cost_giou=cost_giou))
 
 
 def matching_cost_reference(
@@ -57,22 +58,19 @@ def matching_cost_reference(
 ) -> torch.Tensor:
     """`matching_cost` in plain PyTorch: same arguments, results and errors."""
     arguments = _check(logits, boxes, labels, target_boxes, offsets)
-    return _reference(*arguments, *_weights(cost_class, cost_bbox, cost_giou))
+    return _reference(*arguments, *_weights(cost_class=cost_class, cost_bbox=cost_bbox, cost_giou=cost_giou))
 
 
-def _weights(*weights) -> list[float]:
-    for name, weight in zip(("cost_class", "cost_bbox", "cost_giou"), weights, strict=True):
-        if not hasattr(weight, "__float__") or (isinstance(weight, torch.Tensor) and weight.dim() > 0):
-            raise TypeError(f"{name} is {weight!r}; expected a number")
-    return [float(weight) for weight in weights]
+def _weights(**weights) -> list[float]:
+    check_numbers(**weights)
+    return [float(weight) for weight in weights.values()]
 
 
 def _check(logits, boxes, labels, target_boxes, offsets) -> tuple[torch.Tensor, ...]:
     """Check the arguments; return them detached, the floating ones in the dtype to compute in."""
     arguments = dict(logits=logits, boxes=boxes, labels=labels, target_boxes=target_boxes, offsets=offsets)
     for name, tensor in arguments.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+        check_tensor(name, tensor)
     for name, tensor in (("logits", logits), ("boxes", boxes), ("target_boxes", target_boxes)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point; got {tensor.dtype}")

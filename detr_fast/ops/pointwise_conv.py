@@ -6,15 +6,13 @@
 Of the activations only x and out are kept. The mask is applied in one pass, whose result is the residual's gradient.
 """
 
-import os
-
 import torch
 from torch import Tensor
 
+from detr_fast.ops._checks import check_tensor
 from detr_fast.ops._dispatch import refuse_transforms, use_kernel
 
-_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def pointwise_conv(
@@ -52,7 +50,8 @@ def pointwise_conv_reference(
     """`pointwise_conv` step by step in plain PyTorch: same arguments, result and errors."""
     _check(x, weight, bias, residual)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    out = (x.to(dtype).permute(0, 2, 3, 1) @ weight.to(dtype).flatten(1).t()).permute(0, 3, 1, 2)
+    with torch.autocast(x.device.type, enabled=False):
+        out = (x.to(dtype).permute(0, 2, 3, 1) @ weight.to(dtype).flatten(1).t()).permute(0, 3, 1, 2)
     if bias is not None:
         out = out + bias[:, None, None]
     if residual is not None:
@@ -63,6 +62,9 @@ def pointwise_conv_reference(
 def _check(x, weight, bias, residual) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x is {getattr(x, 'dtype', type(x).__name__)}; expected floating point")
+    for name, tensor in {"weight": weight, "bias": bias, "residual": residual}.items():
+        if tensor is not None or name == "weight":
+            check_tensor(name, tensor)
     if x.dim() != 4:
         raise ValueError(f"x is {list(x.shape)}; expected [B, C, H, W]")
     if weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 1, 1):
@@ -83,6 +85,14 @@ def _check(x, weight, bias, residual) -> None:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
 
 
+def runs_kernel(x: Tensor) -> bool:
+    """Not on GPUs below compute capability 8.0: they have no bfloat16, and Triton does not use their tensor cores."""
+    if x.dtype not in _KERNEL_DTYPES:
+        return False
+    is_new_enough = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return is_new_enough and use_kernel(x.device, "pointwise_conv")
+
+
 def _pixels(image: Tensor) -> Tensor:
     """[B, C, H, W] as a contiguous [B·H·W, C]: a view of a channels-last image."""
     return image.permute(0, 2, 3, 1).contiguous().flatten(0, 2)
@@ -100,12 +110,12 @@ def _empty(x: Tensor, channels: int) -> Tensor:
 
 @torch.library.custom_op("detr_fast::pointwise_conv", mutates_args=())
 def _pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
-    if not use_kernel(x.device, "pointwise_conv") or x.dtype not in KERNEL_DTYPES:
+    if not runs_kernel(x):
         return pointwise_conv_reference(x, weight, bias, residual, relu=relu)
+    from detr_fast.kernels.attention import needs_float32
     from detr_fast.kernels.pointwise_conv import pointwise_conv_forward
 
-    # Triton's interpreter computes bfloat16 wrongly; there, and only there, the kernel gets float32.
-    dtype = torch.float32 if _INTERPRET and x.dtype == torch.bfloat16 and x.device.type == "cpu" else x.dtype
+    dtype = torch.float32 if needs_float32(x) else x.dtype
     out = _empty(x, weight.shape[0])
     rows = _pixels(out).to(dtype)
     pointwise_conv_forward(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import detr_fast
-from detr_fast.ops import assign, matching_cost
+from detr_fast.ops import assign, matching_cost, pointwise_conv
 
 TOKENS, HEADS = torch.randn(4, 2, 8), torch.randn(2, 2, 4, 8)
 BOXES = torch.rand(2, 5, 4)
@@ -27,6 +27,12 @@ NESTED = detr_fast.NestedTensor(torch.randn(2, 3, 6, 7), torch.zeros(2, 6, 7, dt
 
 # The call, and its arguments by name.
 CALLS = {
+    "pointwise_conv": (
+        pointwise_conv,
+        dict(
+            x=torch.rand(1, 4, 2, 2), weight=torch.rand(6, 4, 1, 1), bias=torch.rand(6), residual=torch.rand(1, 6, 2, 2)
+        ),
+    ),
     "attention": (
         detr_fast.attention,
         dict(query=HEADS, key=HEADS, value=HEADS, key_padding_mask=PADDING, dropout_p=0.1, seed=torch.tensor([1])),

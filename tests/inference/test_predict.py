@@ -237,3 +237,20 @@ def test_supervision_is_optional(model, images, monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ImportError, match="pip install supervision"):
         model.predict(images[0]).to_supervision()
+
+
+def test_wide_pixels_by_path_and_as_an_image(model, tmp_path):
+    """16-bit pixels are scaled in both ways; PIL's own conversion makes them white."""
+    pixels = (np.arange(60 * 80).reshape(60, 80) * 13).astype(np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    with Image.open(tmp_path / "wide.png") as image:
+        assert image.mode.startswith("I")
+        same(model.predict(image, 0), model.predict(tmp_path / "wide.png", 0))
+
+
+def test_a_lazily_opened_file_that_is_cut_off_is_named(model, images, tmp_path):
+    images[0].resize((400, 300)).save(tmp_path / "cut.jpg")
+    data = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    with Image.open(tmp_path / "cut.jpg") as image, pytest.raises(ImageReadError, match="cut.jpg cannot be decoded"):
+        model.predict(image)

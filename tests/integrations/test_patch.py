@@ -302,3 +302,61 @@ def test_the_page_runs_as_printed(capsys):
     (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     exec(snippet, {})
     assert re.search(r"attention +MultiheadAttention +taken .* batch first", capsys.readouterr().out)
+
+
+class LooseNorm(nn.Module):
+    """A frozen norm that takes any [B, C, ...]."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value) + torch.rand(channels))
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+def test_a_norm_of_other_shapes_runs_its_own_forward():
+    model, x = nn.Sequential(nn.Conv1d(4, 8, 1), LooseNorm(8)), torch.rand(3, 4, 5)
+    before = model(x)
+    report = detr_fast.patch(model, x)
+    assert "taken" in str(report)
+    torch.testing.assert_close(model(x), before)
+    images = torch.rand(2, 8, 3, 4)
+    torch.testing.assert_close(model[1](images), LooseNorm.forward(model[1], images))
+
+
+def test_precisions_of_products_are_as_before():
+    own = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        detr_fast.patch(nn.Sequential(nn.Conv1d(4, 8, 1), LooseNorm(8)), torch.rand(3, 4, 5))
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = own
+
+
+def test_weights_that_are_given_only_on_request_are_refused():
+    class Quiet(nn.MultiheadAttention):
+        def forward(
+            self,
+            query,
+            key,
+            value,
+            key_padding_mask=None,
+            need_weights=False,
+            attn_mask=None,
+            average_attn_weights=True,
+            is_causal=False,
+        ):
+            return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Quiet(16, 2)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    assert "need_weights=True as the default" in str(detr_fast.patch(Model(), torch.rand(5, 2, 16)))

@@ -116,7 +116,7 @@ def test_fused_body_in_float32():
 @pytest.mark.parametrize("dilation", [False, True])
 def test_convolutions_that_are_products_run_as_products(dilation, _implementation, products, monkeypatch):
     """As on a GPU: in channels-last memory, where kernels are used."""
-    monkeypatch.setattr(folded_conv_module, "use_kernel", lambda device, op: True)
+    monkeypatch.setattr(folded_conv_module, "runs_kernel", lambda x: True)
     body = _body(**NARROW, level=3, replace_stride_with_dilation=[False, False, dilation])
     x = torch.randn(2, 3, 40, 33).contiguous(memory_format=torch.channels_last)
     out, gradients = _step(body, x, fused=True)

@@ -205,3 +205,14 @@ def test_pointwise_conv_on_a_gpu(shape, options, dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     inputs, relu = _case(shape, options, dtype, "cuda"), OPTIONS[options][2]
     _check_errors(pointwise_conv(*inputs, relu=relu), inputs, relu)
+
+
+def test_plain_pytorch_rounds_once_under_autocast():
+    """Its product is float32's whatever autocast says: a bias that cancels the product shows it."""
+    x, weight = torch.randn(1, 512, 3, 3).bfloat16(), torch.randn(8, 512, 1, 1).bfloat16()
+    exact = torch.nn.functional.conv2d(x.double(), weight.double())
+    bias = -exact[0, :, 0, 0].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = pointwise_conv_reference(x, weight, bias, relu=False)
+    expected = exact + bias.double()[:, None, None]
+    torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -109,8 +110,31 @@ def test_a_verdict_is_kept_between_processes(monkeypatch, tmp_path):
         assert trust("assign", CPU) and trust("assign", CPU) and trust("matching_cost", CPU)
     assert compared == ["assign", "matching_cost"]
     assert json.loads(path.read_text()) == ["assign", "matching_cost"] and list(path.parent.iterdir()) == [path]
-    path.write_text("{ damaged")
-    assert selfcheck.Trust(tmp_path)("assign", CPU) and compared == ["assign", "matching_cost", "assign"]
+    for damage in ("{ damaged", "null", "7"):
+        compared.clear()
+        path.write_text(damage)
+        assert selfcheck.Trust(tmp_path)("assign", CPU) and compared == ["assign"]
+
+
+@interpret
+def test_another_thread_waits_for_the_verdict(monkeypatch, tmp_path, capsys):
+    started, go_on, answers = threading.Event(), threading.Event(), []
+
+    def compare(op, device, dtype):
+        started.set()
+        assert go_on.wait(10)
+        return selfcheck.Verdict(op, "float32", 1.0, "differs")
+
+    monkeypatch.setattr(selfcheck, "compare", compare)
+    trust = selfcheck.Trust(None)
+    threads = [threading.Thread(target=lambda: answers.append(trust("assign", CPU))) for _ in range(2)]
+    threads[0].start()
+    assert started.wait(10)
+    threads[1].start()
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert answers == [False, False]
 
 
 @interpret
