@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         share = row["seconds"] / rows[0]["seconds"]
         print(f"| {row['backend']} | {row['seconds']:.1f} | {row['gib']:.2f} | {share:.2f} |")
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({"images": args.images, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0
 

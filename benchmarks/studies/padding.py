@@ -129,8 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     images = resampled(sizes, args.images, args.seed)
     table = rows(images, args.batch, args.seed, args.window)
     print(f"{args.images} images of {len(sizes)} sizes, window {args.window}\n\n{markdown(table)}")
-    steps = min(2000, args.images // 16)
-    divisors = divisor_rows(images, 16, steps, args.divisor, args.seed, args.window)
+    divisors = divisor_rows(images, min(16, args.images), 2000, args.divisor, args.seed, args.window)
     print(f"\n{divisor_markdown(divisors)}")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

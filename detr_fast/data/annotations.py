@@ -16,7 +16,7 @@ def read_annotations(ann_file: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not json, or one of the lists is missing, malformed or (categories) empty.
+        ValueError: not json, or one of the lists is missing or malformed.
     """
     content = read_json(ann_file)
     check_content(content, ann_file)
@@ -232,7 +232,10 @@ def is_number(value) -> bool:
     """Whether it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
-    return isinstance(value, Integral) or math.isfinite(value)
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond a float's range
+        return False
 
 
 def _could_be_id(value) -> bool:

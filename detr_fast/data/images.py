@@ -113,7 +113,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     else:
         white = 255.0 if high <= 255 else 65535.0
     grey = Image.fromarray(np.rint(pixels * (255.0 / white)).astype(np.uint8))
-    grey.info["exif"] = image.getexif().tobytes()
+    grey.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)  # for exif_transpose
     return grey
 
 
@@ -140,23 +140,28 @@ def _alike(folder: str, parts: list[str]) -> str | None:
     """The path below a folder whose parts are the same but for case, the last one's extension too."""
     for position, part in enumerate(parts):
         try:
-            names = _listed(folder)
+            names, stems = _listed(folder)
         except OSError:
             return None
-        last = position == len(parts) - 1
-        candidates = [n for n in names if n == part] or [n for n in names if n.lower() == part.lower()]
-        if last and not candidates:
-            stem = os.path.splitext(part)[0].lower()
-            candidates = [n for n in names if os.path.splitext(n)[0].lower() == stem and n.lower() != stem]
-        if not candidates:
+        found = part if os.path.exists(os.path.join(folder, part)) else names.get(part.lower())
+        if found is None and position == len(parts) - 1:
+            found = stems.get(os.path.splitext(part)[0].lower())
+        if found is None:
             return None
-        folder = os.path.join(folder, candidates[0])
+        folder = os.path.join(folder, found)
     return folder if os.path.isfile(folder) else None
 
 
 @lru_cache(maxsize=8)  # a data set of which every name is wrong asks for every image
-def _listed(folder: str) -> list[str]:
-    return sorted(os.listdir(folder))
+def _listed(folder: str) -> tuple[dict[str, str], dict[str, str]]:
+    """A folder's names by their lower case, and by that without the extension; of several the first."""
+    names, stems = {}, {}
+    for name in sorted(os.listdir(folder), reverse=True):
+        names[name.lower()] = name
+        stem = os.path.splitext(name)[0].lower()
+        if stem != name.lower():
+            stems[stem] = name
+    return names, stems
 
 
 def header_size(path: str | os.PathLike, stated: tuple[int, int] | None = None) -> tuple[int, int] | None:

@@ -124,9 +124,12 @@ class EpochLoader(DataLoader):
             except RuntimeError as error:
                 if "DataLoader timed out" not in str(error):
                     raise
-                # Workers' batches come in the order in which they were asked for: the oldest is the one awaited.
-                keys = asked_for[0] if isinstance(asked_for[0], list) else [asked_for[0]]
-                names = ", ".join(_name_of(self.dataset.dataset, key[1]) for key in keys)
+                names = "files that are not known here (in_order=False)"
+                if getattr(self, "in_order", True):
+                    # Batches come in the order in which they were asked for: the oldest is the one awaited.
+                    keys = asked_for[0] if isinstance(asked_for[0], list) else [asked_for[0]]
+                    names = ", ".join(_name_of(self.dataset.dataset, key[1]) for key in keys)
+                _end_workers(batches)  # Python would wait at its end for one that hangs
                 raise TimeoutError(
                     f"a loader process has given no batch for {self.timeout:g} seconds; it is to read {names}. Look at "
                     "these files and at the storage they are on, or allow it more time (timeout, --loader_timeout)"
@@ -139,10 +142,14 @@ class EpochLoader(DataLoader):
         """Ends the worker processes that live on between epochs, also those that hang or ignore signals."""
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
-            iterator._shutdown_workers()  # asks them, and waits a few seconds for each
-            for worker in iterator._workers:
-                if worker.is_alive():
-                    worker.kill()
+            _end_workers(iterator)
+
+
+def _end_workers(iterator) -> None:
+    iterator._shutdown_workers()  # asks them, and waits a few seconds for each
+    for worker in iterator._workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 def _name_of(dataset, index: int) -> str:

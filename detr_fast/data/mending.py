@@ -78,27 +78,36 @@ def _mend_ids(entries: list[dict], done: Counter, name: str) -> None:
 
 
 def _mend_images(images: list[dict], folder: Path, done: Counter) -> None:
-    for image in images:
-        name = image.get("file_name")
-        if not isinstance(name, str) or not name or "\0" in name:
+    paths = [_file_of(image, folder) for image in images]
+    uses = Counter(paths)
+    for image, path in zip(images, paths, strict=True):
+        if path is None:
             continue
-        path = folder / name
-        if not path.is_file():
-            meant = probable_file(path)
-            # Another extension would be a guess: nothing says that both show the same.
-            if meant is None or Path(meant).suffix.lower() != Path(name).suffix.lower():
+        if path != folder / image["file_name"]:
+            if uses[path] > 1:  # which of the names means it would be a guess
                 continue
-            path = Path(meant)
-            try:
-                image["file_name"] = path.relative_to(folder).as_posix()
-            except ValueError:
-                continue
+            image["file_name"] = path.relative_to(folder).as_posix()
             done["file_name: slashes, case or leading folder became those of the file"] += 1
         stated = stated_size(image)
         size = header_size(path, stated)
         if size is not None and size != stated:
             image["width"], image["height"] = size
             done["width and height: became those of the file"] += 1
+
+
+def _file_of(image: dict, folder: Path) -> Path | None:
+    """The file below the folder that an entry means, or None."""
+    name = image.get("file_name")
+    if not isinstance(name, str) or not name or "\0" in name:
+        return None
+    path = folder / name
+    if path.is_file():
+        return path
+    meant = probable_file(path)
+    # Another extension would be a guess: nothing says that both show the same.
+    if meant is None or Path(meant).suffix.lower() != path.suffix.lower() or not Path(meant).is_relative_to(folder):
+        return None
+    return Path(meant)
 
 
 def _mend_annotation(entry: dict, done: Counter) -> None:
@@ -128,6 +137,8 @@ def _mend_annotation(entry: dict, done: Counter) -> None:
 
 
 def _mend_polygons(entry: dict, polygons: list, done: Counter) -> None:
+    if len(polygons) > 2 and all(map(_is_point, polygons)):
+        polygons = [polygons]  # one polygon, without the brackets around it
     kept = []
     for polygon in polygons:
         if isinstance(polygon, list) and polygon and all(_is_point(point) for point in polygon):
@@ -155,8 +166,8 @@ def _number(value) -> float | int | None:
 
 
 def _renumber(annotations: list[dict], done: Counter) -> None:
-    counts = Counter(entry["id"] for entry in annotations if is_id(entry.get("id")))
-    free = max([0, *counts]) + 1
+    free = max((entry["id"] for entry in annotations if is_id(entry.get("id"))), default=0)
+    free = max(free, 0) + 1
     seen = set()
     for entry in annotations:
         number = entry.get("id")

@@ -139,7 +139,7 @@ def validate(
         found.warn("annotation id 0", "pycocotools takes a match with it for none; number from 1")
     counts = Counter(annotations[position]["category_id"] for position in usable)
     for i, name in zip(own.ids, own.names, strict=True):
-        if not counts[i]:
+        if not counts[i] and i in categories.label_of:  # of the others compare_categories speaks
             found.warn("category without annotations", f"{i} ({name})")
     return found
 
@@ -251,12 +251,13 @@ def _check_boxes(
     finite = (np.abs(boxes) < _LARGEST).all(axis=1)
     for row in np.flatnonzero(~finite):
         found.error("line not finite" if lines else "box not finite", which(row), positions[row])
+    boxes[~finite] = 0  # judged already
     first, last = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     empty = (boxes[:, 2:] <= 0).any(axis=1) & finite & (not lines)
-    outside = ((first >= extent) | (last <= 0)).any(axis=1) & finite & ~empty
+    # A level line on the border has no height.
+    off = (first > extent) | (last < 0) if lines else (first >= extent) | (last <= 0)
+    outside = off.any(axis=1) & finite & ~empty
     partly = ((first < -_SLACK) | (last > extent + _SLACK)).any(axis=1) & finite & ~empty & ~outside
-    if lines:
-        outside &= ((first > extent) | (last < 0)).any(axis=1)  # a level line on the border has no height
     dealt = ("clamped", "clamped") if lines else ("dropped", "clamped")
     what = "line" if lines else "box"
     for row in np.flatnonzero(empty):
@@ -324,8 +325,7 @@ def _check_fields(annotations: list[dict], positions: list[int], found: Findings
                 "area is no size (computed from the box)",
                 f"annotation {entry['id']} (image {entry['image_id']}) has area {area!r:.60}",
             )
-            width, height = max(width, 0), max(height, 0)
-        entry["area"] = width * height
+        entry["area"] = max(width, 0) * max(height, 0)
 
 
 def crowd_of(value) -> int | None:
@@ -394,7 +394,8 @@ def _not_plain(annotations: list[dict], positions: list[int], image_sizes: Mappi
     low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
     limits = np.array(reach)[full]
     # Comparisons with NaN are false.
-    bad[full] |= ~((low >= -limits) & (high <= limits) & ((high - low) * counts[full] < _LONGEST_POLYGON))
+    with np.errstate(invalid="ignore"):
+        bad[full] |= ~((low >= -limits) & (high <= limits) & ((high - low) * counts[full] < _LONGEST_POLYGON))
     return sorted({*odd, *np.array(owner)[bad].tolist()})
 
 
@@ -409,6 +410,8 @@ def _check_segmentation(position: int, entry: dict, image_sizes: Mapping, found:
     segmentation = entry["segmentation"]
     if isinstance(segmentation, list) and not (segmentation and all(isinstance(part, dict) for part in segmentation)):
         problem = next((p for p in (_polygon_problem(polygon, size) for polygon in segmentation) if p), None)
+        if problem is None and len(segmentation) > 2 and all(len(polygon) == 2 for polygon in segmentation):
+            problem = f"{segmentation!r:.60}; expected a list of polygons [x, y, x, y, …], not a list of points"
         kept = [polygon for polygon in segmentation if isinstance(polygon, list) and len(polygon) >= 6]
         if problem is None and 0 < len(kept) < len(segmentation):
             found.warn(

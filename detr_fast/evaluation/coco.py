@@ -3,7 +3,8 @@
 Built on the public interface of pycocotools alone (``COCO``, ``COCO.loadRes``, ``COCOeval``), which faster-coco-eval
 has as well: predictions are only collected during the run and evaluated once at its end. faster-coco-eval matches and
 counts in C++, and pycocotools makes the twelve numbers of its arrays. Its precision of a single right detection is 1.0,
-pycocotools' 1 - 2e-16, so that means may differ in the last digit.
+pycocotools' 1 - 2e-16, so that means may differ in the last digit; and it counts a match with an annotation whose id is
+0, which pycocotools takes for none.
 
 Source: facebookresearch/detr ``datasets/coco_eval.py``, whose numbers this equals.
 """
@@ -111,7 +112,7 @@ class CocoEvaluator:
                     self._accumulated[iou_type] = _by_faster_coco_eval(coco_eval, self.coco_gt, results)
 
     def accumulate(self) -> None:
-        """Compute precision and recall from the matched images.
+        """Take over precision and recall, which :meth:`synchronize_between_processes` has computed.
 
         Raises:
             RuntimeError: if :meth:`synchronize_between_processes` has not been called.
@@ -241,8 +242,8 @@ def _by_faster_coco_eval(coco_eval: COCOeval, coco_gt: COCO, results: list[dict]
     from faster_coco_eval import COCO as FasterCOCO
     from faster_coco_eval import COCOeval_faster
 
-    # It takes no negative ids, and fewer forms of masks: it gets positions in the sorted ids, and compressed RLE.
-    image_of = {image_id: n for n, image_id in enumerate(sorted(coco_gt.getImgIds()), 1)}
+    # It takes no negative ids, and fewer forms of masks: it gets positions among the evaluated ids, and compressed RLE.
+    image_of = {image_id: n for n, image_id in enumerate(coco_eval.params.imgIds, 1)}
     category_of = {category_id: n for n, category_id in enumerate(coco_eval.params.catIds, 1)}
     has_masks = coco_eval.params.iouType == "segm"
 
@@ -251,7 +252,7 @@ def _by_faster_coco_eval(coco_eval: COCOeval, coco_gt: COCO, results: list[dict]
 
     truth = []
     for n, entry in enumerate(coco_gt.dataset["annotations"], 1):
-        if entry["category_id"] in category_of:
+        if entry["image_id"] in image_of and entry["category_id"] in category_of:
             kept = {name: entry[name] for name in ("image_id", "category_id", "bbox", "area")}
             kept |= {"id": n, "iscrowd": entry.get("iscrowd", 0)}
             truth.append(renumbered(kept | ({"segmentation": coco_gt.annToRLE(entry)} if has_masks else {})))
@@ -264,7 +265,7 @@ def _by_faster_coco_eval(coco_eval: COCOeval, coco_gt: COCO, results: list[dict]
     annotations.createIndex()
     found = annotations.loadRes([renumbered(entry) for entry in results if entry["category_id"] in category_of])
     faster = COCOeval_faster(annotations, found, coco_eval.params.iouType)
-    faster.params.imgIds = [image_of[image_id] for image_id in coco_eval.params.imgIds]
+    faster.params.imgIds = list(image_of.values())
     faster.evaluate()
     faster.accumulate()
     return faster.eval

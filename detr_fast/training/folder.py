@@ -109,6 +109,12 @@ def size_of(state: object) -> int:
     return sum(map(size_of, state)) if isinstance(state, (list, tuple)) else 0
 
 
+def space_needed(folder: Path, checkpoint_bytes: int) -> int:
+    """Bytes to be free for the next checkpoints: each is written beside the one that it replaces."""
+    absent = sum(not (folder / name).exists() for name in ("checkpoint.pth", "checkpoint_best.pth"))
+    return checkpoint_bytes * (1 + absent) + _OTHERS
+
+
 def check_space(folder: Path, checkpoint_bytes: int, numbered: int) -> str | None:
     """Refuses to start where the first checkpoints will not fit.
 
@@ -124,9 +130,7 @@ def check_space(folder: Path, checkpoint_bytes: int, numbered: int) -> str | Non
         UsageError: says how much is needed and how much is free.
     """
     free = shutil.disk_usage(folder).free
-    absent = sum(not (folder / name).exists() for name in ("checkpoint.pth", "checkpoint_best.pth"))
-    # A checkpoint is written beside the one that it replaces.
-    first = checkpoint_bytes * (1 + absent) + _OTHERS
+    first = space_needed(folder, checkpoint_bytes)
     if free < first:
         raise UsageError(
             f"--output_dir {folder}: {megabytes(free)} are free and {megabytes(first)} are needed (a checkpoint has "

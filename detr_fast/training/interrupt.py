@@ -21,8 +21,8 @@ _IMPATIENCE = 5.0  # seconds
 class Interruption:
     """Notes signals, and agrees with the other processes on the step after which all of them save or stop.
 
-    A context manager: inside it SIGTERM, SIGINT and SIGHUP are noted; the same again, seconds later, acts as it would
-    outside. In a thread other than the main one signals are left alone, as Python demands.
+    A context manager: inside it SIGTERM, SIGINT and SIGHUP are noted, unless they are ignored; a second one, seconds
+    later, acts as it would outside. In a thread other than the main one signals are left alone, as Python demands.
 
     No step waits for a GPU. Several processes exchange one number per step by gloo, on the CPU, in the background; a
     step reads what was sent in the step before.
@@ -41,7 +41,9 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # What was ignored stays so: nohup starts a run that is to outlive its terminal.
+            heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_) -> None:

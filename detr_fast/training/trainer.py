@@ -37,7 +37,7 @@ from detr_fast.training.checkpoint import read_checkpoint, rng_state, save_check
 from detr_fast.training.curves import draw_curves
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.engine import evaluate, train_one_epoch
-from detr_fast.training.folder import check_space, is_full, locked, megabytes, remove_left_overs, size_of
+from detr_fast.training.folder import check_space, is_full, locked, megabytes, remove_left_overs, size_of, space_needed
 from detr_fast.training.interrupt import GO_ON, SAVE, Interruption, ignore_signals, signal_of
 from detr_fast.training.log import Metrics, RunLog
 from detr_fast.training.optim import build_optimizer, build_scheduler, load_optimizer, steps_every
@@ -153,9 +153,9 @@ class Trainer:
         except OSError as error:
             if self.output_dir is None or not is_full(error):
                 raise
-            needed = megabytes(self._checkpoint_bytes() + 2**20)
+            needed = megabytes(space_needed(self.output_dir, self._checkpoint_bytes()))
             raise OSError(
-                f"the disk of {self.output_dir} is full ({error.strerror}) in epoch {self.epoch} after step "
+                f"the disk of {self.output_dir} is full ({error.strerror}) after step "
                 f"{self.steps}; {self._kept} kept. Make {needed} free and continue with --resume auto"
             ) from error
         finally:
@@ -237,8 +237,9 @@ class Trainer:
         return stats
 
     def _order(self) -> dict[str, Any]:
-        """What the batches of an epoch depend on: with other values a position in the epoch means nothing."""
-        names = ("batch_size", "accumulate_steps", "seed", "group_by_size")
+        """What the batches of an epoch, and the names of its averages, depend on: with other values a position in the
+        epoch means nothing."""
+        names = ("batch_size", "accumulate_steps", "seed", "group_by_size", "augmentation", "aux_loss")
         values = {name: getattr(self.config, name) for name in names}
         return {**values, "processes": get_world_size(), "images": len(self.dataset_train)}
 
@@ -247,7 +248,7 @@ class Trainer:
         if agreed <= SAVE:
             return
         number = signal_of(agreed)
-        where = f"stopped by {signal.Signals(number).name} in epoch {self.epoch} after step {self.steps}"
+        where = f"stopped by {signal.Signals(number).name} after step {self.steps}"
         if self.output_dir is None:
             raise InterruptedRun(f"{where}; nothing is kept, there is no --output_dir", number)
         path = self.output_dir / "checkpoint.pth"

@@ -6,11 +6,12 @@ a warning the other says once. What is taken can be read, masks and all, and eva
 
 import copy
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from pycocotools import mask as coco_mask
 
 from detr_fast.cli import main
@@ -25,7 +26,7 @@ from detr_fast.data import (
     mend_file,
     read_panoptic,
 )
-from detr_fast.data.images import ImageReadError
+from detr_fast.data.images import ImageReadError, probable_file
 from detr_fast.data.validation import _compressed_total
 from detr_fast.evaluation import CocoEvaluator
 
@@ -156,6 +157,7 @@ REFUSED = [
     *of("segmentation", rle([0] * 3 * ALL + [ALL]), [rle(COMPRESSED)], [rle([ALL]), [1, 2, 3, 4, 5, 6]]),
     *of("segmentation", pairs, "polygon", 5, True, NAN, [1, 2, 3, 4, 5, 6], [None], ["x"], [[1, 2, 3, 4, 5, 6], 7]),
     *of("segmentation", [[1, 2, 3, 4, 5]], [[1, 2, 3, 4, 5, 6, 7]], [[1, 2, 3, 4, 5, None]], [["1"] * 6], [[NAN] * 6]),
+    *of("segmentation", [[10, 10], [50, 10], [50, 50], [10, 50]]),
     *of("segmentation", [[1, 2, 3, 4, 5, INF]], [[{"x": 1, "y": 2}] * 3], [[[1, 2, 3, 4, 5, 6]]]),
     *of("segmentation", [[-160.0, -220.0, 2.0e8, 3.5e8, 226.0, 236.0, 272.0, 384.0]], [[1, 2, 1e300, 4, 5, 6]]),
     *of("segmentation", [[0, 0, 1900, 1900] * 3000], [[1, 2, 10**400, 4, 5, 6]], [[1, 2, 3, -1e7, 5, 6]]),
@@ -452,6 +454,61 @@ def test_fix_guesses_nothing(folder, tmp_path):
     assert set(check_coco(folder, tmp_path / "out.json").errors) == {
         "missing image", "unknown category", "unknown image", "box not finite",
     }  # fmt: skip
+
+
+def test_fix_takes_a_list_of_points_for_one_polygon(folder, tmp_path):
+    content = good(3)
+    content["annotations"][0]["segmentation"] = pairs(content["annotations"][0])[0]
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    mend_file(folder, tmp_path / "bad.json", tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == good(3)
+
+
+def test_fix_gives_one_file_to_one_image_only(folder, tmp_path):
+    """Without its folder a name may mean the files of several."""
+    content = good(3)
+    content["images"][0]["file_name"], content["images"][1]["file_name"] = "seq1/0.png", "seq2/0.png"
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    mend_file(folder, tmp_path / "bad.json", tmp_path / "out.json")
+    left = json.loads((tmp_path / "out.json").read_text())
+    assert [image["file_name"] for image in left["images"]][:2] == ["seq1/0.png", "seq2/0.png"]
+    assert "missing image" in check_coco(folder, tmp_path / "out.json").errors
+
+
+def test_fix_survives_numbers_beyond_a_float(folder, tmp_path):
+    content = good(3)
+    content["annotations"][0]["bbox"] = [1, 2, 10**400, 0.5]
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    mend_file(folder, tmp_path / "bad.json", tmp_path / "out.json")
+    assert "box not finite" in check_coco(folder, tmp_path / "out.json").errors
+
+
+def test_a_missing_area_is_never_negative(folder, tmp_path):
+    content = good(3)
+    del content["annotations"][0]["area"]
+    content["annotations"][0]["bbox"] = [40, 40, -5, 5]
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    dataset = CocoDetection(folder, tmp_path / "ann.json", None)
+    assert dataset.coco.anns[content["annotations"][0]["id"]]["area"] == 0
+
+
+def test_many_wrong_names_in_a_large_folder_take_one_look_at_it(tmp_path, monkeypatch):
+    for index in range(30):
+        (tmp_path / f"{index}.jpg").touch()
+    looks, listdir = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: looks.append(folder) or listdir(folder))
+    for index in range(30):
+        assert probable_file(tmp_path / f"{index}.png") == str(tmp_path / f"{index}.jpg")
+    assert len(looks) == 1
+
+
+def test_an_odd_tag_of_a_deep_image_is_no_damage(tmp_path):
+    pixels = Image.fromarray((np.arange(48).reshape(6, 8) * 1000).astype(np.uint16))
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[280] = 2  # MinSampleValue, as text
+    tags[280] = "none"
+    pixels.save(tmp_path / "deep.tif", tiffinfo=tags)
+    assert load_image(tmp_path / "deep.tif").size == (8, 6)
 
 
 LINE = {"id": 5, "image_id": 0, "category_id": 0}

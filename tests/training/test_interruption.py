@@ -23,7 +23,8 @@ from detr_fast.data.loader import EpochLoader
 from detr_fast.errors import UsageError
 from detr_fast.training import engine, folder, trainer
 from detr_fast.training.checkpoint import read_checkpoint, save_checkpoint
-from detr_fast.training.folder import LOCK, check_space, locked
+from detr_fast.training.folder import LOCK, check_space, locked, space_needed
+from detr_fast.training.interrupt import GO_ON, Interruption, signal_of
 
 # Eight batches in an epoch, four optimiser steps; sums of the metrics in groups of three; a schedule per step.
 FLAGS = [
@@ -86,7 +87,7 @@ def test_stopped_by_a_signal_and_resumed_equals_undisturbed(
         assert main(argv) == 128 + number
     assert [signal.getsignal(n) for n in SIGNALS] == handlers
     said = capsys.readouterr().err
-    assert f"{number.name} in epoch {step // 5} after step {step}; saved in" in said and "--resume auto" in said
+    assert f"{number.name} after step {step}; saved in" in said and "--resume auto" in said
     stopped = read_checkpoint(tmp_path / "checkpoint.pth")
     assert stopped["steps"] == step and stopped["inside"]["batches"] == batches
     assert main([*argv, "--resume", "auto"]) == 0
@@ -192,6 +193,28 @@ def test_position_in_an_epoch_of_other_batches_is_not_taken(flags, tmp_path, cap
     assert main([*argv, "--resume", "auto", "--batch_size", "2", "--epochs", "1"]) == 0
     assert "batch_size was 1 and is 2: epoch 0 begins anew with the weights of step 1" in capsys.readouterr().out
     assert read_checkpoint(tmp_path / "checkpoint.pth")["steps"] == 1 + 2
+
+
+@pytest.mark.parametrize("change", [["--augmentation", "flip"], ["--no_aux_loss"]], ids=lambda change: change[0])
+def test_position_in_an_epoch_of_other_batches_or_losses_is_not_taken(flags, tmp_path, capsys, change):
+    argv = ["train", *flags, "--dec_layers", "2", "--output_dir", str(tmp_path), "--checkpoint_every", "1"]
+    make_stopped(argv, tmp_path)
+    assert main([*argv, "--resume", "auto", "--epochs", "1", *change]) == 0
+    assert "epoch 0 begins anew with the weights of step 1" in capsys.readouterr().out
+
+
+def test_what_is_ignored_stays_ignored():
+    """As SIGHUP under nohup, so that the run outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGHUP)
+            assert interruption.after_step(1) == GO_ON
+            signal.raise_signal(signal.SIGTERM)
+            assert signal_of(interruption.after_step(2)) == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def make_stopped(argv, output):
@@ -439,6 +462,35 @@ def test_a_worker_that_hangs_ends_the_run_and_its_samples_are_named():
     for worker in workers:
         worker.join(5)
     assert not any(worker.is_alive() for worker in workers)
+
+
+ENDS_BY_ITSELF = """
+import torch
+from test_interruption import Hanging
+from detr_fast.data import EpochLoader
+try:
+    list(EpochLoader(Hanging(), 2, num_workers=2, timeout=3))
+except TimeoutError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_program_ends_after_the_timeout_of_a_hanging_worker():
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS_BY_ITSELF], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "it is to read sample 4, sample 5" in done.stdout, done.stderr
+
+
+def test_the_disk_full_message_asks_for_what_a_resumed_run_needs(tmp_path, monkeypatch):
+    needed = space_needed(tmp_path, 500)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=needed))
+    assert check_space(tmp_path, 500, 0) is None
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=needed - 1))
+    with pytest.raises(UsageError, match="are needed"):
+        check_space(tmp_path, 500, 0)
 
 
 def test_an_iteration_may_begin_within_its_epoch():
