@@ -78,7 +78,7 @@ def _predict(detector: Detector, files, ids, pictures, output_dir: Path, thresho
     (output_dir / "images.json").write_text(json.dumps(in_order), encoding="utf-8")
     print(
         f"{len(predictions)} {detector.found} with a score of at least {threshold} in {len(described)} images; "
-        f"pictures, predictions.json and images.json are in {output_dir}",
+        f"{'pictures, ' if described else ''}predictions.json and images.json are in {output_dir}",
         flush=True,
     )
     return len(files) - len(described)

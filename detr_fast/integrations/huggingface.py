@@ -463,7 +463,9 @@ def _read_json(path: Path, otherwise: dict | None = None) -> dict[str, Any]:
     if not path.is_file():
         if otherwise is not None:
             return otherwise
-        raise FileNotFoundError(f"there is no {path}; expected a folder of Hugging Face's")
+        run = next(path.parent.glob("checkpoint*.pth"), None)
+        hint = "" if run is None else f"; of a run's folder give a checkpoint, such as {run}"
+        raise FileNotFoundError(f"there is no {path}; expected a folder of Hugging Face's{hint}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

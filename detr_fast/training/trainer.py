@@ -126,6 +126,10 @@ class Trainer:
             self._continue(checkpoint)
         self._kept = f"{config.resume} is" if checkpoint is not None else "no checkpoint is"
         self.log = None
+        if self.output_dir is None:
+            say("no --output_dir: nothing is saved")
+        elif checkpoint is None and (self.output_dir / "checkpoint.pth").is_file():
+            say(f"{self.output_dir} has an earlier run, which this one replaces; --resume auto would go on with it")
         if self.output_dir is not None and is_main_process():
             remove_left_overs(self.output_dir)
             warning = check_space(
@@ -445,6 +449,8 @@ class Trainer:
             self.ema = ModelEma(self.model, self.config.ema_decay)
             say(f"--ema_decay: {source} holds no averaged weights; the average starts from its weights")
         where = f"epoch {self.epoch}"
+        if self._unevaluated is not None:
+            where = f"the evaluation of epoch {self.epoch - 1}"
         if self._inside is not None:
             changed = {name: value for name, value in self._order().items() if self._inside[name] != value}
             if changed:
