@@ -5,24 +5,18 @@ on the instance, so that parameters, state-dict, hooks and the printed model sta
 """
 
 import copy
-import functools
 import inspect
 import math
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from detr_fast.integrations._comparison import Call, device_of, difference, evaluating, gradients_of, run_of, tensors_in
+from detr_fast.integrations._swapped import Patched, attends_to_projected, mask_of, patched_class
 from detr_fast.layers.attention import MultiheadAttention
 from detr_fast.layers.norm import FrozenBatchNorm2d
-from detr_fast.nested_tensor import is_nested_tensor
-from detr_fast.ops.attention import attention
-from detr_fast.ops.sine_position import sine_position
 
 _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
@@ -124,10 +118,10 @@ def patch(model: nn.Module, example: Any, *, tolerance: float = 1e-5) -> PatchRe
         PatchError: the whole differs, or fails, with the swapped modules. The model is what it was.
     """
     _check_model(model)
-    with _evaluating(model):
+    with evaluating(model):
         names = {module: name for name, module in model.named_modules()}
-        before = _run(model, example, names)
-        if not _tensors(before.output):
+        before = run_of(model, example, names)
+        if not tensors_in(before.output):
             raise ValueError(f"the model returned a {type(before.output).__name__}; expected tensors to compare")
         report = PatchReport([], ms_before=before.ms)
         if not before.padded:
@@ -146,12 +140,12 @@ def patch(model: nn.Module, example: Any, *, tolerance: float = 1e-5) -> PatchRe
         try:
             for module, cls in swaps.items():
                 module.__class__ = cls
-            after = _run(model, example, names)
+            after = run_of(model, example, names)
             report.ms_after = after.ms
             for line in report.modules:
                 line.ms_after = after.module_ms.get(model.get_submodule(line.name)) if line.taken else None
-            report.output_error = _error(after.output, before.output)
-            report.gradient_error = _error(after.gradients, before.gradients)
+            report.output_error = difference(after.output, before.output)
+            report.gradient_error = difference(after.gradients, before.gradients)
             if not max(report.output_error, report.gradient_error) <= tolerance:
                 raise _restored(
                     f"the patched model differs: outputs by {report.output_error:.1e}, gradients by "
@@ -172,137 +166,28 @@ def patch(model: nn.Module, example: Any, *, tolerance: float = 1e-5) -> PatchRe
 def unpatch(model: nn.Module) -> None:
     """Give every module that `patch` swapped its own class back."""
     for module in model.modules():
-        if isinstance(module, _Patched):
+        if isinstance(module, Patched):
             module.__class__ = type(module)._original
 
 
-class _Patched:
-    """A swapped module. The class, not the instance, knows what it was."""
-
-    _kind: str
-    _original: type
-    _settings: tuple
-
-    def __reduce_ex__(self, protocol):
-        # The class is made at run time: a copy, or another process, makes it again from the original one.
-        _, (cls, *args), *rest = super().__reduce_ex__(max(int(protocol), 2))
-        return _new, (cls._kind, cls._original, cls._settings, *args), *rest
-
-
-class _Attention(_Patched, MultiheadAttention):
-    def forward(
-        self, query, key, value, key_padding_mask=None, need_weights=None, attn_mask=None,
-        average_attn_weights=True, is_causal=False,
-    ):  # fmt: skip
-        if not _fused(self, query, key, value, key_padding_mask, need_weights, attn_mask) or is_causal:
-            need_weights = need_weights is None or need_weights
-            # Past MultiheadAttention: the original's own forward.
-            return super(MultiheadAttention, self).forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
-        return super().forward(query, key, value, key_padding_mask)
-
-
-class _ProjectedAttention(_Patched):
-    """Of queries and keys [L, B, embed_dim] and values [L, B, vdim] that are projected already."""
-
-    def forward(self, query, key, value, key_padding_mask=None, need_weights=None, attn_mask=None):
-        if not _fused(self, query, key, value, key_padding_mask, need_weights, attn_mask):
-            need_weights = need_weights is None or need_weights
-            return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask)
-        # [L, B, H * D] to [B, H, L, D]
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0, 3) for x in (query, key, value))
-        out, _ = attention(q, k, v, key_padding_mask, self.dropout if self.training else 0.0)
-        return self.out_proj(out.permute(2, 0, 1, 3).flatten(2)), None
-
-
-class _SinePosition(_Patched):
-    def forward(self, *args, **kwargs):
-        mask = _mask_of(args, kwargs)
-        if mask is None:
-            return super().forward(*args, **kwargs)
-        return sine_position(mask, None, *self._settings)[0]
-
-
-class _Norm(_Patched):
-    def forward(self, x):
-        # Others were not compared: ours broadcasts over [B, C, H, W] alone.
-        return FrozenBatchNorm2d.forward(self, x) if x.dim() == 4 else super().forward(x)  # type: ignore[arg-type]
-
-
-_CLASSES = {
-    "attention": _Attention,
-    "projected attention": _ProjectedAttention,
-    "position": _SinePosition,
-    "norm": _Norm,
-}
-
-
-@functools.cache
-def _patched_class(kind: str, original: Any, settings: tuple = ()) -> Any:
-    names = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "_kind": kind,
-        "_original": original,
-        "_settings": settings,
-    }
-    return type(original.__name__, (_CLASSES[kind], original), names)
-
-
-def _new(kind: str, original: type, settings: tuple) -> nn.Module:
-    cls = _patched_class(kind, original, settings)
-    return nn.Module.__new__(cls)
-
-
-def _fused(module, query, key, value, key_padding_mask, need_weights, attn_mask) -> bool:
-    """Whether a call is one that the fused op computes."""
-    if need_weights or attn_mask is not None or any(x.is_nested for x in (query, key, value)):
-        return False
-    if need_weights is None and module._forward_hooks:
-        return False  # the default is to give weights, and a hook may read them
-    return key_padding_mask is None or key_padding_mask.dtype == torch.bool
-
-
-def _mask_of(args: tuple, kwargs: Mapping) -> Tensor | None:
-    """The mask [B, h, w] in a call with a NestedTensor, a mask, or features and a mask; None for any other call."""
-    values = [*args, *kwargs.values()]
-    if len(values) == 1 and is_nested_tensor(values[0]):
-        values = [values[0].mask]
-    elif len(values) == 2 and isinstance(values[0], Tensor) and values[0].is_floating_point():
-        values = values[1:]
-    if len(values) != 1 or not isinstance(values[0], Tensor):
-        return None
-    mask = values[0]
-    return mask if mask.dtype == torch.bool and mask.dim() == 3 else None
-
-
-def _kind(module: nn.Module, call: "_Call | None") -> str | None:
+def _kind(module: nn.Module, call: Call | None) -> str | None:
     """What the module may be; whether it is, the comparison decides."""
     if isinstance(module, MultiheadAttention | FrozenBatchNorm2d | torch.jit.ScriptModule):
         return None
-    if isinstance(module, nn.MultiheadAttention) or _attends_to_projected(module):
+    if isinstance(module, nn.MultiheadAttention) or attends_to_projected(module):
         return "attention"
     norm = [x for name in _NORM_TENSORS if isinstance(x := getattr(module, name, None), Tensor) and x.dim() == 1]
     if len(norm) == len(_NORM_TENSORS) and len({len(x) for x in norm}) == 1:
         return "norm"
     if call is None or next(module.parameters(), None) is not None or next(module.children(), None) is not None:
         return None
-    mask, out = _mask_of(call.args, call.kwargs), call.output
+    mask, out = mask_of(call.args, call.kwargs), call.output
     if mask is not None and isinstance(out, Tensor) and out.dim() == 4 and out.is_floating_point():
         return "position" if (len(out), *out.shape[2:]) == mask.shape and out.shape[1] % 2 == 0 else None
     return None
 
 
-def _attends_to_projected(module: nn.Module) -> bool:
-    out = getattr(module, "out_proj", None)
-    if not isinstance(out, nn.Linear) or list(module.parameters()) != list(out.parameters()):
-        return False
-    return all(isinstance(getattr(module, name, None), int) for name in ("num_heads", "embed_dim", "vdim"))
-
-
-def _judge(module: nn.Module, kind: str, call: "_Call | None", tolerance: float, line: ModuleReport) -> type | None:
+def _judge(module: nn.Module, kind: str, call: Call | None, tolerance: float, line: ModuleReport) -> type | None:
     """The class to give the module, or None; `line` says why."""
     if "forward" in vars(module):
         line.reason = "its forward is replaced on the instance"
@@ -330,7 +215,7 @@ def _judge(module: nn.Module, kind: str, call: "_Call | None", tolerance: float,
 def _judge_attention(module: Any, tolerance: float) -> tuple[type, float, str]:
     original: Any = type(module)
     projected = not isinstance(module, nn.MultiheadAttention)
-    cls = _patched_class("projected attention" if projected else "attention", original)
+    cls = patched_class("projected attention" if projected else "attention", original)
     expected, got = (list(inspect.signature(c.forward).parameters) for c in (cls, original))
     if got != expected:
         raise TypeError(f"its forward takes {', '.join(got[1:])}; expected {', '.join(expected[1:])}")
@@ -356,7 +241,7 @@ def _judge_attention(module: Any, tolerance: float) -> tuple[type, float, str]:
             torch.randn((2, n, width) if batch_first else (n, 2, width), generator=generator)
             for n, width in zip(lengths, widths, strict=True)
         ]
-        mask = None if mask is None else mask.to(_device(module))
+        mask = None if mask is None else mask.to(device_of(module))
         arguments = {"key_padding_mask": mask, "need_weights": False, **options}
         for training in (False, True):
             error = _compare(theirs.train(training), cls, inputs, generator, **arguments)
@@ -370,7 +255,7 @@ def _judge_norm(module: Any, tolerance: float) -> tuple[type, float, str]:
     generator = torch.Generator().manual_seed(0)
     theirs = _tiny_copy(module, generator)
     channels = len(module.weight)
-    cls = _patched_class("norm", module.__class__)
+    cls = patched_class("norm", module.__class__)
     largest, worst = 0.0, ""
     for training in (False, True):
         x = torch.randn(2, channels, 3, 4, generator=generator)
@@ -382,7 +267,7 @@ def _judge_norm(module: Any, tolerance: float) -> tuple[type, float, str]:
     return cls, largest, "frozen" if largest <= tolerance else worst
 
 
-def _judge_position(module: Any, call: "_Call", tolerance: float) -> tuple[type, float, str]:
+def _judge_position(module: Any, call: Call, tolerance: float) -> tuple[type, float, str]:
     features = call.output.shape[1] // 2
     temperatures = [getattr(module, name, None) for name in ("temperature", "temperatureH")] + [10000]
     normalizes = [module.normalize] if isinstance(getattr(module, "normalize", None), bool) else [True, False]
@@ -395,14 +280,14 @@ def _judge_position(module: Any, call: "_Call", tolerance: float) -> tuple[type,
     for temperature in dict.fromkeys(float(t) for t in temperatures if isinstance(t, float | int)):
         for normalize in normalizes:
             settings = (features, temperature, normalize, scale if normalize else None)
-            cls = _patched_class("position", module.__class__, settings)
+            cls = patched_class("position", module.__class__, settings)
             theirs = _tiny_copy(module, None)
             ours = _as_class(theirs, cls)
             error = 0.0
             for mask in masks:
                 for dtype in (torch.float32, torch.bfloat16):  # of the features, which may decide the output's
                     args, kwargs = _tiny_call(call, mask.to(call.output.device), dtype)
-                    error = max(error, _error(ours(*args, **kwargs), theirs(*args, **kwargs)))
+                    error = max(error, difference(ours(*args, **kwargs), theirs(*args, **kwargs)))
             if error < best_error:
                 best, best_error = cls, error
                 where = f"temperature {temperature:g}, " + (f"scale {scale:.4g}" if normalize else "not normalized")
@@ -429,7 +314,7 @@ def _as_class(module: nn.Module, cls: type) -> Any:
     return ours
 
 
-def _tiny_call(call: "_Call", mask: Tensor, dtype: torch.dtype) -> tuple[tuple, dict]:
+def _tiny_call(call: Call, mask: Tensor, dtype: torch.dtype) -> tuple[tuple, dict]:
     """The recorded call with a tiny mask, and features of its size."""
 
     def tiny(value):
@@ -451,152 +336,17 @@ def _compare(theirs: nn.Module, cls: type, inputs: list[Tensor], generator: torc
     results = []
     for module in (ours, theirs):
         generator.set_state(state)
-        arrived = [x.to(_device(module)).requires_grad_() for x in inputs]
+        arrived = [x.to(device_of(module)).requires_grad_() for x in inputs]
         output = module(*arrived, **arguments)
-        gradients = _gradients(output, [*arrived, *module.parameters()], generator)
+        gradients = gradients_of(output, [*arrived, *module.parameters()], generator)
         results.append((output, gradients, list(module.buffers())))
-    return _error(*results)
-
-
-def _gradients(output: Any, sources: list[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """Of the output times random numbers, for every source that requires a gradient; zeros where none arrives."""
-    outputs = [x for x in _tensors(output) if x.requires_grad]
-    sources = [x for x in sources if x.requires_grad]
-    if not outputs or not sources:
-        return []
-    cotangents = [torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in outputs]
-    found = torch.autograd.grad(outputs, sources, cotangents, allow_unused=True)
-    return [torch.zeros_like(x) if gradient is None else gradient for gradient, x in zip(found, sources, strict=True)]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Every tensor in dicts, lists, tuples, dataclasses and NestedTensors, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in _tensors(item)]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    if is_nested_tensor(value):
-        return _tensors([value.tensors, value.mask])
-    return _tensors(vars(value)) if is_dataclass(value) and not isinstance(value, type) else []
-
-
-def _error(ours: Any, theirs: Any) -> float:
-    """Largest difference relative to max(1, largest value); inf where number, shape, dtype or NaNs differ."""
-    ours, theirs = _tensors(ours), _tensors(theirs)
-    if len(ours) != len(theirs):
-        return math.inf
-    largest = 0.0
-    for a, b in zip(ours, theirs, strict=True):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return math.inf
-        if torch.equal(a, b) or a.numel() == 0:
-            continue
-        if not a.is_floating_point():
-            return math.inf
-        a, b = (x.detach().double() for x in (a, b))
-        difference = torch.where((a == b) | (a.isnan() & b.isnan()), 0, (a - b).abs())
-        relative = difference.max() / b.nan_to_num(0, 0, 0).abs().max().clamp(min=1)
-        largest = max(largest, float(relative.nan_to_num(math.inf)))
-    return largest
-
-
-@dataclass
-class _Call:
-    args: tuple
-    kwargs: dict
-    output: Any
-
-
-@dataclass
-class _Run:
-    """One forward with its gradients, and the times of another one."""
-
-    output: Any = None
-    gradients: list[Tensor] = field(default_factory=list)
-    ms: float = 0.0
-    module_ms: dict[nn.Module, float] = field(default_factory=dict)
-    calls: dict[nn.Module, _Call] = field(default_factory=dict)
-    padded: bool = False
-
-
-def _run(model: nn.Module, example: Any, names: Mapping[nn.Module, str]) -> _Run:
-    args = example if type(example) is tuple else () if isinstance(example, dict) else (example,)
-    kwargs = example if isinstance(example, dict) else {}
-    run = _Run()
-    device = _device(model)
-    starts: dict[nn.Module, float] = {}
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() * 1e3
-
-    def start(module, _):
-        if module in names:
-            starts[module] = now()
-
-    def stop(module, call_args, call_kwargs, output):
-        if module not in names:
-            return
-        run.module_ms[module] = run.module_ms.get(module, 0.0) + now() - starts[module]
-        mask = call_kwargs.get("key_padding_mask")
-        if len(call_args) > 3 and (isinstance(module, nn.MultiheadAttention) or _attends_to_projected(module)):
-            mask = call_args[3]
-        position_mask = _mask_of(call_args, call_kwargs)
-        if position_mask is not None:
-            run.calls.setdefault(module, _Call(call_args, call_kwargs, output))
-            mask = position_mask
-        run.padded |= isinstance(mask, Tensor) and mask.dtype == torch.bool and bool(mask.any())
-
-    def forward() -> Any:
-        torch.manual_seed(0)
-        return model(*args, **kwargs)
-
-    with torch.random.fork_rng():
-        # Once with gradients, which also warms up; once for the time of the whole; once for that of its modules. Global
-        # hooks: with hooks of their own, torch's modules would run other code.
-        with torch.enable_grad():
-            output = forward()
-            run.gradients = _gradients(output, list(model.parameters()), torch.Generator().manual_seed(1))
-            run.output = output
-        with torch.no_grad():
-            begun = now()
-            forward()
-            run.ms = now() - begun
-            handles = [register_module_forward_pre_hook(start), register_module_forward_hook(stop, with_kwargs=True)]
-            try:
-                forward()
-            finally:
-                for handle in handles:
-                    handle.remove()
-    return run
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and full float32 precision; afterwards each module's own mode again."""
-    modes = {module: module.training for module in model.modules()}
-    # Not `set_float32_matmul_precision`: its getter raises where somebody has set these.
-    products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    precisions = [product.fp32_precision for product in products]
-    model.eval()
-    for product in products:
-        product.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for product, precision in zip(products, precisions, strict=True):
-            product.fp32_precision = precision
-        for module, training in modes.items():
-            module.training = training
+    return difference(*results)
 
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nn.Module")
-    if any(isinstance(module, _Patched) for module in model.modules()):
+    if any(isinstance(module, Patched) for module in model.modules()):
         raise ValueError("the model is patched already; call unpatch(model) first")
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype not in (torch.float32, torch.float64):
@@ -611,11 +361,6 @@ def _restored(message: str, report: PatchReport) -> PatchError:
         line.taken = False
         line.reason = line.reason if line.ms_after is None else f"{line.reason}; restored, as the whole differs"
     return PatchError(f"{message}. The model is restored: nothing is patched", report)
-
-
-def _device(module: nn.Module) -> torch.device:
-    tensor = next(iter([*module.parameters(), *module.buffers()]), None)
-    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def _first_line(error: Exception) -> str:

@@ -165,3 +165,13 @@ def test_the_page_runs(run_folder, tmp_path, monkeypatch):
 def test_the_command_line_offers_the_formats():
     action = next(a for a in cli._export_parser()._actions if a.dest == "format")
     assert tuple(action.choices) == exporting.FORMATS
+
+
+@pytest.mark.slow
+def test_learned_positions_bound_the_size(tmp_path):
+    torch.save(checkpoint_of(position_embedding="learned"), tmp_path / "learned.pth")
+    detr_fast.load(tmp_path / "learned.pth", device="cpu").export(tmp_path / "learned.pt2", "torch")  # compares
+    module = torch.export.load(tmp_path / "learned.pt2").module()
+    assert module(torch.zeros(1, 3, 70, 90))[0].shape[0] == 1
+    with pytest.raises(AssertionError, match="1600"):
+        module(torch.zeros(1, 3, 70, 1700))

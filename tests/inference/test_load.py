@@ -244,3 +244,14 @@ def test_settings_that_contradict_or_do_not_exist_are_refused(run_folder):
         detr_fast.load(run_folder, device="cpu", hidden_dim=64)
     with pytest.raises(ValueError, match="'tpu'"):
         detr_fast.load(run_folder, device="tpu")
+
+
+@pytest.mark.parametrize("backbone", ["resnet34", "resnet152", "wide_resnet50_2", "resnext50_32x4d"])
+def test_weights_show_which_resnet_they_are_of(backbone):
+    args = Config(
+        backbone=backbone, backbone_weights="none", enc_layers=1, dec_layers=1, hidden_dim=32, nheads=2, device="meta"
+    )
+    with torch.device("meta"):
+        state = task_of(args).build(args)[0].state_dict()
+    shown = settings_from_shapes(state)
+    assert shown["backbone"] == backbone and shown["hidden_dim"] == 32 and "backbone_level" not in shown
