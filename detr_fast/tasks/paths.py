@@ -24,17 +24,16 @@ def dataset_paths(image_set: str, config: DataConfig, kind: str = "instances") -
         "val_ann": config.val_ann, "val_images": config.val_images,
     }  # fmt: skip
     if root and any(own.values()):
-        raise ValueError(f"give either --coco_path or {', '.join(f'--{name}' for name in own)}, not both")
+        raise ValueError(f"give either coco_path or {', '.join(own)}, not both")
     if root:
         if not Path(root).is_dir():
-            raise FileNotFoundError(f"--coco_path {root} is not a directory")
+            raise FileNotFoundError(f"coco_path {root} is not a directory")
         images = Path(root) / f"{image_set}2017"
         annotations = Path(root) / "annotations" / f"{kind}_{image_set}2017.json"
     else:
         absent = [name for name in (f"{image_set}_ann", f"{image_set}_images") if not own[name]]
         if absent:
-            flags = " and ".join(f"--{name}" for name in absent)
-            raise ValueError(f"no {image_set} data: {flags} not given; give them, or --coco_path")
+            raise ValueError(f"no {image_set} data: {' and '.join(absent)} not given; give them, or coco_path")
         images, annotations = Path(str(own[f"{image_set}_images"])), Path(str(own[f"{image_set}_ann"]))
     layout = f"; {root} should hold {{train,val}}2017/ and annotations/{kind}_{{train,val}}2017.json" if root else ""
     require(image_set, {"image folder": images}, {"annotation file": annotations}, layout)
