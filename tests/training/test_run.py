@@ -186,3 +186,18 @@ def test_two_processes_agree_and_evaluate_as_one(tiny_flags, tmp_path, capsys):
     assert capsys.readouterr().out.count("Average") == 12
     alone = torch.load(tmp_path / "eval" / "eval.pth", weights_only=True)["stats"]
     assert alone == first["test_coco_eval_bbox"]
+
+
+def test_an_earlier_run_in_the_folder_is_said(tiny_flags, tmp_path, capsys):
+    argv = ["train", *tiny_flags, "--epochs", "1", "--max_steps", "1", "--output_dir", str(tmp_path)]
+    assert main(argv) == 0
+    assert "has an earlier run" not in capsys.readouterr().out
+    assert main([*argv, "--resume", "auto"]) == 0
+    assert "has an earlier run" not in capsys.readouterr().out
+    assert main(argv) == 0
+    assert f"{tmp_path} has an earlier run, which this one replaces; --resume auto" in capsys.readouterr().out
+
+
+def test_a_run_that_saves_nothing_says_so(tiny_flags, capsys):
+    assert main(["train", *tiny_flags, "--epochs", "1", "--max_steps", "1"]) == 0
+    assert "no --output_dir: nothing is saved" in capsys.readouterr().out
