@@ -51,7 +51,7 @@ def draw_curves(output_dir: str | os.PathLike) -> bool:
                     axes.plot(*zip(*points, strict=True), style, color=f"C{colour}", label=label, marker=marker)
         axes.set_title(title)
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if title.startswith("COCO"):  # all zeros at first: without a range the axis would show rounding
             axes.set_ylim(bottom=0, top=max(0.01, axes.get_ylim()[1]))
         axes.grid(alpha=0.3)
