@@ -81,7 +81,9 @@ RULES: tuple[Entry, ...] = (
     #
     (_GRAD_QUERY, _DETR | _IEEE, _tile(32, 8, 1)),
     (_GRAD_QUERY, _DETR | _WARP_GROUPS | _16_BIT | _FEW, _tile(64, 4, 1, block_n=128)),
-    (_GRAD_QUERY, _DETR | _16_BIT, _tile(64, 4, 2)),
+    # As in the forward: two stages would wait for a step's copies at once.
+    (_GRAD_QUERY, _DETR | _16_BIT | {"mask": True}, _tile(64, 4, 5)),
+    (_GRAD_QUERY, _DETR | _16_BIT, _tile(64, 4, 3)),
     (_GRAD_QUERY, _WARP_GROUPS | _16_BIT, _tile(64, 8, 2)),
     (_GRAD_QUERY, _16_BIT, _tile(32, 8, 2)),
     (_GRAD_QUERY, {}, _tile(16, 8, 1)),
@@ -89,8 +91,11 @@ RULES: tuple[Entry, ...] = (
     (_GRAD_KEY_VALUE, _DETR | _TF32, _tile(32, 8, 1)),
     # With one stage the compiler spills here, and only here.
     (_GRAD_KEY_VALUE, _DETR | _IEEE | {"family": "sm_100", "dropout": True}, _tile(16, 8, 2)),
-    (_GRAD_KEY_VALUE, _DETR | _WARP_GROUPS | _16_BIT, _tile(64, 4, 2)),
-    (_GRAD_KEY_VALUE, _DETR | _16_BIT, _tile(32, 4, 2)),
+    # Its steps go over queries, which are gathered only where there are many and some of them are padding.
+    (_GRAD_KEY_VALUE, _DETR | _WARP_GROUPS | _16_BIT | _MANY | {"mask": True}, _tile(64, 4, 5)),
+    (_GRAD_KEY_VALUE, _DETR | _WARP_GROUPS | _16_BIT, _tile(64, 4, 3)),
+    (_GRAD_KEY_VALUE, _DETR | _16_BIT | _MANY | {"mask": True}, _tile(32, 4, 5)),
+    (_GRAD_KEY_VALUE, _DETR | _16_BIT, _tile(32, 4, 3)),
     (_GRAD_KEY_VALUE, _16_BIT, _tile(32, 8, 2)),
     (_GRAD_KEY_VALUE, {}, _tile(16, 8, 1)),
     # The products are bound by memory: the whole width of the output in few tiles, so that pixels are read seldom.

@@ -40,6 +40,10 @@ TENSOR_CORE = {
 }
 
 
+# Bytes of local memory and threads per wave of AMD's chips. Whether kernels compile for them is told, not promised.
+AMD = {"gfx942": (64 * 1024, 64), "gfx1100": (64 * 1024, 32)}
+
+
 @dataclasses.dataclass
 class Row:
     """One compiled kernel. Sizes in bytes, per thread or (shared) per block."""
@@ -68,7 +72,7 @@ class Launch:
     constants: dict
     attrs: dict
     options: object
-    chip: int
+    chip: int | str
 
     def named_constants(self) -> dict:
         names = [parameter.name for parameter in self.kernel.params]
@@ -81,17 +85,21 @@ class Launch:
         return " ".join([*constants, f"warps={self.options.num_warps}", f"stages={self.options.num_stages}"])
 
 
+def _target(chip: int | str) -> GPUTarget:
+    return GPUTarget("hip", chip, AMD[chip][1]) if chip in AMD else GPUTarget("cuda", chip, 32)
+
+
 class _AbsentGpu:
     """The part of Triton's driver that JITFunction.run asks before it compiles."""
 
-    def __init__(self, chip: int):
+    def __init__(self, chip: int | str):
         self.chip = chip
 
     def get_current_target(self):
-        return GPUTarget("cuda", self.chip, 32)
+        return _target(self.chip)
 
     def get_current_device(self):
-        return self.chip
+        return (*CHIPS, *AMD).index(self.chip)
 
     def get_current_stream(self, device):
         return 0
@@ -104,8 +112,13 @@ def kernel_modules() -> list:
     ]
 
 
-def record(cases: list[Case], chip: int) -> tuple[list[Launch], list[str]]:
-    """Run the cases as on a GPU of compute capability `chip`; return each different launch once, and what failed."""
+def record(cases: list[Case], chip: int | str) -> tuple[list[Launch], list[str]]:
+    """Run the cases as on a GPU `chip`; return each different launch once, and what failed.
+
+    Args:
+        chip: compute capability times ten, or a name of `AMD`, whose launches are those of sm_80.
+    """
+    capability = 80 if chip in AMD else chip
     launches: dict[str, Launch] = {}
     problems = []
 
@@ -119,7 +132,7 @@ def record(cases: list[Case], chip: int) -> tuple[list[Launch], list[str]]:
     ]
     for module in kernel_modules():
         if hasattr(module, "compute_capability"):
-            patches.append(mock.patch.object(module, "compute_capability", lambda device: divmod(chip, 10)))
+            patches.append(mock.patch.object(module, "compute_capability", lambda device: divmod(capability, 10)))
     for name, module in list(sys.modules.items()):
         if name.startswith("detr_fast.ops.") and hasattr(module, "use_kernel"):
             patches.append(mock.patch.object(module, "use_kernel", lambda device, op: True))
@@ -127,7 +140,7 @@ def record(cases: list[Case], chip: int) -> tuple[list[Launch], list[str]]:
         for patch in patches:
             stack.enter_context(patch)
         for case in cases:
-            if chip < case.from_chip:
+            if capability < case.from_chip:
                 continue
             try:
                 case.run()
@@ -175,6 +188,20 @@ def _compile(source, target, options):
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(printed.getvalue())
     return kernel, kept.read_text()
+
+
+def compiles_for_amd(launch: Launch) -> str:
+    """Compiles one launch for its AMD chip. Returns what is wrong with it, empty if nothing is."""
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attrs)
+    try:
+        with triton.knobs.compilation.scope():
+            triton.knobs.compilation.listener = None
+            kernel = triton.compile(source, target=_target(launch.chip), options=launch.options.__dict__)
+    except Exception as error:  # as in `compile_launch`
+        # The compiler quotes the source first and says last what is wrong.
+        return f"does not compile: {(str(error).strip() or repr(error)).splitlines()[-1]}"
+    shared, limit = kernel.metadata.shared, AMD[launch.chip][0]
+    return f"needs {shared} bytes of local memory; a group has {limit}" if shared > limit else ""
 
 
 def coverage(launches: list[Launch]) -> list[str]:
@@ -232,8 +259,32 @@ def table(rows: list[Row]) -> str:
 _launches: list[Launch] = []  # read by the forked workers; a JITFunction cannot be sent to them
 
 
-def _compile_index(index: int) -> Row:
-    return compile_launch(_launches[index])
+def _compile_index(index: int) -> Row | str:
+    launch = _launches[index]
+    return compiles_for_amd(launch) if launch.chip in AMD else compile_launch(launch)
+
+
+def _compile_all() -> list:
+    with multiprocessing.get_context("fork").Pool(min(len(os.sched_getaffinity(0)), 8)) as pool:
+        return pool.map(_compile_index, range(len(_launches)), chunksize=1)
+
+
+def amd_table(detr_only: bool = False) -> str:
+    """What Triton's compiler for AMD makes of the kernels: a line for each chip and kernel. Nothing runs there."""
+    _launches.clear()
+    lines = []
+    for chip in AMD:
+        launches, failed = record([case for case in CASES if case.detr or not detr_only], chip)
+        _launches.extend(launches)
+        lines += failed
+    found: dict[tuple, list[str]] = {}
+    for launch, wrong in zip(_launches, _compile_all(), strict=True):
+        found.setdefault((launch.chip, launch.kernel.__name__), []).append(wrong)
+    for (chip, kernel), wrongs in found.items():
+        first = next(filter(None, wrongs), "")
+        count = f"{wrongs.count('')} of {len(wrongs)}"
+        lines.append(f"{chip:8} {count:9} {kernel}" + (f": {first}" if first else ""))
+    return "\n".join(lines)
 
 
 def run(chips: tuple[int, ...] = CHIPS, detr_only: bool = False) -> tuple[list[Row], list[str]]:
@@ -253,8 +304,7 @@ def run(chips: tuple[int, ...] = CHIPS, detr_only: bool = False) -> tuple[list[R
         if detr_only:
             launches, _ = record([case for case in CASES if case.detr], chip)
         _launches.extend(launches)
-    with multiprocessing.get_context("fork").Pool(min(len(os.sched_getaffinity(0)), 8)) as pool:
-        rows = pool.map(_compile_index, range(len(_launches)), chunksize=1)
+    rows = _compile_all()
     return rows, problems + problems_of(rows)
 
 
@@ -262,8 +312,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_gate", description=__doc__.splitlines()[0])
     parser.add_argument("--chips", type=int, nargs="+", default=CHIPS, choices=CHIPS)
     parser.add_argument("--detr", action="store_true", help="only the shapes and options that DETR runs")
+    parser.add_argument("--amd", action="store_true", help="instead, what compiles for AMD's chips: information")
     parser.add_argument("--json", type=Path, help="also write rows and problems here")
     arguments = parser.parse_args()
+    if arguments.amd:
+        print(f"triton {triton.__version__}, kernels that compile (none has run there)")
+        print(amd_table(arguments.detr))
+        return 0
     rows, problems = run(tuple(arguments.chips), arguments.detr)
     print(f"triton {triton.__version__}, {len(rows)} kernels compiled")
     print(table(rows))

@@ -46,6 +46,14 @@ def _tiles(names: tuple[str, str], *tiles: tuple[int, int, int]) -> list[Tile]:
     return [dict(zip((*names, "num_warps"), tile, strict=True)) for tile in tiles]
 
 
+def _products(*tiles: tuple[int, int, int, int, int]) -> list[Tile]:
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    return [dict(zip(names, tile, strict=True)) for tile in tiles]
+
+
+# The layers that stand for pointwise_conv's shape classes: more than 64 output channels, and at most 64.
+_PRODUCTS = ("expand", "reduce")
+
 # Kernel and kind of shape → candidates beside the present configuration.
 CANDIDATES: dict[tuple[str, str], list[Tile]] = {
     ("attention_forward", "many"): _attention_tiles(
@@ -69,13 +77,19 @@ CANDIDATES: dict[tuple[str, str], list[Tile]] = {
         (16, 4, 1), (16, 8, 1), (16, 8, 2), (32, 4, 1), (32, 8, 1), (64, 8, 1)
     ),
     ("attention_grad_key_value", "many"): _attention_tiles(
-        (16, 4, 2), (32, 4, 2), (32, 4, 3), (32, 8, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 1)
+        (16, 4, 2), (32, 4, 2), (32, 4, 3), (32, 4, 5), (32, 8, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 4, 5),
+        (64, 8, 2), (128, 8, 1),
     ),
     ("attention_grad_key_value", "few"): _attention_tiles(
-        (16, 4, 2), (32, 4, 2), (32, 8, 2), (64, 4, 1), (64, 4, 2), (64, 8, 2), (128, 8, 1)
+        (16, 4, 2), (32, 4, 2), (32, 8, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 1)
     ),
     ("attention_grad_key_value", "float32"): _attention_tiles(
         (16, 4, 1), (16, 8, 1), (16, 8, 2), (32, 4, 1), (32, 8, 1), (32, 8, 2)
+    ),
+    ("pointwise_conv_forward", ""): _products(
+        (64, 64, 32, 4, 3), (64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 64, 32, 4, 4), (128, 64, 64, 4, 3),
+        (128, 64, 64, 8, 4), (128, 128, 32, 8, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3),
+        (256, 64, 64, 8, 3), (256, 128, 64, 8, 3),
     ),
     ("pad_collate_forward", ""): _tiles(
         ("BLOCK_H", "BLOCK_W"),
@@ -128,6 +142,7 @@ def classes(quick: bool) -> list[Class]:
     encoder, cross, decoder = (Spec("attention", kind, dropout=0.1) for kind in ("encoder", "cross", "decoder"))
     dense = dataclasses.replace(encoder, padding="none")
     found = _attention(encoder) + _attention(cross) + _attention(decoder)
+    found += [Class("pointwise_conv_forward", Spec("pointwise_conv", kind, padding="none")) for kind in _PRODUCTS]
     collate, position = Spec("pad_collate", "uint8"), Spec("sine_position")
     found += [Class("pad_collate_forward", collate), Class("sine_position_forward", position, "detr_fast tokens")]
     found += [Class("sine_position_forward", dataclasses.replace(position, precision="fp32"))]
@@ -145,6 +160,8 @@ def classes(quick: bool) -> list[Class]:
         Class("sine_position_forward", position),
     ]
     for precision in ("tf32", "fp32"):
+        products = [Spec("pointwise_conv", kind, padding="none", precision=precision) for kind in _PRODUCTS]
+        found += [Class("pointwise_conv_forward", spec) for spec in products]
         for spec in (encoder, cross, decoder):
             found += _attention(dataclasses.replace(spec, precision=precision))
     for head_dim in (64, 128, 16, 24, 40, 96):
@@ -167,6 +184,8 @@ def interpreter_classes() -> list[Class]:
     found += [Class("pad_collate_forward", dataclasses.replace(collate, kind="uint8"))]
     found += [Class("pad_collate_forward", collate, "detr_fast channels_last")]
     found += [Class("pad_collate_backward", dataclasses.replace(collate, kind="float", mode="backward"))]
+    product = plan.interpreter_plan("pointwise_conv")[0]
+    found += [Class("pointwise_conv_forward", dataclasses.replace(product, kind=kind)) for kind in _PRODUCTS]
     position = plan.interpreter_plan("sine_position")[0]
     return found + [Class("sine_position_forward", position, name) for name in ("detr_fast", "detr_fast tokens")]
 
