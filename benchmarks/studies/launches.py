@@ -35,10 +35,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from detr_fast.config import Config
 from detr_fast.criterion import HungarianMatcher
 from detr_fast.data import PackedBatch
+from detr_fast.data.prefetch import copy_batch
 from detr_fast.models import build_model
 from detr_fast.training import engine
 from detr_fast.training.log import Metrics
-from detr_fast.training.optim import build_optimizer
+from detr_fast.training.step import PRECISIONS, build_step
 
 from ..harness.markers import NOTES, replace_between
 from ..harness.provenance import ROOT, provenance
@@ -136,14 +137,21 @@ def _is_view(func) -> bool:
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
+def _laid_out(module: nn.Module, *args, memory_format: torch.memory_format | None = None, **kwargs) -> nn.Module:
+    """In the place of ``module.to``: tensors without values cannot be moved, and are made where they belong."""
+    for parameter in module.parameters() if memory_format is not None else ():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+    return module
+
+
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[None]:
     """Within, tensors have no values and "cuda" is a device that computes in bf16."""
     with contextlib.ExitStack() as stack:
         for patch in (
             mock.patch.object(Tensor, "pin_memory", lambda self: self),
-            # A module of tensors without values cannot be moved; it is made where it belongs.
-            mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self),
+            mock.patch.object(nn.Module, "to", _laid_out),
             mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
             mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_: True),
         ):
@@ -237,10 +245,13 @@ class _Unread:
         return None
 
 
-def _on_gpu(loader, device):
-    """In the place of `Prefetcher`, which needs streams."""
-    for samples, *rest in loader:
-        yield samples.to(device), *pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), rest)
+def _on_gpu(loader, device, counter: Counter):
+    """In the place of `Prefetcher`, which needs streams: its copies, then what it does on arrival."""
+    for batch in loader:
+        with counter.stage("input"):
+            samples, *rest = copy_batch(batch, device)
+            samples = samples.padded()
+        yield samples, *rest
 
 
 class _Loader(list):
@@ -264,25 +275,25 @@ def count(shape: BatchShape, precision: str = "bf16", flags: tuple[str, ...] = (
         ]
     )
     packed, _, targets = make_batch(shape, torch.device("cpu"), 0)
-    options = {"channels_last": True, "dtype": engine.PRECISIONS[precision]}
+    options = {"channels_last": True, "dtype": PRECISIONS[precision]}
     counter = Counter()
     with pretended_gpu(), contextlib.ExitStack() as stack:
         with device:
             model, criterion, _ = build_model(config)
             model.backbone[0].freeze(train_backbone=True)
-            optimizer = build_optimizer(model, config)
+            step = build_step(model, criterion, config, device, print)
+            optimizer = step.optimizer
             # As after the first step, in which AdamW makes its averages.
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[parameter] = {"step": torch.zeros(()), **averages}
         for module, name in (
+            (model, "heads"), (model.class_embed, "heads"), (model.bbox_embed, "heads"), (criterion, "criterion"),
             (model.backbone, "position"), (model.backbone[0], "backbone"), (model.input_proj, "encoder"),
-            (model.transformer, "encoder"), (model.transformer.decoder, "decoder"), (model.class_embed, "heads"),
-            (model.bbox_embed, "heads"), (criterion, "criterion"),
+            (model.transformer, "encoder"), (model.transformer.decoder, "decoder"),
         ):  # fmt: skip
             counter.hook(module, name)
         for owner, name, stage in (
-            (PackedBatch, "to", "input"),
             (HungarianMatcher, "match_layers", "matcher"),
             (nn.utils, "clip_grad_norm_", "clipping"),
         ):
@@ -294,17 +305,14 @@ def count(shape: BatchShape, precision: str = "bf16", flags: tuple[str, ...] = (
             (FunctionCtx, "set_materialize_grads", _set_materialize_grads),
             (Tensor, "backward", counter.within("backward", walk_backward)),
             (engine, "FiniteWatch", _Unread),
-            (engine, "Prefetcher", lambda loader, device: _Loader(_on_gpu(loader, device))),
+            (engine, "Prefetcher", lambda loader, device: _Loader(_on_gpu(loader, device, counter))),
             (Metrics, "latest", lambda self: {}),
             (Metrics, "averages", lambda self, device: {}),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         loader = _Loader([(PackedBatch(packed.buffer, packed.header, packed.options | options), targets)])
         with counter:
-            engine.train_one_epoch(
-                model, criterion, loader, optimizer, device, 0, config.clip_max_norm, precision=precision,
-                print_freq=10**6,
-            )  # fmt: skip
+            engine.run_epoch(step, loader, 0, print_freq=10**6)
     return counter
 
 

@@ -19,7 +19,7 @@ from detr_fast.distributed import get_rank, get_world_size, is_dist_avail_and_in
 from detr_fast.errors import UsageError
 from detr_fast.models.backbone import BackboneBase
 from detr_fast.tasks import Task
-from detr_fast.training.engine import PRECISIONS
+from detr_fast.training.step import PRECISIONS
 
 # Bytes per pixel that a step keeps for its backward pass with each backbone; see `kept_per_pixel`.
 _KEPT = {"resnet18": 260, "resnet34": 310, "resnet50": 550, "resnet101": 755}
