@@ -106,7 +106,7 @@ def batch_size_for(config: Config, memory: int) -> int:
 def kept_per_pixel(config: Config) -> float:
     """About the bytes that a step keeps for its backward pass, per pixel of the batch.
 
-    Counted on tensors without values, in bf16 at 832 x 1344, as what autograd saves; tests/training/test_chosen.py
+    Counted on tensors without values, in bf16 at 832 x 1344, as what autograd saves; tests/training/test_step.py
     counts again.
     """
     kept = _KEPT.get(config.backbone, max(_KEPT.values()))
