@@ -17,6 +17,7 @@ names into NOTES.md.
 import argparse
 import contextlib
 import heapq
+import io
 import itertools
 import json
 import math
@@ -313,7 +314,7 @@ def count(shape: BatchShape, precision: str = "bf16", flags: tuple[str, ...] = (
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         loader = _Loader([(PackedBatch(packed.buffer, packed.header, packed.options | options), targets)])
-        with counter:
+        with counter, contextlib.redirect_stdout(io.StringIO()):  # the progress line
             engine.run_epoch(step, loader, 0, print_freq=10**6)
     return counter
 

@@ -147,7 +147,8 @@ def run_epoch(
                     if explain_non_finite(_unwrap(model), samples, targets) is None:
                         raise
                 stop(batch)
-            step.backward(losses.total / group_size if group_size > 1 else losses.total)
+            share = losses.total if group_size == 1 else losses.total / group_size
+            step.backward(share)
 
         finite = torch.isfinite(losses.total.detach())
         if is_last_of_group:
