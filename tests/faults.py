@@ -167,7 +167,7 @@ FAULTS = [
           ', "lr": config.lr_backbone}', "}",
           "tests/training/test_parts.py"),
     Fault("accumulated-gradients-not-averaged", "detr_fast/training/engine.py",
-          "share = loss / group_size", "share = loss",
+          "else losses.total / group_size", "else losses.total",
           "tests/training/test_engine.py"),
     Fault("resume-forgets-random-states", "detr_fast/training/trainer.py",
           "set_rng_state(generators[get_rank()], self.device)", "rng_state(self.device)",
