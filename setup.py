@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 VIZ = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.14"]
 EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
-EVAL = ["faster-coco-eval>=1.6"]
+EVAL = ["faster-coco-eval>=1.6", "hotcoco>=1.3"]
 # transformers since its registry of patched classes; timm has the backbone of its DETR.
 HF = ["transformers>=5.17", "safetensors>=0.5", "timm>=1.0"]
 # triton 3.6's interpreter needs numpy < 2.4; newer tritons take any.
@@ -28,7 +28,11 @@ setup(
     # `detr_fast/kernels` and `detr_fast/benchmarks` are links to `kernels/` and `benchmarks/`: found here, and never
     # installed under those top-level names.
     packages=find_packages(include=["detr_fast", "detr_fast.*"]),
-    package_data={"detr_fast": ["py.typed"], "detr_fast.benchmarks": ["coco_sizes.json"]},
+    package_data={
+        "detr_fast": ["py.typed"],
+        "detr_fast.evaluation": ["report.html"],
+        "detr_fast.benchmarks": ["coco_sizes.json"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

@@ -122,7 +122,7 @@ def _eval_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output_dir", default="", metavar="DIR", help="where to save eval.pth; without it nothing is saved"
     )
-    run = ("print_freq", "seed", "world_size", "dist_url", "device", "precision", "compile")
+    run = ("eval_backend", "print_freq", "seed", "world_size", "dist_url", "device", "precision", "compile")
     add_flags(parser, RunConfig, only=run, inference=True)
     add_flags(parser, ModelConfig, inference=True)
     add_flags(parser, LossConfig, inference=True)

@@ -30,6 +30,7 @@ from detr_fast.errors import UsageError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 LABEL_LOSSES = ("cross_entropy", "focal_loss")
+EVAL_BACKENDS = ("auto", "pycocotools", "faster_coco_eval", "hotcoco")
 _NO_TRAINING = "nothing is trained"
 _OLD_EMBEDDINGS = {"v2": "sine", "v3": "learned"}  # further names that the original takes
 
@@ -325,6 +326,11 @@ class RunConfig(Part):
     start_epoch: int = flag(0, "number of the first epoch", metavar="N", check=_NOT_NEGATIVE, idle=_NO_TRAINING)
     eval: bool = flag(False, "only evaluate --resume's or --weights' checkpoint")
     eval_every: int = flag(1, "epochs between evaluations; the last is evaluated", check=_POSITIVE, idle=_NO_TRAINING)
+    eval_backend: str = flag(
+        "auto",
+        "who computes COCO's numbers (default auto: the fastest that is installed)",
+        choices=EVAL_BACKENDS,
+    )
     print_freq: int = flag(10, "batches between progress lines", check=_POSITIVE)
     sample_images: int = flag(
         4, "pictures per evaluation in output_dir/samples", check=_NOT_NEGATIVE, idle=_NO_TRAINING

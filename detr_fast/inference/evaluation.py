@@ -3,6 +3,7 @@
 Source: facebookresearch/detr, main.py (``--eval``).
 """
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from detr_fast.inference.loading import Loaded, load_for_inference
 from detr_fast.tasks import task_of
 from detr_fast.training.checkpoint import save_checkpoint
 from detr_fast.training.engine import evaluate
+from detr_fast.training.report import write_report
 from detr_fast.training.setup import loader_for, start
 
 
@@ -76,10 +78,15 @@ def evaluate_loaded(loaded: Loaded, source: str) -> dict:
         categories=dataset.categories,
         precision=config.precision,
         print_freq=config.print_freq,
+        backend=config.eval_backend,
     )
     if is_main_process():
         for line in task.report(evaluator):
             print(line)
         if config.output_dir:
-            save_checkpoint(evaluator.state(), Path(config.output_dir) / "eval.pth")
+            folder = Path(config.output_dir)
+            save_checkpoint(evaluator.state(), folder / "eval.pth")
+            for name, results in task.results(evaluator).items():
+                (folder / name).write_text(json.dumps(results), encoding="utf-8")
+            print(f"report: {write_report(folder, task, evaluator, dataset, annotations, source)}", flush=True)
     return stats

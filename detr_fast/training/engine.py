@@ -158,6 +158,7 @@ def evaluate(
     precision: str = "fp32",
     print_freq: int = 10,
     on_results: Callable[[dict[int, dict[str, Any]]], None] | None = None,
+    backend: str = "auto",
 ) -> tuple[dict[str, Any], Evaluator]:
     """Losses and the task's numbers over the loader's images.
 
@@ -169,6 +170,7 @@ def evaluate(
         task: None: the one whose post-processors these are.
         categories: maps the model's labels to category ids. None: they are the same.
         on_results: called for every batch with {image id: {"scores", "labels" (category ids), …}}.
+        backend: who computes COCO's numbers, see `CocoEvaluator`.
 
     Returns:
         Means of the losses as in `train_one_epoch` with what the evaluator adds: "coco_eval_bbox" and, for masks,
@@ -180,7 +182,7 @@ def evaluate(
     criterion.eval()
     metrics = Metrics()
     task = task_of_postprocessors(postprocessors) if task is None else task
-    evaluator = task.evaluator(base_ds, data_loader.dataset, output_dir)
+    evaluator = task.evaluator(base_ds, data_loader.dataset, output_dir, backend)
 
     for samples, targets in Progress(Prefetcher(data_loader, device), "Test:", metrics, print_freq, device):
         image_ids = torch.cat([target["image_id"] for target in targets]).tolist()

@@ -20,9 +20,9 @@ CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 9, "nam
 OBJECTS = [(1, 3, [10, 10, 40, 40]), (2, 3, [20, 30, 50, 20]), (3, 7, [0, 0, 60, 60]), (5, 7, [5, 5, 40, 50])]
 
 
-@pytest.fixture(autouse=True, params=["pycocotools", "faster_coco_eval"])
+@pytest.fixture(autouse=True, params=["pycocotools", "faster_coco_eval", "hotcoco"])
 def backend(request, monkeypatch):
-    """Every test of this file with either."""
+    """Every test of this file with each."""
     if request.param != "pycocotools":
         pytest.importorskip(request.param)
     monkeypatch.setattr(coco_module, "_resolved", lambda asked: request.param)
@@ -198,7 +198,7 @@ def test_equals_pycocotools_on_a_result_file(coco_mini, tmp_path, backend):
         expected.summarize()
     assert 0.1 < expected.stats[0] < 0.9
     # faster-coco-eval divides in another order: a few values of the curves differ in the last digit.
-    tolerance = 0 if backend == "pycocotools" else 1e-14
+    tolerance = 1e-14 if backend == "faster_coco_eval" else 0
     for name in ("precision", "recall", "scores"):
         np.testing.assert_allclose(evaluator.coco_eval["bbox"].eval[name], expected.eval[name], rtol=0, atol=tolerance)
     np.testing.assert_allclose(evaluator.coco_eval["bbox"].stats, expected.stats, rtol=0, atol=tolerance)
@@ -277,11 +277,27 @@ def test_rejects_the_wrong_order():
 def test_the_backend_can_be_chosen(monkeypatch):
     monkeypatch.undo()
     assert CocoEvaluator(make_coco(), ["bbox"], backend="pycocotools").backend == "pycocotools"
-    is_there = importlib.util.find_spec("faster_coco_eval") is not None
-    assert CocoEvaluator(make_coco(), ["bbox"]).backend == ("faster_coco_eval" if is_there else "pycocotools")
-    with pytest.raises(ValueError, match="backend must be one of auto, pycocotools, faster_coco_eval, got 'fast'"):
+    for name in ("hotcoco", "faster_coco_eval"):
+        if importlib.util.find_spec(name) is not None:
+            assert CocoEvaluator(make_coco(), ["bbox"], backend=name).backend == name
+    names = "auto, pycocotools, faster_coco_eval, hotcoco"
+    with pytest.raises(ValueError, match=f"backend must be one of {names}, got 'fast'"):
         CocoEvaluator(make_coco(), ["bbox"], backend="fast")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert CocoEvaluator(make_coco(), ["bbox"]).backend == "pycocotools"
-    with pytest.raises(ImportError, match=r"it is not installed \(pip install detr_fast\[eval\]\)"):
-        CocoEvaluator(make_coco(), ["bbox"], backend="faster_coco_eval")
+
+
+@pytest.mark.parametrize(
+    "installed, chosen",
+    [
+        ((), "pycocotools"),
+        (("faster_coco_eval",), "faster_coco_eval"),
+        (("faster_coco_eval", "hotcoco"), "hotcoco"),
+    ],
+    ids=["none", "faster", "both"],
+)
+def test_auto_takes_the_fastest_backend_that_is_installed(monkeypatch, installed, chosen):
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    assert CocoEvaluator(make_coco(), ["bbox"]).backend == chosen
+    for absent in {"faster_coco_eval", "hotcoco"} - set(installed):
+        with pytest.raises(ImportError, match=rf"'{absent}': it is not installed \(pip install detr_fast\[eval\]\)"):
+            CocoEvaluator(make_coco(), ["bbox"], backend=absent)
