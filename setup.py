@@ -10,6 +10,7 @@ VIZ = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.14"]
 EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
 EVAL = ["faster-coco-eval>=1.6", "hotcoco>=1.3"]
+COMPLETION = ["shtab>=1.6"]
 # transformers since its registry of patched classes; timm has the backbone of its DETR.
 HF = ["transformers>=5.17", "safetensors>=0.5", "timm>=1.0"]
 # triton 3.6's interpreter needs numpy < 2.4; newer tritons take any.
@@ -48,8 +49,9 @@ setup(
         "tensorboard": TENSORBOARD,
         "hf": HF,
         "eval": EVAL,
+        "completion": COMPLETION,
         "export": EXPORT,
-        "all": VIZ + TENSORBOARD + EVAL + HF + EXPORT,
+        "all": VIZ + TENSORBOARD + EVAL + HF + EXPORT + COMPLETION,
         "test": TEST + LINT + VIZ + TENSORBOARD,
     },
     entry_points={"console_scripts": ["detr-fast = detr_fast.cli:main"]},

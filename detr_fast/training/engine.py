@@ -182,7 +182,9 @@ def evaluate(
     criterion.eval()
     metrics = Metrics()
     task = task_of_postprocessors(postprocessors) if task is None else task
-    evaluator = task.evaluator(base_ds, data_loader.dataset, output_dir, backend)
+    # Only if it was chosen: a task of somebody else's need not know of it.
+    choice = {} if backend == "auto" else {"backend": backend}
+    evaluator = task.evaluator(base_ds, data_loader.dataset, output_dir, **choice)
 
     for samples, targets in Progress(Prefetcher(data_loader, device), "Test:", metrics, print_freq, device):
         image_ids = torch.cat([target["image_id"] for target in targets]).tolist()

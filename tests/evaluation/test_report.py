@@ -120,9 +120,7 @@ def test_the_page_needs_nothing_beside_it_and_names_are_text(folder, tmp_path, m
     assert path == tmp_path / "eval" / "report.html"
     text = path.read_text(encoding="utf-8")
     assert "<script>document" not in text and "<img src=x>" not in text and "a &amp; b" in text
-    assert not re.findall(r'(?:src|href)="(?!data:image/jpeg;base64,)', text) and "http" not in text.replace(
-        "http-", ""
-    )
+    assert not re.findall(r'(?:src|href)="(?!data:image/jpeg;base64,)', text) and "://" not in text
     assert text.count("data:image/jpeg") == 2 * len(PREDICTIONS)
     assert text.count("COCO&#x27;s numbers") == (2 if masks else 1)
     # The worst come first.
