@@ -6,6 +6,16 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
+# Links to the folders at the root. Git writes them as text files where it may not make links (on Windows without
+# developer mode), and the package would be built without its kernels.
+for link in ("kernels", "benchmarks"):
+    if not (HERE / "detr_fast" / link / "__init__.py").is_file():
+        raise SystemExit(
+            f"detr_fast/{link} is not the link to {link}/ that it should be, so the package would lack it. Check out "
+            f"with links (git config core.symlinks true, then git checkout -- detr_fast/{link}), or copy the folder "
+            f"{link} in its place."
+        )
+
 VIZ = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.14"]
 EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
