@@ -13,6 +13,7 @@ import contextlib
 import copy
 import importlib.util
 import io
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -189,15 +190,15 @@ class CocoEvaluator:
             table[name] = {"AP": float(precision[..., k].mean()), "AP50": float(precision[at_50, :, k].mean())}
         return table
 
-    def results(self, iou_type: str = "bbox") -> list[dict]:
+    def results(self, iou_type: str = "bbox", threshold: float = -math.inf) -> list[dict]:
         """All processes' detections in COCO's result format, after :meth:`synchronize_between_processes`.
 
         Args:
             iou_type: "bbox": entries have a "bbox"; "segm": a "segmentation" (run lengths).
+            threshold: lowest score.
         """
-        return [
-            entry for image_id in sorted(self._merged) for entry in _results(image_id, self._merged[image_id], iou_type)
-        ]
+        entries = (entry for i in sorted(self._merged) for entry in _results(i, self._merged[i], iou_type))
+        return [entry for entry in entries if entry["score"] >= threshold]
 
     def result_of(self, image_id: int) -> dict[str, Tensor]:
         """An image's detections as :meth:`update` took them, after :meth:`synchronize_between_processes`."""

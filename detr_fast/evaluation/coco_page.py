@@ -74,7 +74,7 @@ def _confusion(evaluator: CocoEvaluator, kind: str) -> tuple[Confusion | None, l
     if not rust.is_installed():
         return None, ["There is no confusion matrix: it needs the package hotcoco (pip install hotcoco)."]
     params = evaluator.coco_eval[kind].params
-    counts = rust.confusion(evaluator.coco_gt, evaluator.results(kind), params, iou=IOU, score=SCORE)
+    counts = rust.confusion(evaluator.coco_gt, evaluator.results(kind, SCORE), params, iou=IOU)
     note = (
         f"Rows: annotated classes; columns: predicted ones, with a score of at least {SCORE} and an IoU of at least "
         f"{IOU}. The last column is missed objects, the last row false alarms. Colours are shares of a row."
@@ -87,7 +87,7 @@ def _matched(evaluator: CocoEvaluator, kind: str) -> tuple[dict[int, list[int]],
 
     Images with neither objects nor detections have an F1 of 1.
     """
-    confident = [entry for entry in evaluator.results(kind) if entry["score"] >= SCORE]
+    confident = evaluator.results(kind, SCORE)
     with contextlib.redirect_stdout(io.StringIO()):
         # loadRes cannot take an empty list.
         found = evaluator.coco_gt.loadRes(confident) if confident else COCO()

@@ -32,19 +32,18 @@ def accumulated(coco_gt: COCO, results: Sequence[Mapping], params: Any) -> dict:
     return {**arrays, "counts": list(arrays["precision"].shape)}
 
 
-def confusion(coco_gt: COCO, results: Sequence[Mapping], params: Any, *, iou: float, score: float) -> np.ndarray:
+def confusion(coco_gt: COCO, results: Sequence[Mapping], params: Any, *, iou: float) -> np.ndarray:
     """What the objects of each category were taken for.
 
     Args:
         coco_gt, results, params: as `accumulated`'s.
         iou: overlap from which a detection belongs to an object, of whatever category.
-        score: detections below it are left out.
 
     Returns:
         [K + 1, K + 1] counts, a row for each category of the objects and a column for each of the detections, in the
         order of `params.catIds`; the last row is false alarms, the last column missed objects.
     """
-    matrix = _evaluation(coco_gt, results, params).confusion_matrix(iou_thr=iou, min_score=score)["matrix"]
+    matrix = _evaluation(coco_gt, results, params).confusion_matrix(iou_thr=iou)["matrix"]
     return np.asarray(matrix).astype(np.int64)
 
 
@@ -83,10 +82,7 @@ def _evaluation(coco_gt: COCO, results: Sequence[Mapping], params: Any) -> Any:
         ]
     else:
         found = np.array(
-            [
-                (image_of[e["image_id"]], *e["bbox"], e["score"], category_of[e["category_id"]])  # one row
-                for e in known
-            ],
+            [(image_of[e["image_id"]], *e["bbox"], e["score"], category_of[e["category_id"]]) for e in known],
             dtype=np.float64,
         ).reshape(-1, 7)
     evaluation = hotcoco.COCOeval(annotations, annotations.load_res(found), params.iouType)

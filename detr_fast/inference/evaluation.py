@@ -50,7 +50,8 @@ def evaluate_loaded(loaded: Loaded, source: str) -> dict:
     """As `evaluate_checkpoint`, of a model that is loaded already.
 
     Args:
-        loaded: the model; its `config` names data, and where eval.pth goes: a folder that exists, or nowhere.
+        loaded: the model; its `config` names data, and where eval.pth, the report and COCO's results file go: a folder
+            that exists, or nowhere.
         source: what error messages call the model.
     """
     with usage_errors():
