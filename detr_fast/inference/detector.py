@@ -194,8 +194,8 @@ class Detector:
 
         Args:
             settings: where the data are, ``coco_path=…``, or ``val_ann=…, val_images=…``; `batch_size`, `num_workers`,
-                `image_size`, `max_size`, `group_by_size`, `print_freq`, `eval_backend`, and `output_dir` to save eval.pth,
-                eval/report.html and results.json.
+                `image_size`, `max_size`, `group_by_size`, `print_freq`, `eval_backend`, and `output_dir` to save
+                eval.pth, eval/report.html and results.json.
 
         Returns:
             The losses and the task's numbers, such as "coco_eval_bbox", pycocotools' twelve.
