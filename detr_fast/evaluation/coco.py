@@ -258,7 +258,7 @@ def _resolved(backend: str) -> str:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     installed = [name for name in ("hotcoco", "faster_coco_eval") if importlib.util.find_spec(name) is not None]
     if backend == "auto":
-        return [*installed, "pycocotools"][0]
+        return [*(name for name in installed if name != "hotcoco" or rust.is_usable()), "pycocotools"][0]
     if backend not in (*installed, "pycocotools"):
         raise ImportError(f"backend={backend!r}: it is not installed (pip install detr_fast[eval])")
     return backend

@@ -71,7 +71,7 @@ def _curves(evaluator: CocoEvaluator, kind: str) -> Chart:
 
 
 def _confusion(evaluator: CocoEvaluator, kind: str) -> tuple[Confusion | None, list[str]]:
-    if not rust.is_installed():
+    if not rust.is_usable():
         return None, ["There is no confusion matrix: it needs the package hotcoco (pip install hotcoco)."]
     params = evaluator.coco_eval[kind].params
     counts = rust.confusion(evaluator.coco_gt, evaluator.results(kind, SCORE), params, iou=IOU)

@@ -1,19 +1,23 @@
 """COCO's numbers and the confusion matrix by hotcoco, which matches and counts in Rust (``pip install hotcoco``).
 
-Its arrays equal pycocotools' bit by bit.
+Its arrays equal pycocotools' bit by bit. Its threads start with the first evaluation and do not survive a fork: a
+process that was forked after it would wait for them for ever.
 """
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
 
+_started_in: int | None = None  # the process that has its threads
 
-def is_installed() -> bool:
-    """Whether hotcoco can be imported."""
-    return importlib.util.find_spec("hotcoco") is not None
+
+def is_usable() -> bool:
+    """Whether hotcoco is installed, and its threads were not left behind in the process that forked this one."""
+    return importlib.util.find_spec("hotcoco") is not None and _started_in in (None, os.getpid())
 
 
 def accumulated(coco_gt: COCO, results: Sequence[Mapping], params: Any) -> dict:
@@ -48,8 +52,15 @@ def confusion(coco_gt: COCO, results: Sequence[Mapping], params: Any, *, iou: fl
 
 
 def _evaluation(coco_gt: COCO, results: Sequence[Mapping], params: Any) -> Any:
+    global _started_in
     import hotcoco
 
+    if _started_in not in (None, os.getpid()):
+        raise RuntimeError(
+            "hotcoco has been used before this process was forked, and cannot be used here: start processes by "
+            "'spawn', or take another backend"
+        )
+    _started_in = os.getpid()
     # It takes no negative ids, and an id of 0 is none to pycocotools: it gets positions among the evaluated ids.
     image_of = {image_id: n for n, image_id in enumerate(params.imgIds, 1)}
     category_of = {category_id: n for n, category_id in enumerate(params.catIds, 1)}

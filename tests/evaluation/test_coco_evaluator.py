@@ -12,7 +12,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detr_fast.evaluation import CocoEvaluator
+from detr_fast.evaluation import CocoEvaluator, rust
 from detr_fast.evaluation import coco as coco_module
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 9, "name": "bird"}]
@@ -228,9 +228,20 @@ def check_merging(folder, backend, start_method):
 
 def test_two_processes_are_merged(tmp_path, backend):
     if backend == "hotcoco":
-        pytest.skip("its threads do not survive a fork: see the next test")
+        pytest.skip("its threads do not survive a fork; spawned processes are tested below")
     # Forked: two processes that import torch anew take seconds.
     check_merging(tmp_path, backend, "fork")
+
+
+def test_a_forked_process_does_not_wait_for_threads_it_does_not_have(monkeypatch):
+    pytest.importorskip("hotcoco")
+    monkeypatch.undo()
+    monkeypatch.setattr(rust, "_started_in", -1)  # another process
+    assert CocoEvaluator(make_coco(), ["bbox"]).backend != "hotcoco"
+    evaluator = CocoEvaluator(make_coco(), ["bbox"], backend="hotcoco")
+    evaluator.update({1: perfect(1)})
+    with pytest.raises(RuntimeError, match="forked"):
+        evaluator.synchronize_between_processes()
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def test_confusion_counts_what_was_taken_for_what(folder):
 
 
 def test_without_hotcoco_the_page_says_what_is_missing(folder, monkeypatch):
-    monkeypatch.setattr(rust, "is_installed", lambda: False)
+    monkeypatch.setattr(rust, "is_usable", lambda: False)
     page = coco_page.coco_page(summarised(CocoEvaluator(coco_of(folder), ["bbox"], backend="pycocotools")))
     assert page.confusion is None and "pip install hotcoco" in render("t", "s", page, {})
 
