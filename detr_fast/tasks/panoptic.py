@@ -169,7 +169,7 @@ def _panoptic_tables(evaluator: BoxesAndSegments) -> list[Table]:
     means = [[name, *(quality[name][key] for key in ("pq", "sq", "rq")), quality[name]["n"]] for name in _GROUPS]
     categories = evaluator.panoptic.categories
     rows = [
-        [f"{c['name']} ({c['id']})", *(quality["per_class"][c["id"]][key] for key in ("pq", "sq", "rq"))]
+        [f"{c.get('name', '')} ({c['id']})", *(quality["per_class"][c["id"]][key] for key in ("pq", "sq", "rq"))]
         for c in categories
     ]
     return [

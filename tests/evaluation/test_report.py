@@ -17,8 +17,10 @@ from pycocotools.cocoeval import COCOeval
 
 from detr_fast.config import Config
 from detr_fast.evaluation import CocoEvaluator, LineEvaluator, coco_page, rust
+from detr_fast.evaluation.panoptic import Tally, average
 from detr_fast.evaluation.report import render
 from detr_fast.tasks import task_of
+from detr_fast.tasks.panoptic import _panoptic_tables
 from detr_fast.training.report import write_report
 
 EVIL = "<script>document.title='broken'</script>"
@@ -170,6 +172,15 @@ def test_the_results_file_gives_the_same_numbers(folder, tmp_path, kind, name):
     again.summarize()
     assert again.stats.tolist() == pytest.approx(evaluator.coco_eval[kind].stats.tolist(), abs=1e-6)
     assert 0 < again.stats[0] < 1
+
+
+def test_panoptic_quality_has_tables():
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "sky", "isthing": 0}]
+    quality = average({1: Tally(iou=0.8, tp=1, fp=2)}, categories)
+    evaluator = SimpleNamespace(quality=quality, panoptic=SimpleNamespace(categories=categories))
+    means, classes = _panoptic_tables(evaluator)
+    assert means.rows[0] == ["All", pytest.approx(0.4), pytest.approx(0.8), pytest.approx(0.5), 1]
+    assert [row[0] for row in classes.rows] == ["cat (1)", "sky (2)"] and classes.rows[1][1:] == [0, 0, 0]
 
 
 def test_lines_have_a_page_with_pictures(folder, tmp_path):
