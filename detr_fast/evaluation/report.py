@@ -110,13 +110,10 @@ def render(title: str, subtitle: str, page: Page, pictures: Mapping[str, Sequenc
     """
     names = [str(row[0]) for table in page.tables if table.of_classes for row in table.rows]
     number_of = {name: n for n, name in enumerate(dict.fromkeys(names))}
-    parts = []
-    summary, rest = [t for t in page.tables if not t.of_classes], [t for t in page.tables if t.of_classes]
-    if summary:
-        parts.append(f'<div class="side">{"".join(_table(table, number_of) for table in summary)}</div>')
-    parts += [_table(table, number_of) for table in rest]
-    if page.charts:
-        parts.append(f'<div class="side">{"".join(_chart(chart, number_of) for chart in page.charts)}</div>')
+    beside = [_table(table, number_of) for table in page.tables if not table.of_classes]
+    beside += [_chart(chart, number_of) for chart in page.charts]
+    parts = [f'<div class="side">{"".join(beside)}</div>']
+    parts += [_table(table, number_of) for table in page.tables if table.of_classes]
     if page.confusion is not None:
         parts.append(_confusion(page.confusion))
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in page.notes]
