@@ -665,7 +665,7 @@ def parse_with_given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tu
 def flag_names(message: str) -> str:
     """A message with the settings as flags, "--coco_path" for "coco_path"; one-word settings and paths stay."""
     names = "|".join(name for name in _FLAGS if "_" in name)
-    return re.sub(rf"(?<![\w./\\'\"-])({names})(?![\w./\\'\"-]|=)", r"--\1", message)
+    return re.sub(rf"(?<![\w./\\'\"-])({names})(?![\w/\\'\"=-]|\.\w)", r"--\1", message)
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """COCO's numbers and the confusion matrix by hotcoco, which matches and counts in Rust (``pip install hotcoco``).
 
-Its arrays equal pycocotools' bit by bit. Its threads start with the first evaluation and do not survive a fork: a
-process that was forked after it would wait for them for ever.
+Its arrays equal pycocotools' bit by bit, but that it counts a match with an annotation whose id is 0, which pycocotools
+takes for none. Its threads start with the first evaluation and do not survive a fork: a process that was forked after
+it would wait for them for ever.
 """
 
 import importlib.util
@@ -61,7 +62,7 @@ def _evaluation(coco_gt: COCO, results: Sequence[Mapping], params: Any) -> Any:
             "'spawn', or take another backend"
         )
     _started_in = os.getpid()
-    # It takes no negative ids, and an id of 0 is none to pycocotools: it gets positions among the evaluated ids.
+    # It takes no negative ids: it gets positions among the evaluated ones.
     image_of = {image_id: n for n, image_id in enumerate(params.imgIds, 1)}
     category_of = {category_id: n for n, category_id in enumerate(params.catIds, 1)}
     has_masks = params.iouType == "segm"

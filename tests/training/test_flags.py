@@ -183,10 +183,8 @@ def test_predict_has_no_flags_that_mean_something_else_in_training(capsys):
 
 
 def test_messages_speak_in_flags_and_leave_paths_alone():
-    text = "train_ann and coco_path: 'coco_path', data/val_images/1.jpg, my_lr_drop, --batch_size, lr_drop must be"
-    expected = (
-        "--train_ann and --coco_path: 'coco_path', data/val_images/1.jpg, my_lr_drop, --batch_size, --lr_drop must be"
-    )
+    text = "train_ann and coco_path: 'coco_path', data/val_images/1.jpg, my_lr_drop, --batch_size, lr_drop."
+    expected = "--train_ann and --coco_path: 'coco_path', data/val_images/1.jpg, my_lr_drop, --batch_size, --lr_drop."
     assert flag_names(text) == expected
 
 
