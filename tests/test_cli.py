@@ -79,7 +79,11 @@ def test_eval_writes_a_report_and_a_results_file_that_coco_reads(own_data, check
     assert str(tmp_path / "eval" / "report.html") in capsys.readouterr().out
     page = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/jpeg") == 12 and ">dot<" in page
-    coco = COCO(str(own_data / "ann.json"))
+    content = json.loads((own_data / "ann.json").read_text())
+    for entry in content["annotations"]:  # what pycocotools wants to be there
+        entry.update(iscrowd=0, area=entry["bbox"][2] * entry["bbox"][3])
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    coco = COCO(str(tmp_path / "ann.json"))
     again = COCOeval(coco, coco.loadRes(str(tmp_path / "results.json")), "bbox")
     again.evaluate()
     again.accumulate()
