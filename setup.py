@@ -6,10 +6,21 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
+# Links to the folders at the root. Git writes them as text files where it may not make links (on Windows without
+# developer mode), and the package would be built without its kernels.
+for link in ("kernels", "benchmarks"):
+    if not (HERE / "detr_fast" / link / "__init__.py").is_file():
+        raise SystemExit(
+            f"detr_fast/{link} is not the link to {link}/ that it should be, so the package would lack it. Check out "
+            f"with links (git config core.symlinks true, then git checkout -- detr_fast/{link}), or copy the folder "
+            f"{link} in its place."
+        )
+
 VIZ = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.14"]
 EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
-EVAL = ["faster-coco-eval>=1.6"]
+EVAL = ["faster-coco-eval>=1.6", "hotcoco>=1.3"]
+COMPLETION = ["shtab>=1.6"]
 # transformers since its registry of patched classes; timm has the backbone of its DETR.
 HF = ["transformers>=5.17", "safetensors>=0.5", "timm>=1.0"]
 # triton 3.6's interpreter needs numpy < 2.4; newer tritons take any.
@@ -28,7 +39,11 @@ setup(
     # `detr_fast/kernels` and `detr_fast/benchmarks` are links to `kernels/` and `benchmarks/`: found here, and never
     # installed under those top-level names.
     packages=find_packages(include=["detr_fast", "detr_fast.*"]),
-    package_data={"detr_fast": ["py.typed"], "detr_fast.benchmarks": ["coco_sizes.json"]},
+    package_data={
+        "detr_fast": ["py.typed"],
+        "detr_fast.evaluation": ["report.html"],
+        "detr_fast.benchmarks": ["coco_sizes.json"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -44,8 +59,9 @@ setup(
         "tensorboard": TENSORBOARD,
         "hf": HF,
         "eval": EVAL,
+        "completion": COMPLETION,
         "export": EXPORT,
-        "all": VIZ + TENSORBOARD + EVAL + HF + EXPORT,
+        "all": VIZ + TENSORBOARD + EVAL + HF + EXPORT + COMPLETION,
         "test": TEST + LINT + VIZ + TENSORBOARD,
     },
     entry_points={"console_scripts": ["detr-fast = detr_fast.cli:main"]},

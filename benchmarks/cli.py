@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Microbenchmarks of the fused ops.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", allow_abbrev=False, description="Microbenchmarks of the fused ops."
+    )
     add_arguments(parser)
     args = parser.parse_args(argv)
     try:

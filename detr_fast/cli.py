@@ -15,6 +15,8 @@ from detr_fast.config import (
     RunConfig,
     add_flags,
     command_parser,
+    did_you_mean,
+    flag_names,
     get_args_parser,
     normalise_options,
     parse_with_given,
@@ -44,8 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] == "--version":
         print(__version__)
         return 0
+    if argv[0] == "--print_completion":
+        return _print_completion(argv[1:])
     if argv[0] not in _COMMANDS:
-        return _complain(f"unknown command {argv[0]!r}; the commands are {', '.join(_COMMANDS)}")
+        guess = did_you_mean(argv[0], _COMMANDS)
+        return _complain(f"unknown command {argv[0]!r}{guess or '; the commands are ' + ', '.join(_COMMANDS)}")
     make_parser, run, _ = _COMMANDS[argv[0]]
     try:
         args, given = parse_with_given(make_parser(), argv[1:])
@@ -80,6 +85,7 @@ def _train_parser() -> argparse.ArgumentParser:
     return command_parser(
         "train",
         "Trains DETR on data in COCO's format. For several GPUs:\n  torchrun --nproc-per-node N -m detr_fast train …",
+        help_all=True,
         usage="detr-fast train --coco_path DIR [--output_dir DIR] [FLAG …], or with own data\n"
         "       detr-fast train --train_ann JSON --train_images DIR --val_ann JSON --val_images DIR …",
         parents=[get_args_parser()],
@@ -114,15 +120,21 @@ def _eval_parser() -> argparse.ArgumentParser:
         "eval",
         "Evaluates a checkpoint with pycocotools (of lines: their structural average precision).\n"
         "The flags of model and loss are the checkpoint's own; give them for bare weights only.",
+        help_all=True,
         usage="detr-fast eval --weights PATH (--coco_path DIR | --val_ann JSON --val_images DIR) [FLAG …]",
     )
-    _add_weights(parser)
+    _add_weights(parser, "--checkpoint", "--resume")
     add_flags(parser, DataConfig, without=_TRAIN_DATA, inference=True)
     parser.add_argument("--batch_size", default=2, type=int, help="images per process")
     parser.add_argument(
-        "--output_dir", default="", metavar="DIR", help="where to save eval.pth; without it nothing is saved"
+        "--output_dir",
+        default="",
+        metavar="DIR",
+        help="gets eval.pth, eval/report.html and, for COCO's server, results.json; without it nothing is saved",
     )
-    run = ("preset", "print_freq", "seed", "world_size", "dist_url", "device", "precision", "compile")
+    run = (
+        "preset", "eval_backend", "print_freq", "seed", "world_size", "dist_url", "device", "precision", "compile"
+    )  # fmt: skip
     add_flags(parser, RunConfig, only=run, inference=True)
     add_flags(parser, ModelConfig, inference=True)
     add_flags(parser, LossConfig, inference=True)
@@ -143,6 +155,7 @@ def _predict_parser() -> argparse.ArgumentParser:
         "Detects objects, or lines, in images: a picture for each, and a json with all.\n"
         "The model's flags are the checkpoint's own; for bare weights give what their shapes do not show (--nheads,\n"
         "--dilation).",
+        help_all=True,
         usage="detr-fast predict IMAGE_OR_FOLDER … --weights PATH [--output_dir DIR] [FLAG …]",
     )
     parser.add_argument(
@@ -206,6 +219,7 @@ def _export_parser() -> argparse.ArgumentParser:
         "export",
         "Writes a detector of boxes as a file that runs without this package, with batch, height and width free, and\n"
         "compares it with the model on three other shapes: a file that differs is not kept, and the exit code is 1.",
+        help_all=True,
         usage="detr-fast export --weights PATH --format onnx|torch|aoti --output FILE [FLAG …]",
     )
     _add_weights(parser)
@@ -350,11 +364,10 @@ def _doctor(args: argparse.Namespace, given: set[str]) -> int:
     return doctor(args.device)
 
 
-def _add_weights(parser: argparse.ArgumentParser) -> None:
+def _add_weights(parser: argparse.ArgumentParser, *aliases: str) -> None:
     parser.add_argument(
         "--weights",
-        "--checkpoint",
-        "--resume",
+        *aliases,
         required=True,
         metavar="PATH",
         help="a run's folder, a checkpoint of ours or of the original (a file or an https address), or a published "
@@ -378,7 +391,27 @@ _COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
 def _overview() -> str:
     lines = ["usage: detr-fast COMMAND …", ""]
     lines += [f"  {name:12}{text}" for name, (_, _, text) in _COMMANDS.items()]
-    return "\n".join([*lines, "", "detr-fast COMMAND --help lists a command's flags; - and _ are alike in them."])
+    more = [
+        "detr-fast COMMAND --help lists a command's flags; - and _ are alike in them.",
+        "detr-fast --version; detr-fast --print-completion bash|zsh for the completion of commands and flags.",
+    ]
+    return "\n".join([*lines, "", *more])
+
+
+def _print_completion(argv: Sequence[str]) -> int:
+    if len(argv) != 1 or argv[0] not in ("bash", "zsh"):
+        return _complain(f"--print-completion takes bash or zsh, got {' '.join(argv) or 'nothing'}")
+    try:
+        import shtab
+    except ImportError:
+        return _complain("--print-completion needs the package shtab: pip install detr_fast[completion]")
+    root = argparse.ArgumentParser(prog="detr-fast")
+    root.add_argument("--version", action="store_true", help="the version")
+    commands = root.add_subparsers()
+    for name, (make_parser, _, text) in _COMMANDS.items():
+        commands.add_parser(name, help=text, parents=[make_parser()], add_help=False)
+    print(shtab.complete(root, shell=argv[0]))
+    return 0
 
 
 def _complain(message: str) -> int:
@@ -391,6 +424,8 @@ def _message(error: Exception) -> str:
     if "Original Traceback" in text:
         # From a loader's worker: its whole traceback is in the text, the message in its last line.
         text = text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
+    # The parts name settings as their callers in Python know them.
+    text = flag_names(text)
     expected = isinstance(error, (UsageError, OSError, NonFiniteLossError))
     return text if expected else f"{text} ({_TRACEBACK}=1 shows where)"
 

@@ -20,9 +20,12 @@ Source of names and defaults: facebookresearch/detr, main.py; mlpc-ucsd/LETR, sr
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import math
 import os
+import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,6 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 LABEL_LOSSES = ("cross_entropy", "focal_loss")
+EVAL_BACKENDS = ("auto", "pycocotools", "faster_coco_eval", "hotcoco")
 _NO_TRAINING = "nothing is trained"
 _OLD_EMBEDDINGS = {"v2": "sine", "v3": "learned"}  # further names that the original takes
 
@@ -65,6 +69,7 @@ class Flag:
         group: the heading in ``--help`` under which it stands; empty: that of its class.
         auto: for a field that is None by default, to be chosen for the machine (`--flag auto`): what the parser of
             flags has in its place, for code that reads the original's namespace; and what counts without a GPU.
+        basic: ``--help`` shows it; the others stand under ``--help-all``.
     """
 
     help: str
@@ -75,6 +80,7 @@ class Flag:
     idle: str = ""
     group: str = ""
     auto: int | None = None
+    basic: bool = False
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
@@ -115,7 +121,7 @@ class OptimisationConfig(Part):
 
     heading = "optimiser"
 
-    lr: float = flag(1e-4, "learning rate", check=_NOT_NEGATIVE, idle=_NO_TRAINING)
+    lr: float = flag(1e-4, "learning rate", check=_NOT_NEGATIVE, idle=_NO_TRAINING, basic=True)
     lr_backbone: float = flag(
         1e-5, "learning rate of the backbone; 0 freezes it", check=_NOT_NEGATIVE, idle=_NO_TRAINING
     )
@@ -125,9 +131,10 @@ class OptimisationConfig(Part):
         check=_POSITIVE,
         metavar="N|auto",
         auto=2,
+        basic=True,
     )
     weight_decay: float = flag(1e-4, "of AdamW", check=_NOT_NEGATIVE, idle=_NO_TRAINING)
-    epochs: int = flag(300, "passes over the training images", check=_POSITIVE, idle=_NO_TRAINING)
+    epochs: int = flag(300, "passes over the training images", check=_POSITIVE, idle=_NO_TRAINING, basic=True)
     max_steps: int = flag(
         0, "stop after so many optimiser steps (default 0: no limit)", check=_NOT_NEGATIVE, idle=_NO_TRAINING
     )
@@ -171,8 +178,8 @@ class ModelConfig(Part):
         metavar="PATH",
         idle="the checkpoint has all weights",
     )
-    masks: bool = flag(False, "a mask for every detection")
-    backbone: str = flag("resnet50", "resnet18, resnet34, resnet50 or resnet101")
+    masks: bool = flag(False, "a mask for every detection", basic=True)
+    backbone: str = flag("resnet50", "resnet18, resnet34, resnet50 or resnet101", basic=True)
     backbone_weights: str = flag(
         "imagenet",
         "torchvision's ImageNet weights, random ones, or a file",
@@ -259,11 +266,13 @@ class DataConfig(Part):
         "coco",
         "coco: boxes, with --masks also masks; coco_panoptic: things and stuff; lines: line segments (LETR)",
         metavar="TASK",
+        basic=True,
     )
     coco_path: str | None = flag(
         None,
         "folder with annotations/instances_{train,val}2017.json (lines: lines_…), train2017/, val2017/",
         metavar="DIR",
+        basic=True,
     )
     coco_panoptic_path: str | None = flag(
         None,
@@ -278,22 +287,25 @@ class DataConfig(Part):
         idle=_NO_TRAINING,
     )
     train_ann: str | None = flag(
-        None, "own data: annotations of the training images", metavar="JSON", idle=_NO_TRAINING
+        None, "own data: annotations of the training images", metavar="JSON", idle=_NO_TRAINING, basic=True
     )
-    train_images: str | None = flag(None, "own data: folder of the training images", metavar="DIR", idle=_NO_TRAINING)
+    train_images: str | None = flag(
+        None, "own data: folder of the training images", metavar="DIR", idle=_NO_TRAINING, basic=True
+    )
     group_by_size: bool = flag(
         True,
         "batches in the original's order, instead of images of like size together (more padding)",
         names=("--no_group_by_size",),
     )
-    val_ann: str | None = flag(None, "own data: annotations of the validation images", metavar="JSON")
-    val_images: str | None = flag(None, "own data: folder of the validation images", metavar="DIR")
+    val_ann: str | None = flag(None, "own data: annotations of the validation images", metavar="JSON", basic=True)
+    val_images: str | None = flag(None, "own data: folder of the validation images", metavar="DIR", basic=True)
     image_size: int | None = flag(
         None,
         "short side of the images in pixels, while training the largest one (default: a checkpoint's own, or 800; "
         "while evaluating lines 1100)",
         names=("--image_size", "--short_side"),
         check=_POSITIVE,
+        basic=True,
     )
     max_size: int | None = flag(
         None, "longest side in pixels (default 1333, in proportion to --image_size)", check=_POSITIVE
@@ -310,6 +322,7 @@ class DataConfig(Part):
         check=_NOT_NEGATIVE,
         metavar="N|auto",
         auto=2,
+        basic=True,
     )
     loader_timeout: float = flag(
         600,
@@ -334,9 +347,10 @@ class RunConfig(Part):
         "values for the flags that are not given; original: those of facebookresearch/detr, for the same training",
         choices=("", *PRESETS),
         metavar="|".join(PRESETS),
+        basic=True,
     )
 
-    device: str = flag("auto", "auto (a GPU if there is one), cuda, cuda:N or cpu", group="device")
+    device: str = flag("auto", "auto (a GPU if there is one), cuda, cuda:N or cpu", group="device", basic=True)
     precision: str = flag(
         "auto",
         "fp32, or autocast in bf16 or fp16; auto: bf16 while training on a GPU that computes in it, otherwise fp32",
@@ -345,12 +359,13 @@ class RunConfig(Part):
     )
     compile: bool = flag(False, "torch.compile the transformer's layers and the box head", group="device")
 
-    output_dir: str = flag("", "where to save; without it nothing is saved", metavar="DIR")
+    output_dir: str = flag("", "where to save; without it nothing is saved", metavar="DIR", basic=True)
     seed: int = flag(42, "of weights, order, augmentation and dropout", check=_SEED, idle="nothing is drawn at random")
     resume: str = flag(
         "",
         "continue a run from its checkpoint; auto: from output_dir if a checkpoint is there",
         metavar="PATH|auto",
+        basic=True,
     )
     checkpoint_every: str = flag(
         "30m",
@@ -359,11 +374,19 @@ class RunConfig(Part):
         idle=_NO_TRAINING,
     )
     weights: str = flag(
-        "", "start a new run from a checkpoint's weights; heads that do not fit are replaced", metavar="PATH"
+        "",
+        "start a new run from a checkpoint's weights; heads that do not fit are replaced",
+        metavar="PATH",
+        basic=True,
     )
     start_epoch: int = flag(0, "number of the first epoch", metavar="N", check=_NOT_NEGATIVE, idle=_NO_TRAINING)
     eval: bool = flag(False, "only evaluate --resume's or --weights' checkpoint")
     eval_every: int = flag(1, "epochs between evaluations; the last is evaluated", check=_POSITIVE, idle=_NO_TRAINING)
+    eval_backend: str = flag(
+        "auto",
+        "who computes COCO's numbers (default auto: the fastest that is installed)",
+        choices=EVAL_BACKENDS,
+    )
     print_freq: int = flag(10, "batches between progress lines", check=_POSITIVE)
     sample_images: int = flag(
         4, "pictures per evaluation in output_dir/samples", check=_NOT_NEGATIVE, idle=_NO_TRAINING
@@ -567,6 +590,9 @@ def usage_errors() -> Iterator[None]:
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Adds the default to a flag's help, except where there is none to speak of or the help names it itself."""
 
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28)
+
     def _get_help_string(self, action: argparse.Action) -> str:
         silent = action.nargs == 0 or action.default in (None, "", argparse.SUPPRESS)
         silent = silent or "default" in action.help or action.help.startswith("no effect")
@@ -577,20 +603,79 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises UsageError where argparse would print its page of flags and exit."""
+    """Raises UsageError where argparse would print its page of flags and exit; a mistyped flag gets a suggestion."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        # Before argparse, which complains of a required flag that is missing because it is mistyped.
+        for argument in args or ():
+            if argument == "--":
+                break
+            name = argument.partition("=")[0]
+            if name.startswith("--") and " " not in name and name not in self._option_string_actions:
+                self.error(f"there is no flag {name}{did_you_mean(name, self._option_string_actions)}")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
+    def format_help(self, every: bool = False) -> str:
+        """The page of flags: where there are some under ``--help-all``, the basic ones alone, or `every` one."""
+        if every or all(map(_is_basic, self._actions)):
+            return super().format_help()
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for title, is_flag in (("arguments", False), ("basic flags", True)):
+            formatter.start_section(title)
+            shown = [action for action in self._actions if bool(action.option_strings) == is_flag]
+            formatter.add_arguments([action for action in shown if _is_basic(action)])
+            formatter.end_section()
+        return formatter.format_help()
 
-def command_parser(command: str, description: str, **options: Any) -> argparse.ArgumentParser:
-    """A parser for ``detr-fast <command>``; errors are one line. `options`: argparse's."""
-    return _Parser(prog=f"detr-fast {command}", description=description, formatter_class=HelpFormatter, **options)
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser._print_message(parser.format_help(every=True), sys.stdout)
+        parser.exit()
+
+
+def _is_basic(action: argparse.Action) -> bool:
+    # Of a field's flag the field says it; what is added by hand is.
+    return getattr(action, "is_basic", True)
+
+
+def did_you_mean(given: str, names: Iterable[str]) -> str:
+    """ "; did you mean …?" with the names that begin like `given`, or else the most similar one; or nothing."""
+    names = list(names)
+    longer = [name for name in names if name.startswith(given)] if len(given.strip("-")) > 1 else []
+    found = longer[:3] or difflib.get_close_matches(given, names, n=1)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def command_parser(
+    command: str, description: str, *, help_all: bool = False, **options: Any
+) -> argparse.ArgumentParser:
+    """A parser for ``detr-fast <command>``; errors are one line.
+
+    Args:
+        help_all: ``--help`` shows the basic flags, ``--help-all`` every one.
+        options: argparse's.
+    """
+    parser = _Parser(
+        prog=f"detr-fast {command}",
+        description=description,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        **options,
+    )
+    if help_all:
+        parser.add_argument("--help_all", action=_HelpAll, nargs=0, default=argparse.SUPPRESS, help="show all flags")
+    return parser
 
 
 def get_args_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """All flags of training, as the original's function of this name (without ``--help``, to be used as a parent)."""
-    parser = kind("DETR training", add_help=False)
+    parser = kind("DETR training", add_help=False, allow_abbrev=False)
     for part in (OptimisationConfig, ModelConfig, LossConfig, DataConfig, RunConfig):
         add_flags(parser, part)
     return parser
@@ -620,10 +705,12 @@ def add_flags(
         title = settings.group or part.heading
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        _add_flag(groups[title], field, inference and bool(settings.idle))
+        action = _add_flag(groups[title], field, inference and bool(settings.idle))
+        # A finished model describes itself.
+        action.is_basic = settings.basic and not (inference and part in (ModelConfig, LossConfig))
 
 
-def _add_flag(group, field: dataclasses.Field, is_idle: bool) -> None:
+def _add_flag(group, field: dataclasses.Field, is_idle: bool) -> Any:
     settings = _FLAGS[field.name]
     text = settings.help.replace("{first}", field.name.removeprefix("second_"))
     options: dict[str, Any] = {"help": f"no effect: {settings.idle}" if is_idle else text, "default": field.default}
@@ -634,7 +721,7 @@ def _add_flag(group, field: dataclasses.Field, is_idle: bool) -> None:
         options |= {"type": kind, "choices": settings.choices, "metavar": settings.metavar}
         if settings.auto is not None:
             options |= {"type": _number_or_auto, "default": settings.auto}
-    group.add_argument(*(settings.names or (f"--{field.name}",)), dest=field.name, **options)
+    return group.add_argument(*(settings.names or (f"--{field.name}",)), dest=field.name, **options)
 
 
 def _number_or_auto(text: str) -> int | None:
@@ -660,6 +747,12 @@ def parse_with_given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tu
     mark = object()
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), mark)))
     return args, {name for name, value in vars(given).items() if value is not mark}
+
+
+def flag_names(message: str) -> str:
+    """A message with the settings as flags, "--coco_path" for "coco_path"; one-word settings and paths stay."""
+    names = "|".join(name for name in _FLAGS if "_" in name)
+    return re.sub(rf"(?<![\w./\\'\"-])({names})(?![\w/\\'\"=-]|\.\w)", r"--\1", message)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """The command line as a user meets it: results on disk, exit codes, and errors in one line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,54 @@ def test_eval_prints_cocos_numbers_and_those_of_each_class(own_data, checkpoint,
     out = capsys.readouterr().out
     assert out.count("Average Precision") == 6 and out.count("Average Recall") == 6
     assert "\ndot" in out and "\nbar" in out
+
+
+def test_eval_writes_a_report_and_a_results_file_that_coco_reads(own_data, checkpoint, tmp_path, capsys):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    flags = ["--output-dir", str(tmp_path), "--num-workers", "0", "--device", "cpu", "--eval_backend", "pycocotools"]
+    assert main(["eval", "--weights", str(checkpoint), *data_flags(own_data, "val"), *flags]) == 0
+    assert str(tmp_path / "eval" / "report.html") in capsys.readouterr().out
+    page = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg") == 12 and ">dot<" in page
+    content = json.loads((own_data / "ann.json").read_text())
+    for entry in content["annotations"]:  # what pycocotools wants to be there
+        entry.update(iscrowd=0, area=entry["bbox"][2] * entry["bbox"][3])
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    coco = COCO(str(tmp_path / "ann.json"))
+    again = COCOeval(coco, coco.loadRes(str(tmp_path / "results.json")), "bbox")
+    again.evaluate()
+    again.accumulate()
+    again.summarize()
+    assert again.stats.tolist() == pytest.approx(torch.load(tmp_path / "eval.pth")["stats"], abs=1e-4)
+
+
+def test_training_ends_with_a_report(checkpoint):
+    assert ">dot<" in (checkpoint.parent / "eval" / "report.html").read_text(encoding="utf-8")
+
+
+def test_completion_knows_commands_and_flags(capsys):
+    pytest.importorskip("shtab")
+    for shell in ("bash", "zsh"):
+        assert main(["--print-completion", shell]) == 0
+        script = capsys.readouterr().out
+        assert "check-data" in script and "--batch_size" in script
+
+
+def test_completion_without_shtab_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert "pip install detr_fast[completion]" in error_of(capsys, "--print-completion", "bash")
+
+
+def test_help_is_quick():
+    """In CPU seconds; importing torch takes more."""
+    command = [sys.executable, "-m", "detr_fast", "train", "--help"]
+    before = os.times()
+    subprocess.run(command, capture_output=True, check=True, cwd=Path(__file__).parents[1])
+    after = os.times()
+    seconds = after.children_user - before.children_user + after.children_system - before.children_system
+    assert seconds < 0.3
 
 
 def test_train_eval_is_eval(own_data, checkpoint, capsys):
@@ -198,9 +247,11 @@ def test_training_refuses_an_unknown_category(own_data, tmp_path, capsys):
     "argv, parts",
     [
         (["fly"], ["unknown command 'fly'", "train, eval, predict"]),
+        (["trian"], ["unknown command 'trian'", "did you mean train?"]),
+        (["--print-completion", "fish"], ["bash or zsh", "fish"]),
         (["train", "--lr", "fast"], ["--lr", "'fast'"]),
         (["train", "--no_such_flag"], ["--no_such_flag"]),
-        (["train", "--device", "cpu"], ["no train data"]),
+        (["train", "--device", "cpu"], ["no train data: --train_ann and --train_images not given"]),
         (["train", "--device", "cpu", "--coco_path", "nowhere"], ["nowhere"]),
         (["train", "--frozen_weights", "x.pth", "--coco_path", "x"], ["--frozen_weights", "--masks"]),
         (["train", "--world_size", "4", "--device", "cpu"], ["torchrun --nproc-per-node 4"]),

@@ -11,6 +11,7 @@ import pytest
 
 from detr_fast import config
 from detr_fast.criterion import lines
+from detr_fast.evaluation.coco import BACKENDS
 from detr_fast.training import step
 
 ROOT = Path(__file__).parents[1]
@@ -124,6 +125,7 @@ def test_the_configuration_names_what_the_rooms_have():
     """It imports no torch, so it repeats some names."""
     assert tuple(step.PRECISIONS) == config.PRECISIONS
     assert set(config.LABEL_LOSSES) == set(lines.LABEL_LOSSES)
+    assert config.EVAL_BACKENDS == BACKENDS
 
 
 @pytest.mark.parametrize("module", ["detr_fast", "detr_fast.config", "detr_fast.cli"])

@@ -4,7 +4,7 @@ Built on the public interface of pycocotools alone (``COCO``, ``COCO.loadRes``, 
 has as well: predictions are only collected during the run and evaluated once at its end. faster-coco-eval matches and
 counts in C++, and pycocotools makes the twelve numbers of its arrays. Its precision of a single right detection is 1.0,
 pycocotools' 1 - 2e-16, so that means may differ in the last digit; and it counts a match with an annotation whose id is
-0, which pycocotools takes for none.
+0, which pycocotools takes for none. hotcoco does it in Rust, see ``rust.py``.
 
 Source: facebookresearch/detr ``datasets/coco_eval.py``, whose numbers this equals.
 """
@@ -13,6 +13,7 @@ import contextlib
 import copy
 import importlib.util
 import io
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -24,9 +25,10 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from detr_fast.distributed import all_gather, is_main_process
+from detr_fast.evaluation import rust
 
 IOU_TYPES = ("bbox", "segm")
-BACKENDS = ("auto", "pycocotools", "faster_coco_eval")
+BACKENDS = ("auto", "pycocotools", "faster_coco_eval", "hotcoco")
 
 
 class CocoEvaluator:
@@ -42,8 +44,8 @@ class CocoEvaluator:
     Args:
         coco_gt: the annotations; a copy is kept, because pycocotools writes into them.
         iou_types: any of "bbox" and "segm".
-        backend: who computes the numbers: "pycocotools", "faster_coco_eval" (``pip install detr_fast[eval]``), or
-            "auto", the latter where it is installed.
+        backend: who computes the numbers: "pycocotools", "faster_coco_eval" or "hotcoco" (both with
+            ``pip install detr_fast[eval]``), or "auto": hotcoco or else faster_coco_eval where they are installed.
 
     Raises:
         TypeError: if ``iou_types`` is not a list or tuple.
@@ -64,6 +66,7 @@ class CocoEvaluator:
         self._accumulated: dict[str, dict] = {}  # the backend's arrays, by IoU type
         self._known_ids = set(self.coco_gt.getImgIds())
         self._predictions = {}
+        self._merged: dict[int, dict] = {}  # all processes' predictions
 
     @property
     def img_ids(self) -> list:
@@ -100,6 +103,7 @@ class CocoEvaluator:
                 merged.setdefault(image_id, prediction)
         if not merged:
             raise ValueError("there is nothing to evaluate: update() has seen no image")
+        self._merged = merged
 
         image_ids = sorted(merged)
         for iou_type, coco_eval in self.coco_eval.items():
@@ -108,6 +112,8 @@ class CocoEvaluator:
             with contextlib.redirect_stdout(io.StringIO()):
                 if self.backend == "pycocotools":
                     self._accumulated[iou_type] = _by_pycocotools(coco_eval, self.coco_gt, results)
+                elif self.backend == "hotcoco":
+                    self._accumulated[iou_type] = rust.accumulated(self.coco_gt, results, coco_eval.params)
                 else:
                     self._accumulated[iou_type] = _by_faster_coco_eval(coco_eval, self.coco_gt, results)
 
@@ -184,6 +190,32 @@ class CocoEvaluator:
             table[name] = {"AP": float(precision[..., k].mean()), "AP50": float(precision[at_50, :, k].mean())}
         return table
 
+    def results(self, iou_type: str = "bbox", threshold: float = -math.inf) -> list[dict]:
+        """All processes' detections in COCO's result format, after :meth:`synchronize_between_processes`.
+
+        Args:
+            iou_type: "bbox": entries have a "bbox"; "segm": a "segmentation" (run lengths).
+            threshold: lowest score.
+        """
+        entries = (entry for i in sorted(self._merged) for entry in _results(i, self._merged[i], iou_type))
+        return [entry for entry in entries if entry["score"] >= threshold]
+
+    def result_of(self, image_id: int) -> dict[str, Tensor]:
+        """An image's detections as :meth:`update` took them, after :meth:`synchronize_between_processes`."""
+        kept = self._merged[image_id]
+        boxes = torch.as_tensor(np.asarray(kept["boxes"])).reshape(-1, 4).float()
+        result = {
+            "scores": torch.as_tensor(np.asarray(kept["scores"])).float(),
+            "labels": torch.as_tensor(np.asarray(kept["labels"])).long(),
+            "boxes": torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=1),
+        }
+        if "segm" in self.iou_types:
+            image = self.coco_gt.imgs[image_id]
+            masks = [torch.from_numpy(mask_utils.decode(rle)) for rle in kept["rles"]]
+            size = (image["height"], image["width"])
+            result["masks"] = torch.stack(masks)[:, None] if masks else torch.zeros((0, 1, *size), dtype=torch.uint8)
+        return result
+
     def _prepare(self, image_id: int, prediction: Mapping[str, Tensor]) -> dict:
         """One image's predictions on the host, compact enough to be sent to other processes."""
         if not prediction:
@@ -224,10 +256,12 @@ def _resolved(backend: str) -> str:
     """The backend that is meant, if it is there."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    is_there = importlib.util.find_spec("faster_coco_eval") is not None
-    if backend == "faster_coco_eval" and not is_there:
-        raise ImportError("backend='faster_coco_eval': it is not installed (pip install detr_fast[eval])")
-    return "faster_coco_eval" if is_there and backend != "pycocotools" else "pycocotools"
+    installed = [name for name in ("hotcoco", "faster_coco_eval") if importlib.util.find_spec(name) is not None]
+    if backend == "auto":
+        return [*(name for name in installed if name != "hotcoco" or rust.is_usable()), "pycocotools"][0]
+    if backend not in (*installed, "pycocotools"):
+        raise ImportError(f"backend={backend!r}: it is not installed (pip install detr_fast[eval])")
+    return backend
 
 
 def _by_pycocotools(coco_eval: COCOeval, coco_gt: COCO, results: list[dict]) -> dict:

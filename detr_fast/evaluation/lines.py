@@ -11,6 +11,7 @@ evaluation/eval-sAP-wireframe.py and lcnn/metric.py, whose numbers (in percent t
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from pycocotools.coco import COCO
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -122,6 +123,26 @@ class LineEvaluator:
     def state(self) -> dict[str, dict[str, float]]:
         """`stats` under "stats"."""
         return {"stats": dict(self.stats)}
+
+    @property
+    def img_ids(self) -> list[int]:
+        """The images that count, of all processes, after :meth:`synchronize_between_processes`."""
+        return sorted(self._merged or {})
+
+    def result_of(self, image_id: int) -> dict[str, Tensor]:
+        """An image's predictions, as those of :meth:`update`, after :meth:`synchronize_between_processes`; "labels" are
+        0, since lines have one class."""
+        scores, lines = (self._merged or {})[image_id]
+        labels = torch.zeros(len(scores), dtype=torch.int64)
+        return {"scores": torch.from_numpy(scores), "labels": labels, "lines": torch.from_numpy(lines)}
+
+    def count(self, image_id: int, threshold: float, score: float) -> tuple[int, int, int]:
+        """How many lines of an image are annotated, predicted with at least this score, and right by a threshold."""
+        annotated, (scores, lines) = self._annotated(image_id), (self._merged or {})[image_id]
+        order = np.argsort(-scores, kind="stable")
+        order = order[scores[order] >= score]
+        right = match_lines(_to_grid(lines[order], self.coco_gt.imgs[image_id]), annotated, threshold)
+        return len(annotated), len(order), int(right.sum())
 
     def _annotated(self, image_id: int) -> np.ndarray:
         lines = [entry["line"] for entry in self.coco_gt.imgToAnns.get(image_id, [])]

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from PIL import Image
@@ -39,17 +39,24 @@ from detr_fast.training.setup import packed_collate
 from detr_fast.training.step import PRECISIONS, outputs_of
 from detr_fast.training.trainer import train
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from detr_fast.inference.settings import LoadSettings
+
 # What `load` takes besides the source.
 _LOADING = (*MODEL_SETTINGS, "dataset_file", "compile")
 # What a checkpoint that `Detector.save` writes says of itself.
 _SAVED = (*MODEL_SETTINGS, *LOSS_SETTINGS, "dataset_file", "num_classes", "thing_classes")
 _EVALUATION = (
     "coco_path", "coco_panoptic_path", "val_ann", "val_images", "image_size", "max_size", "batch_size", "num_workers",
-    "group_by_size", "output_dir", "print_freq",
+    "group_by_size", "output_dir", "print_freq", "eval_backend",
 )  # fmt: skip
 
 
-def load(source: str | os.PathLike, *, device: str = "auto", precision: str = "fp32", **settings: Any) -> "Detector":
+def load(
+    source: str | os.PathLike, *, device: str = "auto", precision: str = "fp32", **settings: "Unpack[LoadSettings]"
+) -> "Detector":
     """A trained model, ready to detect.
 
     Args:
@@ -187,7 +194,8 @@ class Detector:
 
         Args:
             settings: where the data are, ``coco_path=…``, or ``val_ann=…, val_images=…``; `batch_size`, `num_workers`,
-                `image_size`, `max_size`, `group_by_size`, `print_freq`, and `output_dir` to save eval.pth.
+                `image_size`, `max_size`, `group_by_size`, `print_freq`, `eval_backend`, and `output_dir` to save
+                eval.pth, eval/report.html and results.json.
 
         Returns:
             The losses and the task's numbers, such as "coco_eval_bbox", pycocotools' twelve.

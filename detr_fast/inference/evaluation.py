@@ -3,6 +3,7 @@
 Source: facebookresearch/detr, main.py (``--eval``).
 """
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from detr_fast.inference.loading import Loaded, load_for_inference
 from detr_fast.tasks import task_of
 from detr_fast.training.checkpoint import save_checkpoint
 from detr_fast.training.engine import evaluate
+from detr_fast.training.report import write_report
 from detr_fast.training.setup import loader_for, start
 
 
@@ -48,7 +50,8 @@ def evaluate_loaded(loaded: Loaded, source: str) -> dict:
     """As `evaluate_checkpoint`, of a model that is loaded already.
 
     Args:
-        loaded: the model; its `config` names data, and where eval.pth goes: a folder that exists, or nowhere.
+        loaded: the model; its `config` names data, and where eval.pth, the report and COCO's results file go: a folder
+            that exists, or nowhere.
         source: what error messages call the model.
     """
     with usage_errors():
@@ -76,10 +79,15 @@ def evaluate_loaded(loaded: Loaded, source: str) -> dict:
         categories=dataset.categories,
         precision=config.precision,
         print_freq=config.print_freq,
+        backend=config.eval_backend,
     )
     if is_main_process():
         for line in task.report(evaluator):
             print(line)
         if config.output_dir:
-            save_checkpoint(evaluator.state(), Path(config.output_dir) / "eval.pth")
+            folder = Path(config.output_dir)
+            save_checkpoint(evaluator.state(), folder / "eval.pth")
+            for name, results in task.results(evaluator).items():
+                (folder / name).write_text(json.dumps(results), encoding="utf-8")
+            print(f"report: {write_report(folder, task, evaluator, dataset, annotations, source)}", flush=True)
     return stats

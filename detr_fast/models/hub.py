@@ -4,6 +4,8 @@ Source: facebookresearch/detr, hubconf.py.
 """
 
 import os
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast, overload
 
 from torch import nn
 
@@ -27,6 +29,112 @@ _CHECKPOINTS = {
 _CHECKPOINT_CLASSES = {"detection": 91, "panoptic": 250}
 # COCO's category ids: those of things end here, those of stuff begin after it.
 LAST_THING = 90
+
+_Weights: TypeAlias = str | os.PathLike | None
+_Model_co = TypeVar("_Model_co", bound=nn.Module, covariant=True)
+_Pair: TypeAlias = tuple[_Model_co, nn.Module]
+
+
+class _BuildsDetector(Protocol[_Model_co]):
+    """The type of `detr_resnet50` and its like: what is returned depends on `return_postprocessor`."""
+
+    @overload
+    def __call__(
+        self,
+        pretrained: bool = False,
+        num_classes: int = 91,
+        return_postprocessor: Literal[False] = False,
+        *,
+        weights: _Weights = "imagenet",
+        norm: str | None = None,
+    ) -> _Model_co: ...
+    @overload
+    def __call__(
+        self,
+        pretrained: bool = False,
+        num_classes: int = 91,
+        *,
+        return_postprocessor: Literal[True],
+        weights: _Weights = "imagenet",
+        norm: str | None = None,
+    ) -> _Pair[_Model_co]: ...
+    @overload
+    def __call__(
+        self,
+        pretrained: bool,
+        num_classes: int,
+        return_postprocessor: Literal[True],
+        *,
+        weights: _Weights = "imagenet",
+        norm: str | None = None,
+    ) -> _Pair[_Model_co]: ...
+    @overload
+    def __call__(
+        self,
+        pretrained: bool = False,
+        num_classes: int = 91,
+        return_postprocessor: bool = False,
+        *,
+        weights: _Weights = "imagenet",
+        norm: str | None = None,
+    ) -> _Model_co | _Pair[_Model_co]: ...
+
+
+class _BuildsPanoptic(Protocol[_Model_co]):
+    """The same of `detr_resnet50_panoptic` and its like, which have a threshold."""
+
+    @overload
+    def __call__(
+        self,
+        pretrained: bool = False,
+        num_classes: int = 250,
+        threshold: float = 0.85,
+        return_postprocessor: Literal[False] = False,
+        *,
+        weights: _Weights = "imagenet",
+        norm: str | None = None,
+    ) -> _Model_co: ...
+    @overload
+    def __call__(
+        self,
+        pretrained: bool = False,
+        num_classes: int = 250,
+        threshold: float = 0.85,
+        *,
+        return_postprocessor: Literal[True],
+        weights: _Weights = "imagenet",
+        norm: str | None = None,
+    ) -> _Pair[_Model_co]: ...
+    @overload
+    def __call__(
+        self,
+        pretrained: bool,
+        num_classes: int,
+        threshold: float,
+        return_postprocessor: Literal[True],
+        *,
+        weights: _Weights = "imagenet",
+        norm: str | None = None,
+    ) -> _Pair[_Model_co]: ...
+    @overload
+    def __call__(
+        self,
+        pretrained: bool = False,
+        num_classes: int = 250,
+        threshold: float = 0.85,
+        return_postprocessor: bool = False,
+        *,
+        weights: _Weights = "imagenet",
+        norm: str | None = None,
+    ) -> _Model_co | _Pair[_Model_co]: ...
+
+
+def _builds_detector(function: Callable[..., Any]) -> _BuildsDetector[DETR]:
+    return cast(_BuildsDetector[DETR], function)
+
+
+def _builds_panoptic(function: Callable[..., Any]) -> _BuildsPanoptic[DETRsegm]:
+    return cast(_BuildsPanoptic[DETRsegm], function)
 
 
 def published() -> dict[str, str]:
@@ -77,6 +185,7 @@ def _named_model(
     return model
 
 
+@_builds_detector
 def detr_resnet50(
     pretrained: bool = False,
     num_classes: int = 91,
@@ -100,6 +209,7 @@ def detr_resnet50(
     return _named_model("detr_resnet50", pretrained, num_classes, return_postprocessor, weights, norm)
 
 
+@_builds_detector
 def detr_resnet50_dc5(
     pretrained: bool = False,
     num_classes: int = 91,
@@ -112,6 +222,7 @@ def detr_resnet50_dc5(
     return _named_model("detr_resnet50_dc5", pretrained, num_classes, return_postprocessor, weights, norm)
 
 
+@_builds_detector
 def detr_resnet101(
     pretrained: bool = False,
     num_classes: int = 91,
@@ -124,6 +235,7 @@ def detr_resnet101(
     return _named_model("detr_resnet101", pretrained, num_classes, return_postprocessor, weights, norm)
 
 
+@_builds_detector
 def detr_resnet101_dc5(
     pretrained: bool = False,
     num_classes: int = 91,
@@ -136,6 +248,7 @@ def detr_resnet101_dc5(
     return _named_model("detr_resnet101_dc5", pretrained, num_classes, return_postprocessor, weights, norm)
 
 
+@_builds_panoptic
 def detr_resnet50_panoptic(
     pretrained: bool = False,
     num_classes: int = 250,
@@ -163,6 +276,7 @@ def detr_resnet50_panoptic(
     )
 
 
+@_builds_panoptic
 def detr_resnet50_dc5_panoptic(
     pretrained: bool = False,
     num_classes: int = 250,
@@ -178,6 +292,7 @@ def detr_resnet50_dc5_panoptic(
     )
 
 
+@_builds_panoptic
 def detr_resnet101_panoptic(
     pretrained: bool = False,
     num_classes: int = 250,

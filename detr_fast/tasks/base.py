@@ -16,6 +16,7 @@ from detr_fast.data.categories import Categories
 from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Compose, RandomHorizontalFlip
 from detr_fast.errors import UsageError
 from detr_fast.evaluation import Evaluator
+from detr_fast.evaluation.report import Page, Table
 
 Built = tuple[nn.Module, nn.Module, dict[str, nn.Module]]
 Result = dict[str, Any]
@@ -171,13 +172,14 @@ class Task(ABC):
         return
 
     @abstractmethod
-    def evaluator(self, annotations: Any, dataset: Any, output_dir: str = "") -> Evaluator:
+    def evaluator(self, annotations: Any, dataset: Any, output_dir: str = "", backend: str = "auto") -> Evaluator:
         """Collects results and computes the task's numbers; see `detr_fast.evaluation.Evaluator`.
 
         Args:
             annotations: what `annotations` returned.
             dataset: the validation set.
             output_dir: where files that belong to the evaluation go; empty: nowhere.
+            backend: who computes COCO's numbers, see `CocoEvaluator`.
         """
 
     @abstractmethod
@@ -235,3 +237,12 @@ class Task(ABC):
     def report(self, evaluator: Evaluator) -> list[str]:
         """Lines to print after the evaluator's own summary, such as a table of the classes."""
         return []
+
+    def page(self, evaluator: Evaluator) -> Page:
+        """What the evaluation's report says, after the evaluator's `summarize`: at the least its single numbers."""
+        numbers = [[name, value] for name, value in evaluator.log_row().items() if isinstance(value, (int, float))]
+        return Page([Table("numbers", ["", "value"], numbers)] if numbers else [])
+
+    def results(self, evaluator: Evaluator) -> dict[str, list[dict[str, Any]]]:
+        """File name → detections as COCO's server takes them; empty for a task that it does not know."""
+        return {}

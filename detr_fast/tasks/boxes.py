@@ -19,6 +19,8 @@ from detr_fast.data.coco import CocoDetection
 from detr_fast.data.transforms import Compose, make_coco_transforms
 from detr_fast.errors import UsageError
 from detr_fast.evaluation import CocoEvaluator, Evaluator
+from detr_fast.evaluation.coco_page import coco_page
+from detr_fast.evaluation.report import Page
 from detr_fast.models.detr import DETR
 from detr_fast.tasks.base import Built, Result, Task
 from detr_fast.tasks.parts import build_backbone, build_transformer, criterion_device, with_auxiliary_layers
@@ -132,8 +134,8 @@ class Boxes(Task):
 
     # Results
 
-    def evaluator(self, annotations: COCO, dataset: Any, output_dir: str = "") -> Evaluator:
-        return CocoEvaluator(annotations, ["bbox"])
+    def evaluator(self, annotations: COCO, dataset: Any, output_dir: str = "", backend: str = "auto") -> Evaluator:
+        return CocoEvaluator(annotations, ["bbox"], backend=backend)
 
     def postprocess(
         self,
@@ -196,6 +198,25 @@ class Boxes(Task):
                 if not math.isnan(row["AP"])
             ]
         return lines
+
+    def page(self, evaluator: CocoEvaluator) -> Page:
+        return coco_page(evaluator)
+
+    def results(self, evaluator: CocoEvaluator) -> dict[str, list[dict[str, Any]]]:
+        # One file for each IoU type: of entries with a box and a mask pycocotools takes the box's area.
+        names = {"bbox": "results.json", "segm": "results_segm.json"}
+        return {names[kind]: [_rounded(entry) for entry in evaluator.results(kind)] for kind in evaluator.iou_types}
+
+
+def _rounded(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry for COCO's server as json takes it, boxes with as many digits as COCO's own annotations."""
+    rounded = {**entry, "score": round(entry["score"], 5)}
+    if "bbox" in entry:
+        rounded["bbox"] = [round(value, 2) for value in entry["bbox"]]
+    else:
+        mask = entry["segmentation"]
+        rounded["segmentation"] = {"size": list(mask["size"]), "counts": mask["counts"].decode("ascii")}
+    return rounded
 
 
 def _draw(image: Image.Image, result: Result, names: Mapping[int, str], threshold: float, at_least: int = 0):

@@ -17,6 +17,8 @@ from detr_fast.data.lines import LINES_MEAN, LINES_STD, LineDetection, make_line
 from detr_fast.data.transforms import Compose
 from detr_fast.errors import UsageError
 from detr_fast.evaluation import Evaluator, LineEvaluator
+from detr_fast.evaluation.lines_page import lines_page
+from detr_fast.evaluation.report import Page
 from detr_fast.models.letr import LETR, LETRstack, Transformer, load_first_stage
 from detr_fast.tasks.base import Built, Result, Task
 from detr_fast.tasks.parts import build_backbone, build_transformer, criterion_device, with_auxiliary_layers
@@ -41,7 +43,7 @@ class Lines(Task):
     )  # fmt: skip
     ignored_flags = (
         "set_cost_bbox", "set_cost_giou", "bbox_loss_coef", "giou_loss_coef", "masks", "mask_loss_coef",
-        "dice_loss_coef",
+        "dice_loss_coef", "eval_backend",
     )  # fmt: skip
     postprocessor_names = ("line",)
     found = "lines"
@@ -115,8 +117,11 @@ class Lines(Task):
 
     # Results
 
-    def evaluator(self, annotations: COCO, dataset: Any, output_dir: str = "") -> Evaluator:
+    def evaluator(self, annotations: COCO, dataset: Any, output_dir: str = "", backend: str = "auto") -> Evaluator:
         return LineEvaluator(annotations)
+
+    def page(self, evaluator: LineEvaluator) -> Page:
+        return lines_page(evaluator)
 
     def postprocess(
         self,

@@ -50,8 +50,8 @@ class Masks(Boxes):
     def load_frozen(self, model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
         load_model(model.detr, state, source)
 
-    def evaluator(self, annotations: COCO, dataset: Any, output_dir: str = "") -> Evaluator:
-        return CocoEvaluator(annotations, ["segm", "bbox"])
+    def evaluator(self, annotations: COCO, dataset: Any, output_dir: str = "", backend: str = "auto") -> Evaluator:
+        return CocoEvaluator(annotations, ["segm", "bbox"], backend=backend)
 
     def postprocess(
         self,

@@ -4,6 +4,7 @@ Source: facebookresearch/detr, datasets/coco_panoptic.py and engine.py.
 """
 
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from detr_fast.data.coco import CocoDetection
 from detr_fast.data.panoptic import CocoPanoptic
 from detr_fast.errors import UsageError
 from detr_fast.evaluation import CocoEvaluator, Evaluator, PanopticEvaluator
+from detr_fast.evaluation.report import Page, Table
 from detr_fast.models.hub import LAST_THING
 from detr_fast.tasks.base import Result
 from detr_fast.tasks.boxes import Boxes
@@ -26,6 +28,7 @@ from detr_fast.tasks.registry import register
 
 # COCO's panoptic ids end at 200; the original's models, and so its checkpoints, have this many classes.
 _COCO_CLASSES = 250
+_GROUPS = ("All", "Things", "Stuff")
 
 
 class _PanopticData:
@@ -93,12 +96,17 @@ class Panoptic(_PanopticData, Masks):
     ) -> None:
         postprocessors["panoptic"].is_thing_map = _things(dataset.thing_classes, config.num_classes)
 
-    def evaluator(self, annotations: COCO, dataset: Any, output_dir: str = "") -> Evaluator:
+    def evaluator(self, annotations: COCO, dataset: Any, output_dir: str = "", backend: str = "auto") -> Evaluator:
         while not isinstance(dataset, CocoPanoptic):
             if not hasattr(dataset, "dataset"):
                 raise ValueError(f"panoptic pictures are evaluated on a CocoPanoptic, got a {type(dataset).__name__}")
             dataset = dataset.dataset
-        return BoxesAndSegments(annotations, dataset, Path(output_dir) / "panoptic_eval" if output_dir else None)
+        folder = Path(output_dir) / "panoptic_eval" if output_dir else None
+        return BoxesAndSegments(annotations, dataset, folder, backend=backend)
+
+    def page(self, evaluator: Any) -> Page:
+        page = super().page(evaluator)
+        return replace(page, tables=[*_panoptic_tables(evaluator), *page.tables])
 
     def postprocess(
         self,
@@ -124,10 +132,11 @@ class BoxesAndSegments(CocoEvaluator):
         annotations: of boxes and masks.
         dataset: the panoptic validation set.
         output_dir: gets the predicted pictures; None: they are not kept.
+        backend: as `CocoEvaluator`'s.
     """
 
-    def __init__(self, annotations: COCO, dataset: CocoPanoptic, output_dir: Path | None):
-        super().__init__(annotations, ["segm", "bbox"])
+    def __init__(self, annotations: COCO, dataset: CocoPanoptic, output_dir: Path | None, *, backend: str = "auto"):
+        super().__init__(annotations, ["segm", "bbox"], backend=backend)
         self.panoptic = PanopticEvaluator(dataset.ann_file, dataset.ann_folder, output_dir)
         self.quality: dict | None = None
 
@@ -152,6 +161,21 @@ class BoxesAndSegments(CocoEvaluator):
         if self.quality is not None:
             row.update(PQ_all=self.quality["All"], PQ_th=self.quality["Things"], PQ_st=self.quality["Stuff"])
         return row
+
+
+def _panoptic_tables(evaluator: BoxesAndSegments) -> list[Table]:
+    """Panoptic quality of all, of things and of stuff, and of each class."""
+    quality = evaluator.quality or {}
+    means = [[name, *(quality[name][key] for key in ("pq", "sq", "rq")), quality[name]["n"]] for name in _GROUPS]
+    categories = evaluator.panoptic.categories
+    rows = [
+        [f"{c.get('name', '')} ({c['id']})", *(quality["per_class"][c["id"]][key] for key in ("pq", "sq", "rq"))]
+        for c in categories
+    ]
+    return [
+        Table("panoptic quality", ["", "PQ", "SQ", "RQ", "classes"], means),
+        Table("panoptic quality of each class", ["class", "PQ", "SQ", "RQ"], rows),
+    ]
 
 
 register(PanopticBoxes())

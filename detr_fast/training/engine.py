@@ -186,6 +186,7 @@ def evaluate(
     precision: str = "fp32",
     print_freq: int = 10,
     on_results: Callable[[dict[int, dict[str, Any]]], None] | None = None,
+    backend: str = "auto",
 ) -> tuple[dict[str, Any], Evaluator]:
     """Losses and the task's numbers over the loader's images.
 
@@ -197,6 +198,7 @@ def evaluate(
         task: None: the one whose post-processors these are.
         categories: maps the model's labels to category ids. None: they are the same.
         on_results: called for every batch with {image id: {"scores", "labels" (category ids), …}}.
+        backend: who computes COCO's numbers, see `CocoEvaluator`.
 
     Returns:
         Means of the losses as in `train_one_epoch` with what the evaluator adds: "coco_eval_bbox" and, for masks,
@@ -208,7 +210,9 @@ def evaluate(
     criterion.eval()
     metrics, sum_of = Metrics(), LossSum(criterion.weight_dict)
     task = task_of_postprocessors(postprocessors) if task is None else task
-    evaluator = task.evaluator(base_ds, data_loader.dataset, output_dir)
+    # Only if it was chosen: a task of somebody else's need not know of it.
+    choice = {} if backend == "auto" else {"backend": backend}
+    evaluator = task.evaluator(base_ds, data_loader.dataset, output_dir, **choice)
 
     prefetcher = Prefetcher(WithPadding(data_loader), device)
     for samples, targets, padding in Progress(prefetcher, "Test:", metrics, print_freq, device):

@@ -40,6 +40,7 @@ from detr_fast.training.folder import check_space, is_full, locked, megabytes, r
 from detr_fast.training.interrupt import GO_ON, SAVE, Interruption, ignore_signals, signal_of
 from detr_fast.training.log import Metrics, RunLog
 from detr_fast.training.optim import build_scheduler, load_optimizer, steps_every
+from detr_fast.training.report import write_report
 from detr_fast.training.setup import build, chosen_for_gpu, loader_for, size_divisor, start, with_norm
 from detr_fast.training.step import build_step, distributed
 
@@ -266,7 +267,7 @@ class Trainer:
         if is_last or (epoch + 1) % config.eval_every == 0:
             # Saved before as well: an evaluation that fails costs no training.
             self._save(epoch, unevaluated=dict(train_stats))
-            row.update({f"test_{name}": value for name, value in self._evaluate(epoch).items()})
+            row.update({f"test_{name}": value for name, value in self._evaluate(epoch, is_last).items()})
         score = self.task.score({name.removeprefix("test_"): value for name, value in row.items()})
         is_best = score is not None and (self.best is None or score > self.best)
         if is_best:
@@ -288,7 +289,7 @@ class Trainer:
         moments = 2 * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         return weights + moments + (weights if self.ema is not None else 0)
 
-    def _evaluate(self, epoch: int) -> dict:
+    def _evaluate(self, epoch: int, is_last: bool) -> dict:
         samples: dict[int, dict[str, Any]] = {}
 
         def keep(results):
@@ -313,6 +314,8 @@ class Trainer:
                 folder = self.output_dir / "samples"
                 folder.mkdir(exist_ok=True)
                 self._draw(folder / f"epoch{epoch:04}.png", dict(sorted(samples.items())))
+            if is_last:
+                write_report(self.output_dir, self.task, evaluator, self.dataset_val, self.annotations)
         return stats
 
     def _evaluate_model(self, on_results):
@@ -329,6 +332,7 @@ class Trainer:
             precision=self.config.precision,
             print_freq=self.config.print_freq,
             on_results=on_results,
+            backend=self.config.eval_backend,
         )
 
     def _draw(self, path: Path, results: Mapping[int, Mapping[str, Any]]) -> None:

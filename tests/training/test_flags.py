@@ -9,7 +9,7 @@ import torch
 
 from detr_fast import cli
 from detr_fast.cli import main
-from detr_fast.config import IDLE_IN_INFERENCE, get_args_parser, parse_with_given
+from detr_fast.config import IDLE_IN_INFERENCE, flag_names, get_args_parser, parse_with_given
 from detr_fast.training.checkpoint import read_checkpoint
 
 
@@ -141,7 +141,8 @@ def test_every_flag_has_help(command, capsys):
     parser = cli._COMMANDS[command][0]()
     for action in parser._actions:
         assert action.help and len(action.help) > 3, action
-    assert main([command, "--help"]) == 0
+    has_more = "--help_all" in parser._option_string_actions
+    assert main([command, "--help-all" if has_more else "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for action in parser._actions:
         assert not action.option_strings or action.option_strings[0] in shown
@@ -149,6 +150,42 @@ def test_every_flag_has_help(command, capsys):
             continue
         # "default 3" or "default: in words"
         assert f"(default {action.default}" in shown if "default" not in action.help else True, action
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "export"])
+def test_help_shows_the_basic_flags_on_one_page(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([command, "--help"]) == 0
+    basic = capsys.readouterr().out
+    assert len(basic.splitlines()) <= 40 and "--help_all" in basic and "--enc_layers" not in basic
+    assert main([command, "--help-all"]) == 0
+    assert "--enc_layers" in capsys.readouterr().out
+    if command == "train":
+        for flag in ("--coco_path", "--train_ann", "--output_dir", "--weights", "--resume", "--lr", "--epochs"):
+            assert f"  {flag} " in basic
+
+
+@pytest.mark.parametrize("flag, meant", [("--batchsize=3", "--batch_size"), ("--weigths", "--weights"),
+                                         ("--coco", "--coco_path or --coco_panoptic_path")])  # fmt: skip
+def test_mistyped_and_abbreviated_flags_get_a_suggestion(capsys, flag, meant):
+    message = refusal(capsys, "eval", flag, "x")
+    assert f"there is no flag {flag.partition('=')[0]}; did you mean {meant}?" in message
+
+
+def test_the_originals_parser_takes_no_abbreviations():
+    with pytest.raises(SystemExit):
+        get_args_parser().parse_args(["--epoch", "3"])
+
+
+def test_predict_has_no_flags_that_mean_something_else_in_training(capsys):
+    for flag in ("--resume", "--checkpoint"):
+        assert f"there is no flag {flag}" in refusal(capsys, "predict", "x.jpg", flag, "a.pth")
+
+
+def test_messages_speak_in_flags_and_leave_paths_alone():
+    text = "train_ann and coco_path: 'coco_path', data/val_images/1.jpg, my_lr_drop, --batch_size, lr_drop."
+    expected = "--train_ann and --coco_path: 'coco_path', data/val_images/1.jpg, my_lr_drop, --batch_size, --lr_drop."
+    assert flag_names(text) == expected
 
 
 def test_flags_without_effect_are_all_those_of_training_that_evaluation_does_not_read():

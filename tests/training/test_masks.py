@@ -106,6 +106,8 @@ def test_panoptic_run(data, tmp_path, capsys):
     with open(tmp_path / "metrics.csv", newline="") as file:
         assert float(next(csv.DictReader(file))["test_PQ_st_pq"]) == row["test_PQ_st"]["pq"]
     assert len(list((tmp_path / "panoptic_eval").glob("*.png"))) == 3
+    report = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
+    assert "panoptic quality of each class" in report and report.count("data:image/jpeg") == 6
     checkpoint = read_checkpoint(tmp_path / "checkpoint.pth")
     assert checkpoint["args"]["thing_classes"] == [1, 2, 3] and checkpoint["args"]["num_classes"] == 6
     capsys.readouterr()
