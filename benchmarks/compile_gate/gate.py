@@ -198,7 +198,9 @@ def compiles_for_amd(launch: Launch) -> str:
             triton.knobs.compilation.listener = None
             kernel = triton.compile(source, target=_target(launch.chip), options=launch.options.__dict__)
     except Exception as error:  # as in `compile_launch`
-        # The compiler quotes the source first and says last what is wrong.
+        # The compiler quotes the source of every caller; what is wrong is the innermost error's last line.
+        while error.__cause__ is not None:
+            error = error.__cause__
         return f"does not compile: {(str(error).strip() or repr(error)).splitlines()[-1]}"
     shared, limit = kernel.metadata.shared, AMD[launch.chip][0]
     return f"needs {shared} bytes of local memory; a group has {limit}" if shared > limit else ""

@@ -76,3 +76,19 @@ def test_the_gate_finds_what_no_case_launches(monkeypatch):
     assert gate.coverage([]) == ["_sine_position_forward_kernel is launched by no case"]
     found = gate.coverage(gate.record([case for case in sine if "tokens" not in case.name], 90)[0])
     assert found == ["_sine_position_forward_kernel is only ever launched with TOKENS=False"]
+
+
+def test_what_compiles_for_amd_is_told():
+    """One kernel for each of AMD's chips; in a process of its own, as above."""
+    run = subprocess.run(
+        [sys.executable, "-c", _AMD], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    assert "gfx942   1 of 1    _matching_cost_kernel" in run.stdout.splitlines(), run.stdout
+    assert any(line.startswith("gfx1100") for line in run.stdout.splitlines()), run.stdout
+
+
+_AMD = """
+from detr_fast.benchmarks.compile_gate import gate
+gate.CASES = [case for case in gate.CASES if case.name.startswith("matching_cost")][:1]
+print(gate.amd_table())
+"""
