@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from detr_fast.models.backbone import Joiner
 from detr_fast.models.detr import DETR, as_nested
-from detr_fast.models.transformer import without_padded_memory
+from detr_fast.models.transformer import set_skip_padded_queries
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.ops import joint_softmax
 
@@ -48,6 +48,8 @@ class DETRsegm(nn.Module):
         hidden_dim, nheads = detr.transformer.d_model, detr.transformer.nhead
         self.bbox_attention = MHAttentionMap(hidden_dim, hidden_dim, nheads, dropout=0.0)
         self.mask_head = MaskHeadSmallConv(hidden_dim + nheads, _fpn_dims(detr.backbone), hidden_dim)
+        # The attention map masks the memory as every attention does, and the convolutions read the features.
+        set_skip_padded_queries(detr.transformer, self, detr)
 
     def train(self, mode: bool = True) -> "DETRsegm":
         """Training or evaluation mode; a frozen detector's batch norms stay in evaluation mode."""
@@ -77,8 +79,7 @@ class DETRsegm(nn.Module):
         src, mask = features[-1].decompose()
         src = self.detr.input_proj(src)
         query_embed = self.detr.query_embed.weight
-        # The attention map masks the memory as every attention does, and the convolutions read `src`.
-        hs, memory = without_padded_memory(self.detr.transformer, src, mask, query_embed, positions[-1])
+        hs, memory = self.detr.transformer(src, mask, query_embed, positions[-1])
         out = self.detr.outputs(hs)
         bbox_mask = self.bbox_attention(hs[-1], memory, mask=mask)
         levels = [feature.tensors for feature in _three(features)]
