@@ -5,11 +5,10 @@ Source: facebookresearch/detr, models/detr.py.
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from detr_fast.layers import MLP
-from detr_fast.models.transformer import set_skip_padded_queries
+from detr_fast.models.transformer import mask_for, set_skip_padded_queries
 from detr_fast.nested_tensor import NestedTensor, is_nested_tensor, nested_tensor_from_tensor_list
 
 
@@ -58,7 +57,7 @@ class DETR(nn.Module):
         """
         samples = as_nested(samples)
         features, positions = self.backbone(samples)
-        src, mask = features[-1].decompose()
+        src, mask = features[-1].tensors, mask_for(self.transformer, features[-1])
         query_embed = self.query_embed.weight
         return self.outputs(self.transformer(self.input_proj(src), mask, query_embed, positions[-1])[0])
 
@@ -106,12 +105,11 @@ def aux_outputs(logits: Tensor, values: Tensor, name: str) -> list[dict[str, Ten
 
 
 def as_nested(samples: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTensor:
-    """A batch as `DETR.forward` takes it: as it is, with an empty mask, or padded; see there."""
+    """A batch as `DETR.forward` takes it: as it is, without padding, or padded; see there."""
     if isinstance(samples, Tensor):
         if samples.dim() != 4:
             raise ValueError(f"images are {list(samples.shape)}; expected [B, 3, H, W], or a list of [3, H, W]")
-        mask = torch.zeros(samples.shape[0], *samples.shape[2:], dtype=torch.bool, device=samples.device)
-        samples = NestedTensor(samples, mask)
+        samples = NestedTensor(samples, None, no_padding=True)
     elif isinstance(samples, (list, tuple)):
         samples = nested_tensor_from_tensor_list(samples)
     elif not is_nested_tensor(samples):

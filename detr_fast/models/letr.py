@@ -22,7 +22,7 @@ from detr_fast.models import transformer as detr_transformer
 from detr_fast.models.backbone import Joiner
 from detr_fast.models.detr import as_nested, aux_outputs, head_outputs
 from detr_fast.models.segmentation import keep_batch_norm_statistics
-from detr_fast.models.transformer import set_skip_padded_queries
+from detr_fast.models.transformer import mask_for, set_skip_padded_queries
 from detr_fast.nested_tensor import NestedTensor
 
 # LETR has these names beside the model; here they live in rooms above it.
@@ -43,7 +43,9 @@ _CHANNELS = (256, 512, 1024, 2048)
 class Transformer(detr_transformer.Transformer):
     """DETR's transformer, returning the memory as LETR does: [L, B, C]."""
 
-    def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, src: Tensor, mask: Tensor | None, query_embed: Tensor, pos_embed: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """As `detr_fast.models.Transformer.forward`; returns hs [layers, B, Q, C] and memory [h*w, B, C]."""
         hs, memory = super().forward(src, mask, query_embed, pos_embed)
         return hs, memory.flatten(2).permute(2, 0, 1)
@@ -55,7 +57,7 @@ class StackTransformer(Transformer):
     def forward(
         self,
         src: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         query_embed: Tensor,
         pos_embed: Tensor,
         *,
@@ -157,7 +159,8 @@ class LETR(nn.Module):
 
     def decode(self, features: Sequence[NestedTensor], positions: Sequence[Tensor]) -> Tensor:
         """The decoder's outputs [layers, B, Q, C] from the backbone's levels."""
-        src, mask = features[self.args.layer1_num].decompose()
+        level = features[self.args.layer1_num]
+        src, mask = level.tensors, mask_for(self.transformer, level)
         position = positions[self.args.layer1_num]
         query_embed = self.query_embed.weight
         return self.transformer(self.input_proj(src), mask, query_embed, position)[0]
@@ -234,7 +237,8 @@ class LETRstack(nn.Module):
         """
         features, positions = self.backbone(as_nested(samples))
         query_embed = self.letr.decode(features, positions)[-1]
-        src, mask = features[self.args.layer2_num].decompose()
+        level = features[self.args.layer2_num]
+        src, mask = level.tensors, mask_for(self.transformer, level)
         position = positions[self.args.layer2_num]
         hs = self.transformer(self.input_proj(src), mask, query_embed, position)[0]
         return _line_outputs(self, hs), None

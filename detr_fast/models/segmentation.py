@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from detr_fast.models.backbone import Joiner
 from detr_fast.models.detr import DETR, as_nested
-from detr_fast.models.transformer import set_skip_padded_queries
+from detr_fast.models.transformer import mask_for, set_skip_padded_queries
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.ops import joint_softmax
 
@@ -76,8 +76,8 @@ class DETRsegm(nn.Module):
         # The mask head reads no positions: those of the first three levels need not exist.
         options = {"last_only": True} if isinstance(backbone, Joiner) else {}
         features, positions = backbone(samples, **options)
-        src, mask = features[-1].decompose()
-        src = self.detr.input_proj(src)
+        mask = mask_for(self.detr.transformer, features[-1])
+        src = self.detr.input_proj(features[-1].tensors)
         query_embed = self.detr.query_embed.weight
         hs, memory = self.detr.transformer(src, mask, query_embed, positions[-1])
         out = self.detr.outputs(hs)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_fast.layers import MultiheadAttention
+from detr_fast.nested_tensor import NestedTensor, is_unpadded
 
 
 class Transformer(nn.Module):
@@ -64,7 +65,9 @@ class Transformer(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, src: Tensor, mask: Tensor | None, query_embed: Tensor, pos_embed: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Encodes a feature map and decodes the queries from it.
 
         A channels-last `src` and `pos_embed` are read in place; others are copied once. Pixels under the mask are
@@ -74,7 +77,7 @@ class Transformer(nn.Module):
 
         Args:
             src: [B, C, h, w], C = d_model.
-            mask: [B, h, w] bool, True = padding.
+            mask: [B, h, w] bool, True = padding; None for no padding.
             query_embed: [Q, C], one embedding per query; or [B, Q, C], each image's own.
             pos_embed: [B, C, h, w].
 
@@ -88,15 +91,16 @@ class Transformer(nn.Module):
             raise ValueError(f"src is {list(src.shape)}; expected [B, {self.d_model}, h, w]")
         if pos_embed.shape != src.shape:
             raise ValueError(f"pos_embed is {list(pos_embed.shape)}; expected src's {list(src.shape)}")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask is {mask.dtype}; expected torch.bool, True = padding")
         batch, _, height, width = src.shape
-        if mask.dim() != 3 or mask.shape != (batch, height, width):
-            raise ValueError(f"mask is {list(mask.shape)}; expected [B, h, w] = {[batch, height, width]}")
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask is {mask.dtype}; expected torch.bool, True = padding")
+            if mask.dim() != 3 or mask.shape != (batch, height, width):
+                raise ValueError(f"mask is {list(mask.shape)}; expected [B, h, w] = {[batch, height, width]}")
 
         src_LBC = _tokens(src).transpose(0, 1)
         pos_LBC = _tokens(pos_embed).transpose(0, 1)
-        key_padding_mask = mask.flatten(1)
+        key_padding_mask = None if mask is None else mask.flatten(1)
         query_pos_BQC = query_embed.expand(batch, *query_embed.shape[-2:])
         tgt_BQC = query_embed.new_zeros(query_pos_BQC.shape)
 
@@ -130,6 +134,14 @@ def set_skip_padded_queries(transformer: nn.Module, *readers: nn.Module) -> None
             attention.skip_padded_queries = skip
 
 
+def mask_for(transformer: nn.Module, features: NestedTensor) -> Tensor | None:
+    """The features' mask as a transformer takes it.
+
+    Where there is known to be no padding, None for this package's; a subclass or another's may need the mask itself.
+    """
+    return None if is_unpadded(features) and _is_own(transformer) else features.mask
+
+
 def _is_own(module: nn.Module | None) -> bool:
     return type(module).__module__.startswith("detr_fast.")
 
@@ -146,8 +158,9 @@ def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options) ->
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """[B, C, h, w] → [B, h*w, C], contiguous: a view if x is channels-last."""
-    return x.flatten(2).transpose(1, 2).contiguous()
+    """[B, C, h, w] → [B, h*w, C]: a view if x is channels-last, also if all images share their memory."""
+    x = x.flatten(2).transpose(1, 2)
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 class TransformerEncoder(nn.Module):
