@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_fast.ops._attention_chunked import zero_rows
-from detr_fast.ops.attention import attention
+from detr_fast.ops.attention import attention_of_projections, split_projections
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -104,12 +104,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True without attn_mask; expected the causal mask in attn_mask")
         batched = self._check_inputs(query, key, value)
-        q, k, v = self._project(query, key, value, batched)  # each [B, H, L, D]
+        projections = self._project(query, key, value, batched)
+        q, k, v = split_projections(projections)  # each [B, H, L, D]
         batch, heads, q_len, _ = q.shape
         key_padding_mask = _check_padding(key_padding_mask, batch, k.shape[2], batched)
         query_padding_mask = self._query_padding(key_padding_mask, q_len)
         attn_mask = _check_attn_mask(attn_mask, batch, heads, q_len, k.shape[2])
-        k, v, key_padding_mask, attn_mask = self._append_keys(k, v, key_padding_mask, attn_mask)
+        if self.bias_k is not None or self.add_zero_attn:
+            k, v, key_padding_mask, attn_mask = self._append_keys(k, v, key_padding_mask, attn_mask)
+            projections = [x.transpose(1, 2).unsqueeze(2) for x in (q, k, v)]
 
         dropout_p = self.dropout if self.training else 0.0
         weights = None
@@ -120,7 +123,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         ):
             out, weights = _attention_with_weights(q, k, v, key_padding_mask, attn_mask, dropout_p, query_padding_mask)
         else:
-            out, _ = attention(q, k, v, key_padding_mask, dropout_p, query_padding_mask=query_padding_mask)
+            out, _ = attention_of_projections(
+                projections, key_padding_mask, dropout_p, query_padding_mask=query_padding_mask
+            )
         out = self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Lq, E]
 
         if not need_weights:
@@ -151,7 +156,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return batched
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> list[Tensor]:
-        """Queries, keys and values [B, H, L, D], as views of the projections' outputs."""
+        """The outputs [B, L, n, H, D] of one product for each different input: n of queries, keys and values."""
         width = self.embed_dim
         bias = self.in_proj_bias
         if not self._qkv_same_embed_dim:
@@ -166,9 +171,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         biases = [None] * len(sizes) if bias is None else bias.split([size * width for size in sizes])
 
         inputs = (query, key, value)
-        heads = []
+        projections = []
+        index = 0  # of the part's input
         for size, weight, part in zip(sizes, weights, biases, strict=True):
-            x = inputs[len(heads)]
+            x = inputs[index]
+            index += size
             is_length_first = batched and not self.batch_first
             if is_length_first and x.stride(0) < x.stride(1):
                 # A view of batch-first memory: in that order the product copies nothing.
@@ -179,8 +186,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 x = x.unsqueeze(0)
             elif is_length_first:
                 x = x.transpose(0, 1)
-            heads += x.permute(2, 0, 3, 1, 4).unbind(0)  # [B, L, size, H, D] to [B, H, L, D] each
-        return heads
+            projections.append(x)
+        return projections
 
     def _query_padding(self, key_padding_mask: Tensor | None, q_len: int) -> Tensor | None:
         """The queries [B, Lq] that are left out."""
@@ -203,9 +210,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         for extra_k, extra_v in extra:
             k = torch.cat([k, extra_k.expand(k.shape[0], -1, -1, -1)], dim=2)
             v = torch.cat([v, extra_v.expand(v.shape[0], -1, -1, -1)], dim=2)
-        if extra and key_padding_mask is not None:
+        if key_padding_mask is not None:
             key_padding_mask = F.pad(key_padding_mask, (0, len(extra)))
-        if extra and attn_mask is not None:
+        if attn_mask is not None:
             attn_mask = F.pad(attn_mask, (0, len(extra)))
         return k, v, key_padding_mask, attn_mask
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from detr_fast.layers import MultiheadAttention
 from detr_fast.nested_tensor import NestedTensor, is_unpadded
+from detr_fast.ops.attention import remember_valid_rows
 
 
 class Transformer(nn.Module):
@@ -100,7 +101,7 @@ class Transformer(nn.Module):
 
         src_LBC = _tokens(src).transpose(0, 1)
         pos_LBC = _tokens(pos_embed).transpose(0, 1)
-        key_padding_mask = None if mask is None else mask.flatten(1)
+        key_padding_mask = None if mask is None else remember_valid_rows(mask.flatten(1))
         query_pos_BQC = query_embed.expand(batch, *query_embed.shape[-2:])
         tgt_BQC = query_embed.new_zeros(query_pos_BQC.shape)
 

@@ -6,6 +6,7 @@ from pairwise import pairwise
 from torch import nn
 
 from detr_fast.layers import MultiheadAttention
+from detr_fast.ops.attention import attention_of_projections, split_projections
 
 OPTIONS = {
     "plain": {},
@@ -262,12 +263,11 @@ def test_projections_reach_the_op_without_copies(monkeypatch):
 
     seen = []
 
-    def spy(q, k, v, *rest, **options):
-        seen.append([x.untyped_storage().data_ptr() for x in (q, k, v)])
-        return attention(q, k, v, *rest, **options)
+    def spy(projections, *rest, **options):
+        seen.append([x.untyped_storage().data_ptr() for x in split_projections(projections)])
+        return attention_of_projections(projections, *rest, **options)
 
-    attention = layer.attention
-    monkeypatch.setattr(layer, "attention", spy)
+    monkeypatch.setattr(layer, "attention_of_projections", spy)
     for batch_first in (True, False):
         module = make_pair(batch_first=batch_first)[1]
         for kind, storages in (("qqq", 1), ("qqv", 2), ("qkk", 2), ("qkv", 3)):

@@ -14,7 +14,7 @@ from torch import nn
 from detr_fast.layers import MultiheadAttention
 from detr_fast.models import DETR, DETRsegm, Transformer, TransformerEncoder, TransformerEncoderLayer, letr
 from detr_fast.nested_tensor import NestedTensor
-from detr_fast.ops import attention
+from detr_fast.ops.attention import attention_of_projections
 
 
 def encoder_attentions(transformer):
@@ -53,12 +53,14 @@ def skipped(monkeypatch):
     """The `query_padding_mask` that the op gets in each attention among the pixels, in order."""
     masks = []
 
-    def recording(query, key, value, key_padding_mask=None, *args, query_padding_mask=None, **kwargs):
-        if key_padding_mask is not None and query.shape[2] == key.shape[2]:
+    def recording(projections, key_padding_mask=None, *args, query_padding_mask=None, **kwargs):
+        if key_padding_mask is not None and len({x.shape[1] for x in projections}) == 1:
             masks.append(query_padding_mask)
-        return attention(query, key, value, key_padding_mask, *args, query_padding_mask=query_padding_mask, **kwargs)
+        return attention_of_projections(
+            projections, key_padding_mask, *args, query_padding_mask=query_padding_mask, **kwargs
+        )
 
-    monkeypatch.setattr("detr_fast.layers.attention.attention", recording)
+    monkeypatch.setattr("detr_fast.layers.attention.attention_of_projections", recording)
     return masks
 
 
