@@ -12,6 +12,7 @@ row that one GPU thread owns in a matrix product's result, so that a kernel can 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -78,27 +79,74 @@ def attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor [B, H, L, D]")
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = (
-            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (query, key, value)
-        )
+    query, key, value = _autocast(query, key, value)
     _check(query, key, value, key_padding_mask, query_padding_mask, dropout_p, seed)
     refuse_transforms("attention", query, key, value)
-    if dropout_p == 0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if not -math.inf < scale < math.inf:  # torch 2.11's compiler does not know math.isfinite
         raise ValueError(f"scale is {scale}; expected a finite number")
     if scale <= 0:
         query, scale = query * scale, 1.0
+    masks = (key_padding_mask, query_padding_mask)
+    return _attention(query, key, value, *_options(query, value, *masks, dropout_p, seed, scale))
+
+
+def attention_of_projections(
+    projections: Sequence[torch.Tensor],
+    key_padding_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    seed: torch.Tensor | None = None,
+    query_padding_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention` of queries, keys and values of which some come out of one matrix product.
+
+    The gradient of each product is written in one piece, where those of its parts would have to be copied together.
+
+    Args:
+        projections: one to three tensors [B, L, n, H, D], any strides: n of query, key and value, in this order, three
+            in all.
+        key_padding_mask, dropout_p, seed, query_padding_mask: as `attention`.
+
+    Returns, Raises:
+        As `attention`.
+    """
+    projections = _autocast(*projections)
+    query, key, value = split_projections(projections)
+    if len(projections) == 3 or not (torch.is_grad_enabled() and any(x.requires_grad for x in projections)):
+        return attention(
+            query, key, value, key_padding_mask, dropout_p, seed=seed, query_padding_mask=query_padding_mask
+        )
+    _check(query, key, value, key_padding_mask, query_padding_mask, dropout_p, seed)
+    refuse_transforms("attention", *projections)
+    masks, scale = (key_padding_mask, query_padding_mask), query.shape[-1] ** -0.5
+    return _packed_attention(projections, *_options(query, value, *masks, dropout_p, seed, scale))
+
+
+def split_projections(projections: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Query, key and value [B, H, L, D], views of tensors [B, L, n, H, D]."""
+    parts = [part for x in projections for part in ([x.squeeze(2)] if x.shape[2] == 1 else x.unbind(2))]
+    return [part.transpose(1, 2) for part in parts]
+
+
+def _autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
+
+
+def _options(query, value, key_padding_mask, query_padding_mask, dropout_p, seed, scale):
+    """The op's arguments after query, key and value."""
+    if dropout_p == 0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
     # Listed here, not in the op, so that the backward gets the same lists, and a compiled graph makes them once for all
     # layers under one mask.
     lists = _lists(key_padding_mask, query_padding_mask) if _on_kernel(query, value) else (None, None)
-    return _attention(query, key, value, key_padding_mask, float(dropout_p), seed, scale, query_padding_mask, *lists)
+    return key_padding_mask, float(dropout_p), seed, scale, query_padding_mask, *lists
 
 
 def attention_reference(
@@ -320,10 +368,30 @@ _valid_rows.register_fake(_empty_rows)
 def _lists(key_padding_mask, query_padding_mask, valid_keys=None, valid_queries=None):
     """What the kernels read in place of the masks: the lists given, or else made here; one list for one mask."""
     if valid_keys is None and key_padding_mask is not None:
-        valid_keys = _valid_rows(key_padding_mask)
+        valid_keys = _remembered_rows(key_padding_mask)
     if valid_queries is None and query_padding_mask is not None:
-        valid_queries = valid_keys if query_padding_mask is key_padding_mask else _valid_rows(query_padding_mask)
+        valid_queries = valid_keys if query_padding_mask is key_padding_mask else _remembered_rows(query_padding_mask)
     return valid_keys, valid_queries
+
+
+def remember_valid_rows(mask: torch.Tensor) -> torch.Tensor:
+    """The mask [B, L] itself, now with its list of valid rows, which all attentions under it share.
+
+    For a mask that was made just now: a list from before the capture of a CUDA graph would be read in every replay.
+    Without effect where no kernel runs, while compiling, and in inference mode, which does not tell whether a tensor
+    was written to.
+    """
+    if use_kernel(mask.device, "attention") and not torch.compiler.is_compiling() and not mask.is_inference():
+        mask._valid_rows = _valid_rows(mask), mask._version
+    return mask
+
+
+def _remembered_rows(mask: torch.Tensor) -> torch.Tensor:
+    if not torch.compiler.is_compiling():
+        rows, version = getattr(mask, "_valid_rows", (None, None))
+        if rows is not None and version == mask._version:
+            return rows
+    return _valid_rows(mask)
 
 
 def _forward(
@@ -354,6 +422,17 @@ def _backward(
     valid_keys=None, valid_queries=None,
 ):  # fmt: skip
     grads = _empty_gradients(query, key, value)
+    lists = (valid_keys, valid_queries)
+    options = (key_padding_mask, dropout_p, seed, scale, query_padding_mask, *lists)
+    _write_gradients(grads, grad_out, query, key, value, out, logsumexp, *options)
+    return grads
+
+
+def _write_gradients(
+    grads, grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale, query_padding_mask,
+    valid_keys, valid_queries,
+):  # fmt: skip
+    """Into `grads`, those of query, key and value, of any strides."""
     inputs = (grad_out, query, key, value, out, logsumexp)
     dropout = (seed, _dropout_threshold(dropout_p), _dropout_scale(dropout_p))
     outputs = dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=True))
@@ -367,7 +446,6 @@ def _backward(
         masks = (key_padding_mask, query_padding_mask)
         with torch.autocast(query.device.type, enabled=False):
             chunked_backward(*inputs, *masks, *dropout, scale, **outputs)
-    return grads
 
 
 def _backward_fake(grad_out, query, key, value, *_, **__):
@@ -413,3 +491,61 @@ _attention.register_autograd(_differentiate, setup_context=_save_for_backward)
 @_attention.register_vmap
 def _attention_vmap(info, in_dims, *args):
     raise NotImplementedError("attention has no vmap rule; fold the mapped dimension into the batch")
+
+
+# The same with the gradients of queries, keys and values that came out of one product in one tensor.
+
+
+def _packed_forward(projections, *options):
+    return _forward(*split_projections(projections), *options)
+
+
+def _packed_forward_fake(projections, *_):
+    query, _, value = split_projections(projections)
+    return _empty_outputs(query, value)
+
+
+def _packed_backward(grad_out, projections, out, logsumexp, *options):
+    grads = [torch.empty_like(x) for x in projections]
+    _write_gradients(split_projections(grads), grad_out, *split_projections(projections), out, logsumexp, *options)
+    return grads
+
+
+def _packed_backward_fake(grad_out, projections, *_):
+    return [torch.empty_like(x) for x in projections]
+
+
+def _packed_save_for_backward(ctx, inputs, output):
+    projections, key_padding_mask, ctx.dropout_p, seed, ctx.scale, *rows = inputs
+    out, logsumexp = output
+    ctx.mark_non_differentiable(logsumexp)
+    ctx.save_for_backward(*projections, out, logsumexp, key_padding_mask, seed, *rows)
+
+
+@once_differentiable
+def _packed_differentiate(ctx, grad_out, _):
+    *projections, out, logsumexp, key_padding_mask, seed, query_padding_mask, keys, queries = ctx.saved_tensors
+    options = (key_padding_mask, ctx.dropout_p, seed, ctx.scale, query_padding_mask, keys, queries)
+    return _packed_attention_backward(grad_out, projections, out, logsumexp, *options), *[None] * 7
+
+
+_OPTIONS = (
+    "Tensor? key_padding_mask, float dropout_p, Tensor? seed, float scale, Tensor? query_padding_mask, "
+    "Tensor? valid_keys, Tensor? valid_queries"
+)
+_packed_attention = torch.library.custom_op(
+    "detr_fast::packed_attention",
+    _packed_forward,
+    mutates_args=(),
+    schema=f"(Tensor[] projections, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+_packed_attention.register_fake(_packed_forward_fake)
+_packed_attention_backward = torch.library.custom_op(
+    "detr_fast::packed_attention_backward",
+    _packed_backward,
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor[] projections, Tensor out, Tensor logsumexp, {_OPTIONS}) -> Tensor[]",
+)
+_packed_attention_backward.register_fake(_packed_backward_fake)
+_packed_attention.register_autograd(_packed_differentiate, setup_context=_packed_save_for_backward)
+_packed_attention.register_vmap(_attention_vmap)

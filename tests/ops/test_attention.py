@@ -9,6 +9,7 @@ from pairwise import pairwise
 from torch.utils.checkpoint import checkpoint
 
 from detr_fast.ops import _attention_chunked, applied_dropout, attention, attention_dropout_mask, attention_reference
+from detr_fast.ops.attention import attention_of_projections, split_projections
 
 SEED = torch.tensor([12345678901234567])
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -504,3 +505,79 @@ def test_attention_rejects(change, error, match):
     arguments = {"query": torch.zeros(2, 3, 5, 4), "key": torch.zeros(2, 3, 7, 4), "value": torch.zeros(2, 3, 7, 4)}
     with pytest.raises(error, match=match):
         attention(**(arguments | change))
+
+
+PACKINGS = [(3,), (2, 1), (1, 2)]
+
+
+def make_projections(packing, dtype=torch.float64, q_len=7, k_len=7, length_first=False):
+    """Tensors [B, L, n, H, D]; with `length_first` the memory is [L, B, n, H, D]."""
+    lengths = {(1, 2): (q_len, k_len), (2, 1): (k_len, k_len), (3,): (k_len,)}[packing]
+    projections = [torch.randn(2, length, n, 3, 8).to(dtype) for length, n in zip(lengths, packing, strict=True)]
+    if length_first:
+        projections = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in projections]
+    return [x.requires_grad_() for x in projections]
+
+
+@pytest.mark.parametrize(
+    ("packing", "dtype", "masked", "length_first"),
+    pairwise(PACKINGS, DTYPES, [False, True], [False, True]),
+)
+def test_attention_of_projections_is_attention(packing, dtype, masked, length_first, grouping):
+    """Outputs and gradients bit for bit, and the gradients in the projections' own layout."""
+    projections = make_projections(packing, dtype, q_len=5, length_first=length_first)
+    parts = [x.detach().clone().requires_grad_() for x in split_projections(projections)]
+    mask = make_mask(7) if masked else None
+    rows = mask if packing != (1, 2) else None
+    options = {"seed": SEED, "query_padding_mask": rows}
+    out, lse = attention_of_projections(projections, mask, 0.3, **options)
+    want, want_lse = attention(*parts, mask, 0.3, **options)
+    cotangent = torch.randn(out.shape).to(dtype)
+    grads = torch.autograd.grad(out, projections, cotangent)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse) and not lse.requires_grad
+    assert all(grad.stride() == x.stride() for grad, x in zip(grads, projections, strict=True))
+    for grad, expected in zip(split_projections(grads), torch.autograd.grad(want, parts, cotangent), strict=True):
+        assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_attention_of_projections_gradcheck(packing):
+    mask = make_mask(7)
+    for masks in ((None, 0.0), (mask, 0.3)):
+        function = lambda *x, masks=masks: attention_of_projections(x, *masks, seed=SEED)[0]  # noqa: E731
+        assert torch.autograd.gradcheck(function, make_projections(packing))
+
+
+@pytest.mark.parametrize(
+    ("packing", "dtype", "masked"),
+    [((2, 1), torch.bfloat16, True), ((3,), torch.float32, False), ((1, 2), torch.float64, True)],
+)
+def test_attention_of_projections_opcheck(packing, dtype, masked):
+    projections = make_projections(packing, dtype, q_len=5)
+    options = (make_mask(7) if masked else None, 0.3 * masked, SEED if masked else None, 0.5, None, None, None)
+    torch.library.opcheck(torch.ops.detr_fast.packed_attention.default, (projections, *options))
+    with torch.no_grad():
+        out, lse = torch.ops.detr_fast.packed_attention(projections, *options)
+        grad = torch.randn(out.shape).to(dtype)
+        args = (grad, [x.detach() for x in projections], out, lse, *options)
+        torch.library.opcheck(torch.ops.detr_fast.packed_attention_backward.default, args)
+
+
+def test_attention_of_projections_compiles_dynamic():
+    torch._dynamo.reset()
+    compiled = torch.compile(attention_of_projections, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (5, 9, 12):
+        projections = make_projections((2, 1), k_len=length)
+        mask = make_mask(length)
+        results = [f(projections, mask, 0.3, seed=SEED)[0] for f in (compiled, attention_of_projections)]
+        cotangent = torch.randn_like(results[0])
+        grads = [torch.autograd.grad(out, projections, cotangent) for out in results]
+        torch.testing.assert_close(results[0], results[1])
+        torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_attention_of_projections_rejects():
+    with pytest.raises(ValueError, match="key_padding_mask has shape"):
+        attention_of_projections(make_projections((3,)), torch.zeros(2, 6, dtype=torch.bool))
+    with pytest.raises(TypeError, match="float32"):
+        attention_of_projections([make_projections((2, 1))[0], make_projections((2, 1), torch.float32)[1]])

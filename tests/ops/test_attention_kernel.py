@@ -7,6 +7,7 @@ import torch
 from pairwise import pairwise
 
 from detr_fast.ops import applied_dropout, attention, attention_dropout_mask, attention_reference
+from detr_fast.ops.attention import attention_of_projections, remember_valid_rows, split_projections
 
 pytestmark = pytest.mark.interpret
 
@@ -249,6 +250,51 @@ def test_attention_lists_valid_rows_once(monkeypatch):
         out, _ = attention(*inputs, key_padding_mask, 0.1, query_padding_mask=query_padding_mask)
         torch.autograd.grad(out, inputs, torch.randn_like(out))
         assert len(launched) == lists
+
+
+def test_attentions_under_one_mask_share_its_list_until_it_is_written_to(monkeypatch):
+    from detr_fast.kernels import attention as kernels
+
+    launched, launch = [], kernels.valid_rows
+    monkeypatch.setattr(kernels, "valid_rows", lambda mask, *, out: launched.append(mask) or launch(mask, out=out))
+    inputs = [make_tensor(2, 1, 43, 16, "blhd", torch.float32) for _ in range(3)]
+    base = make_mask("suffix", 2, 43)[:, None]
+    mask = base.flatten(1)
+    assert remember_valid_rows(mask) is mask and len(launched) == 1
+    for rows in (None, mask):
+        out, _ = attention(*inputs, mask, query_padding_mask=rows)
+        assert torch.equal(out, attention(*inputs, mask.clone(), query_padding_mask=rows)[0])
+    assert len(launched) == 3  # two of them those of the clones
+    base[:, 0, :20] = True  # through another view
+    launched.clear()
+    out, _ = attention(*inputs, mask)
+    assert len(launched) == 1 and torch.equal(out, attention(*inputs, mask.clone())[0])
+    with torch.inference_mode():
+        made = base.clone().flatten(1)
+        launched.clear()
+        for first in (0, 25):  # an inference tensor does not tell that it was written to
+            made[:, first:30] = True
+            remembered = remember_valid_rows(made)
+            made[:, 30:35] = True
+            assert torch.equal(attention(*inputs, remembered)[0], attention(*inputs, made.clone())[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("packing", [(3,), (2, 1), (1, 2)], ids=str)
+def test_attention_of_projections(packing, dtype):
+    """Bit for bit as from separate tensors, with the gradients in the projections' layout."""
+    projections = [torch.randn(2, 43, n, 2, 16).to(dtype).requires_grad_() for n in packing]
+    parts = [x.detach().clone().requires_grad_() for x in split_projections(projections)]
+    mask = make_mask("row all padded", 2, 43)
+    options = {"seed": torch.tensor([7]), "query_padding_mask": mask}
+    out, lse = attention_of_projections(projections, mask, 0.1, **options)
+    want, want_lse = attention(*parts, mask, 0.1, **options)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    cotangent = torch.randn(out.shape).to(dtype)
+    grads = torch.autograd.grad(out, projections, cotangent)
+    assert all(grad.is_contiguous() for grad in grads)
+    for grad, expected in zip(split_projections(grads), torch.autograd.grad(want, parts, cotangent), strict=True):
+        assert torch.equal(grad, expected)
 
 
 def test_attention_op_makes_the_lists_it_is_not_given():
