@@ -38,6 +38,7 @@ setup(
         "scipy>=1.10",
         "tqdm>=4.60",
         "pillow",
+        "pyyaml>=6",
     ],
     extras_require={
         "viz": VIZ,

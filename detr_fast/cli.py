@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from detr_fast import __version__
 from detr_fast.config import (
@@ -242,6 +243,11 @@ def _export(args: argparse.Namespace, given: set[str]) -> int:
 
 def _check_data_parser() -> argparse.ArgumentParser:
     parser = command_parser("check-data", "Reads annotations and all images, and lists what is wrong with them.")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder in COCO's, Roboflow's, YOLO's or Pascal VOC's layout: both sets are checked",
+    )
     parser.add_argument("--coco_path", metavar="DIR", help="folder in COCO's layout: both sets are checked")
     for name, text in (("train", "training"), ("val", "validation")):
         parser.add_argument(f"--{name}_ann", metavar="JSON", help=f"own data: annotations of the {text} images")
@@ -261,7 +267,16 @@ def _check_data_parser() -> argparse.ArgumentParser:
 def _check_data(args: argparse.Namespace, given: set[str]) -> int:
     from detr_fast.data import check_coco, mend_file
 
-    pairs = []
+    pairs: list[tuple[Any, Any]] = []
+    if args.data:
+        from detr_fast.data.layouts import find_layout
+
+        if given - {"fix"} != {"data"}:
+            raise UsageError("give either --data or the other folders and jsons, not both")
+        with usage_errors():
+            layout = find_layout(args.data)
+        print("\n".join([*layout.lines, ""]))
+        pairs = [(split.images, split.annotations) for split in layout.splits.values()]
     if args.coco_path:
         if given - {"fix"} != {"coco_path"}:
             raise UsageError("give either --coco_path or the folders and jsons of own data, not both")
@@ -274,7 +289,7 @@ def _check_data(args: argparse.Namespace, given: set[str]) -> int:
         if annotations:
             pairs.append((images, annotations))
     if not pairs:
-        raise UsageError("nothing to check: give --coco_path, or --train_images and --train_ann (or val)")
+        raise UsageError("nothing to check: give --data, --coco_path, or --train_images and --train_ann (or val)")
     if args.fix:
         if len(pairs) > 1:
             raise UsageError("--fix mends one file: give the folder and json of one set")

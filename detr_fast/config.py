@@ -239,6 +239,11 @@ class DataConfig(Part):
         "coco: boxes, with --masks also masks; coco_panoptic: things and stuff; lines: line segments (LETR)",
         metavar="TASK",
     )
+    data: str | None = flag(
+        None,
+        "folder of labelled images: COCO, Roboflow's COCO, YOLO (or its data.yaml) or Pascal VOC, which is found out",
+        metavar="DIR",
+    )
     coco_path: str | None = flag(
         None,
         "folder with annotations/instances_{train,val}2017.json (lines: lines_…), train2017/, val2017/",

@@ -44,8 +44,8 @@ _LOADING = (*MODEL_SETTINGS, "dataset_file", "compile")
 # What a checkpoint that `Detector.save` writes says of itself.
 _SAVED = (*MODEL_SETTINGS, *LOSS_SETTINGS, "dataset_file", "num_classes", "thing_classes")
 _EVALUATION = (
-    "coco_path", "coco_panoptic_path", "val_ann", "val_images", "image_size", "max_size", "batch_size", "num_workers",
-    "group_by_size", "output_dir", "print_freq",
+    "data", "coco_path", "coco_panoptic_path", "val_ann", "val_images", "image_size", "max_size", "batch_size",
+    "num_workers", "group_by_size", "output_dir", "print_freq",
 )  # fmt: skip
 
 
@@ -186,8 +186,8 @@ class Detector:
         """Evaluates on validation data and prints the task's numbers, as ``detr-fast eval`` does.
 
         Args:
-            settings: where the data are, ``coco_path=…``, or ``val_ann=…, val_images=…``; `batch_size`, `num_workers`,
-                `image_size`, `max_size`, `group_by_size`, `print_freq`, and `output_dir` to save eval.pth.
+            settings: where the data are, ``data=…``, ``coco_path=…``, or ``val_ann=…, val_images=…``; `batch_size`,
+                `num_workers`, `image_size`, `max_size`, `group_by_size`, `print_freq`, and `output_dir` to save eval.pth.
 
         Returns:
             The losses and the task's numbers, such as "coco_eval_bbox", pycocotools' twelve.

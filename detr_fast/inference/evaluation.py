@@ -14,6 +14,7 @@ from detr_fast.distributed import is_main_process
 from detr_fast.errors import UsageError
 from detr_fast.inference.loading import Loaded, load_for_inference
 from detr_fast.tasks import task_of
+from detr_fast.tasks.paths import with_data
 from detr_fast.training.checkpoint import save_checkpoint
 from detr_fast.training.engine import evaluate
 from detr_fast.training.setup import loader_for, start
@@ -52,7 +53,7 @@ def evaluate_loaded(loaded: Loaded, source: str) -> dict:
         source: what error messages call the model.
     """
     with usage_errors():
-        task, config, categories = loaded.task, loaded.config, loaded.categories
+        task, config, categories = loaded.task, with_data(loaded.config), loaded.categories
         if categories is None:
             categories = task.bare_categories(config)
         dataset: Any = task.build_dataset("val", config, categories=categories, uint8=True)

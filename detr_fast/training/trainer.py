@@ -32,6 +32,7 @@ from detr_fast.distributed import (
 from detr_fast.errors import InterruptedRun, UsageError
 from detr_fast.models.weights import load_model, load_weights
 from detr_fast.tasks import task_of
+from detr_fast.tasks.paths import with_data
 from detr_fast.tasks.pictures import draw_sheet
 from detr_fast.training.checkpoint import read_checkpoint, rng_state, save_checkpoint, set_rng_state
 from detr_fast.training.curves import draw_curves
@@ -90,6 +91,7 @@ class Trainer:
     def __init__(self, config: Config, device: torch.device):
         self.task, self.device = task_of(config), device
         self.output_dir = make_output_dir(config.output_dir) if config.output_dir else None
+        config = with_data(config)
         self.dataset_train: Any = self.task.build_dataset("train", config, uint8=True)
         self.categories: Categories = self.dataset_train.categories
         self.dataset_val: Any = self.task.build_dataset("val", config, categories=self.categories, uint8=True)
