@@ -88,7 +88,7 @@ def _train_parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace, given: set[str]) -> int:
-    config = Config.of(args)
+    config = Config.from_mapping({name: getattr(args, name) for name in given})
     if not config.eval:
         from detr_fast.training.trainer import train
 
@@ -123,7 +123,7 @@ def _eval_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output_dir", default="", metavar="DIR", help="where to save eval.pth; without it nothing is saved"
     )
-    run = ("print_freq", "seed", "world_size", "dist_url", "device", "precision", "compile")
+    run = ("preset", "print_freq", "seed", "world_size", "dist_url", "device", "precision", "compile")
     add_flags(parser, RunConfig, only=run, inference=True)
     add_flags(parser, ModelConfig, inference=True)
     add_flags(parser, LossConfig, inference=True)
@@ -131,7 +131,7 @@ def _eval_parser() -> argparse.ArgumentParser:
 
 
 def _eval(args: argparse.Namespace, given: set[str]) -> int:
-    config = Config.of(args)
+    config = Config.from_mapping({name: getattr(args, name) for name in given})
     from detr_fast.inference.evaluation import evaluate_checkpoint
 
     evaluate_checkpoint(config, given, config.weights)

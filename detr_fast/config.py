@@ -8,6 +8,10 @@ command line, and an error names the flag. Nothing is changed later; `dataclasse
     config = Config(coco_path="data/coco", output_dir="outputs/r50", lr=2e-4)
     config = Config.from_arguments(["--coco_path", "data/coco", "--lr", "2e-4"])
 
+A preset is a set of values under a name (`PRESETS`), for the settings that were not given:
+
+    config = Config(coco_path="data/coco", preset="original", batch_size=4)
+
 A checkpoint keeps `Config.to_dict` under "args". Neither torch nor anything else of this package is imported here, so
 that ``--help`` answers at once.
 
@@ -29,6 +33,14 @@ from typing import Any, TypeVar
 from detr_fast.errors import UsageError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+# What `--preset NAME` sets, except where a flag was given: by name, values of settings.
+PRESETS: dict[str, dict[str, Any]] = {
+    # facebookresearch/detr, main.py, as far as our defaults differ.
+    "original": {
+        "precision": "fp32", "batch_size": 2, "num_workers": 2, "size_divisor": 1, "group_by_size": False,
+        "compile": False,
+    },
+}  # fmt: skip
 LABEL_LOSSES = ("cross_entropy", "focal_loss")
 _NO_TRAINING = "nothing is trained"
 _OLD_EMBEDDINGS = {"v2": "sine", "v3": "learned"}  # further names that the original takes
@@ -51,6 +63,8 @@ class Flag:
         check: (condition, words for it), or None.
         idle: why the flag does nothing for a checkpoint that is only evaluated or predicted with; empty: it does.
         group: the heading in ``--help`` under which it stands; empty: that of its class.
+        auto: for a field that is None by default, to be chosen for the machine (`--flag auto`): what the parser of
+            flags has in its place, for code that reads the original's namespace; and what counts without a GPU.
     """
 
     help: str
@@ -60,6 +74,7 @@ class Flag:
     check: tuple[Callable[[Any], bool], str] | None = None
     idle: str = ""
     group: str = ""
+    auto: int | None = None
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
@@ -104,7 +119,13 @@ class OptimisationConfig(Part):
     lr_backbone: float = flag(
         1e-5, "learning rate of the backbone; 0 freezes it", check=_NOT_NEGATIVE, idle=_NO_TRAINING
     )
-    batch_size: int = flag(2, "images per process", check=_POSITIVE)
+    batch_size: int | None = flag(
+        None,
+        "images per process; auto (the default): while training on a GPU from its memory, otherwise 2",
+        check=_POSITIVE,
+        metavar="N|auto",
+        auto=2,
+    )
     weight_decay: float = flag(1e-4, "of AdamW", check=_NOT_NEGATIVE, idle=_NO_TRAINING)
     epochs: int = flag(300, "passes over the training images", check=_POSITIVE, idle=_NO_TRAINING)
     max_steps: int = flag(
@@ -288,7 +309,13 @@ class DataConfig(Part):
         "on a GPU, otherwise 1, the original's exact sizes)",
         check=_POSITIVE,
     )
-    num_workers: int = flag(2, "loader processes", check=_NOT_NEGATIVE)
+    num_workers: int | None = flag(
+        None,
+        "loader processes; auto (the default): while training on a GPU from the cores, otherwise 2",
+        check=_NOT_NEGATIVE,
+        metavar="N|auto",
+        auto=2,
+    )
     loader_timeout: float = flag(
         600,
         "seconds after which a loader process that gives no batch ends the run, with the names of its images; 0: never",
@@ -307,8 +334,20 @@ class RunConfig(Part):
 
     heading = "run"
 
+    preset: str = flag(
+        "",
+        "values for the flags that are not given; original: those of facebookresearch/detr, for the same training",
+        choices=("", *PRESETS),
+        metavar="|".join(PRESETS),
+    )
+
     device: str = flag("auto", "auto (a GPU if there is one), cuda, cuda:N or cpu", group="device")
-    precision: str = flag("fp32", "fp32, or autocast in bf16 or fp16", choices=PRECISIONS, group="device")
+    precision: str = flag(
+        "auto",
+        "fp32, or autocast in bf16 or fp16; auto: bf16 while training on a GPU that computes in it, otherwise fp32",
+        choices=("auto", *PRECISIONS),
+        group="device",
+    )
     compile: bool = flag(False, "torch.compile the transformer's layers and the box head", group="device")
 
     output_dir: str = flag("", "where to save; without it nothing is saved", metavar="DIR")
@@ -346,6 +385,20 @@ class RunConfig(Part):
 _Self = TypeVar("_Self", bound="Config")
 
 
+def _takes_presets(kind: type[_Self]) -> type[_Self]:
+    """Has `kind(preset=…, …)` take the preset's values for the settings that are not among the arguments."""
+    plain = kind.__init__
+
+    @functools.wraps(plain)
+    def init(self, **given: Any) -> None:
+        preset = PRESETS.get(given.get("preset") or "", {})  # the check of the values refuses another name
+        plain(self, **(preset | given))
+
+    kind.__init__ = init  # type: ignore[method-assign]
+    return kind
+
+
+@_takes_presets
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunConfig, DataConfig, LossConfig, ModelConfig, OptimisationConfig):
     """All settings of a run, each under the name of its flag; see the parts, its base classes."""
@@ -357,12 +410,13 @@ class Config(RunConfig, DataConfig, LossConfig, ModelConfig, OptimisationConfig)
         Raises:
             UsageError: a flag that there is not, or a value that it does not take.
         """
-        return cls.from_mapping(vars(get_args_parser(_Parser).parse_args(normalise_options(arguments))))
+        args, given = parse_with_given(get_args_parser(_Parser), normalise_options(arguments))
+        return cls.from_mapping({name: getattr(args, name) for name in given})
 
     @classmethod
     def from_mapping(cls: type[_Self], values: Mapping[str, Any]) -> _Self:
-        """From values by name, such as those a checkpoint keeps. What is missing gets its default; names that are no
-        setting of ours, such as those of a checkpoint of the original, are passed over."""
+        """From values by name, such as those a checkpoint keeps. What is missing gets its preset's value or its
+        default; names that are no setting of ours, such as those of a checkpoint of the original, are passed over."""
         known = {name: values[name] for name in _FIELDS if name in values}
         if known.get("position_embedding") in _OLD_EMBEDDINGS:
             known["position_embedding"] = _OLD_EMBEDDINGS[known["position_embedding"]]
@@ -399,6 +453,30 @@ IDLE_IN_INFERENCE = {name: settings.idle for name, settings in _FLAGS.items() if
 def default_of(name: str) -> Any:
     """The default of a setting."""
     return _FIELDS[name].default
+
+
+def say_preset(config: Config) -> str:
+    """A line that says what the preset has set, and what was given in its place; empty without a preset."""
+    values = PRESETS.get(config.preset, {})
+    taken = [f"--{name} {value}" for name, value in values.items() if getattr(config, name) == value]
+    given = [f"--{name} {getattr(config, name)}" for name, value in values.items() if getattr(config, name) != value]
+    if not values:
+        return ""
+    text = f"--preset {config.preset}: {', '.join(taken) or 'every flag was given'}"
+    return f"{text}; given: {', '.join(given)}" if given and taken else text
+
+
+def without_auto(config: Config) -> Config:
+    """The configuration with what is still to be chosen as it is without a GPU: `precision` fp32, two images, two
+    workers, the original's."""
+    chosen = {name: settings.auto for name, settings in _FLAGS.items() if settings.auto is not None}
+    chosen = {name: value for name, value in chosen.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, precision=known_precision(config.precision), **chosen)
+
+
+def known_precision(precision: str) -> str:
+    """`precision`, or fp32 for "auto"."""
+    return "fp32" if precision == "auto" else precision
 
 
 def check_for_training(config: Config) -> None:
@@ -559,7 +637,13 @@ def _add_flag(group, field: dataclasses.Field, is_idle: bool) -> None:
         options["action"] = "store_false" if field.default else "store_true"
     else:
         options |= {"type": kind, "choices": settings.choices, "metavar": settings.metavar}
+        if settings.auto is not None:
+            options |= {"type": _number_or_auto, "default": settings.auto}
     group.add_argument(*(settings.names or (f"--{field.name}",)), dest=field.name, **options)
+
+
+def _number_or_auto(text: str) -> int | None:
+    return None if text == "auto" else int(text)
 
 
 def normalise_options(argv: Sequence[str]) -> list[str]:

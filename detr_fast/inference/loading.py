@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detr_fast.config import IDLE_IN_INFERENCE, LOSS_SETTINGS, MODEL_SETTINGS, Config
+from detr_fast.config import IDLE_IN_INFERENCE, LOSS_SETTINGS, MODEL_SETTINGS, Config, without_auto
 from detr_fast.data.categories import Categories
 from detr_fast.distributed import say
 from detr_fast.errors import UsageError
@@ -98,7 +98,7 @@ def load_for_inference(config: Config, given: Collection[str], path: str) -> Loa
     # The checkpoint has all weights; nothing is fetched, trained or dropped.
     settings |= {"backbone_weights": "none", "lr_backbone": 0.0, "dropout": 0.0, "frozen_weights": None}
     settings |= task.settings_of(state)
-    config = Config.from_mapping({**config.to_dict(), **settings})
+    config = without_auto(Config.from_mapping({**config.to_dict(), **settings}))
     if config.backbone_norm is None:
         config = replace(config, backbone_norm="frozen")
     if "image_size" in given:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from detr_fast.config import Config, choose_device, make_output_dir, usage_errors
+from detr_fast.config import Config, choose_device, known_precision, make_output_dir, usage_errors
 from detr_fast.data.annotations import read_annotations
 from detr_fast.data.images import ImageReadError
 from detr_fast.errors import UsageError
@@ -49,7 +49,7 @@ def predict(
     with usage_errors():
         if not 0 <= threshold <= 1:
             raise UsageError(f"--threshold must be in 0..1, got {threshold}")
-        device = choose_device(config.device, config.precision)
+        device = choose_device(config.device, known_precision(config.precision))
         files = list(find_images(inputs))
         ids = _image_ids([name for _, name in files], ann)
         pictures = _pictures(files, Path(config.output_dir))
@@ -62,7 +62,7 @@ def _predict(detector: Detector, files, ids, pictures, output_dir: Path, thresho
     entries: dict[int, list[dict]] = {}
     described: dict[int, dict] = {}
     images = [Picture(path) for path, _ in files]
-    for index, found, image in detector.stream(images, threshold, batch_size=detector.config.batch_size):
+    for index, found, image in detector.stream(images, threshold, batch_size=detector.config.batch_size or 1):
         if isinstance(found, ImageReadError):
             print(f"left out: {found}", flush=True)
             continue

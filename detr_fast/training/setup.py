@@ -3,6 +3,7 @@
 Source: facebookresearch/detr, main.py.
 """
 
+import os
 import random
 from dataclasses import replace
 
@@ -11,27 +12,36 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from detr_fast.config import Config, choose_device
+from detr_fast.config import Config, choose_device, known_precision, say_preset, without_auto
 from detr_fast.data.loader import EpochLoader, build_loader
 from detr_fast.data.packed import PackedCollate
-from detr_fast.distributed import get_rank, is_dist_avail_and_initialized, join_processes, say
+from detr_fast.distributed import get_rank, get_world_size, is_dist_avail_and_initialized, join_processes, say
 from detr_fast.errors import UsageError
 from detr_fast.models.backbone import BackboneBase
 from detr_fast.tasks import Task
 from detr_fast.training.engine import PRECISIONS
 
+# Bytes per pixel that a step keeps for its backward pass with each backbone; see `kept_per_pixel`.
+_KEPT = {"resnet18": 260, "resnet34": 310, "resnet50": 550, "resnet101": 755}
+# Images per optimiser step to which the original's learning rate belongs: 8 GPUs with 2 each.
+_ORIGINAL_BATCH = 16
 
-def start(config: Config) -> tuple[Config, torch.device]:
+
+def start(config: Config, training: bool = False) -> tuple[Config, torch.device]:
     """Joins torchrun's processes, if any, chooses the device and seeds the generators, each process differently.
 
+    Args:
+        config: of the run.
+        training: choose for a GPU's training what is left to be chosen; otherwise as it is without a GPU.
+
     Returns:
-        The configuration with the device that was chosen, and that device.
+        The configuration with the device and everything else that was chosen, and that device.
 
     Raises:
         UsageError: a device or number of processes that there is not.
         ValueError: see `join_processes`.
     """
-    name = choose_device(config.device, config.precision)
+    name = choose_device(config.device, known_precision(config.precision))
     processes = join_processes(name, config.dist_url)
     if config.world_size not in (1, processes.world_size):
         raise UsageError(
@@ -52,8 +62,66 @@ def start(config: Config) -> tuple[Config, torch.device]:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+    if config.preset:
+        say(say_preset(config))
+    config = chosen_for_gpu(config, device) if training and device.type == "cuda" else without_auto(config)
     say(f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, {config.precision}")
     return replace(config, device=name), device
+
+
+def chosen_for_gpu(config: Config, device: torch.device) -> Config:
+    """What is left to be chosen ("auto"), for training on the GPU `device`; each choice is said with its flag."""
+    if config.precision == "auto":
+        config = replace(config, precision="bf16" if torch.cuda.is_bf16_supported() else "fp32")
+        say(f"precision: {config.precision}, which this GPU computes in (--precision)")
+    if config.num_workers is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        config = replace(config, num_workers=workers_for(processes))
+        say(f"loader processes: {config.num_workers}, from the cores there are (--num_workers)")
+    if config.batch_size is None:
+        config = replace(config, batch_size=batch_size_for(config, torch.cuda.mem_get_info(device)[1]))
+        total = config.batch_size * config.accumulate_steps * get_world_size()
+        say(
+            f"batch: {config.batch_size} images per process, as the GPU's memory allows, {total} per optimiser step "
+            f"(--batch_size, --accumulate_steps); the learning rate stays {config.lr:g} (--lr), the original has 1e-4 "
+            f"with {_ORIGINAL_BATCH} images per step"
+        )
+    return config
+
+
+def batch_size_for(config: Config, memory: int) -> int:
+    """Images per process on a GPU with `memory` bytes: up to the original's images per optimiser step, to which its
+    learning rate belongs, as far as they fit.
+
+    What a step keeps for its backward pass grows with the pixels of the largest padded batch (`kept_per_pixel`). Half
+    as much again is for what comes and goes, a fifth of the memory for others, and 2 GB are for weights and the like.
+    """
+    short = config.image_size or 800
+    pixels = short * (config.max_size or short * 5 / 3)
+    fits = int((0.8 * memory - 2e9) / (1.5 * kept_per_pixel(config) * pixels))
+    wanted = -(-_ORIGINAL_BATCH // (get_world_size() * config.accumulate_steps))
+    return max(1, min(fits, wanted))
+
+
+def kept_per_pixel(config: Config) -> float:
+    """About the bytes that a step keeps for its backward pass, per pixel of the batch.
+
+    Counted on tensors without values, in bf16 at 832 x 1344, as what autograd saves; tests/training/test_chosen.py
+    counts again.
+    """
+    kept = _KEPT.get(config.backbone, max(_KEPT.values()))
+    kept *= 1.7 if config.dilation else 1
+    kept *= 1 if with_norm(config).backbone_norm == "frozen" else 1.85
+    kept += 450 if config.LETRpost else 0
+    kept += 2700 if config.masks else 0
+    return kept * (1.9 if config.precision == "fp32" else 1)
+
+
+def workers_for(processes: int) -> int:
+    """Loader processes for each of so many training processes on this machine: the cores that it may use, one left to
+    each training process, and at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // processes - 1))
 
 
 def with_norm(config: Config) -> Config:
@@ -92,6 +160,8 @@ def build(task: Task, config: Config, own_weights: bool) -> tuple[nn.Module, nn.
 
 def loader_for(task: Task, dataset: Dataset, config: Config, train: bool) -> EpochLoader:
     """The loader of a training or validation set of uint8 images."""
+    config = without_auto(config)
+    assert config.batch_size is not None and config.num_workers is not None
     return build_loader(
         dataset,
         config.batch_size,
@@ -120,7 +190,8 @@ def size_divisor(config: Config, train: bool) -> int:
 def packed_collate(task: Task, config: Config, train: bool = False) -> PackedCollate:
     """What makes batches of uint8 images: they are normalised, padded and cast where they are used."""
     # A GPU's convolutions want channels-last images, and autocast would cast them: padding writes both at no cost.
-    dtype = None if config.precision == "fp32" else PRECISIONS[config.precision]
+    precision = known_precision(config.precision)
+    dtype = None if precision == "fp32" else PRECISIONS[precision]
     return PackedCollate(
         mean=task.mean,
         std=task.std,

@@ -65,7 +65,7 @@ def train(config: Config) -> dict:
         task = task_of(config)
         check_for_training(config)
         task.check_image_size(config)
-        config, device = start(config)
+        config, device = start(config, training=True)
         folder = make_output_dir(config.output_dir) if config.output_dir and is_main_process() else None
     with locked(folder):
         with usage_errors():
@@ -492,6 +492,7 @@ def _check_same_run(config: Config, checkpoint: Mapping, categories: Categories)
             f"data has {list(categories.names)}; to start a new run from its weights, use --weights"
         )
     own = {
+        "preset",
         "resume",
         "weights",
         "output_dir",
