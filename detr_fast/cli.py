@@ -21,7 +21,7 @@ from detr_fast.config import (
     parse_with_given,
     usage_errors,
 )
-from detr_fast.errors import InterruptedRun, NonFiniteLossError, UsageError
+from detr_fast.errors import CallbackError, InterruptedRun, NonFiniteLossError, UsageError
 
 _TRACEBACK = "DETR_FAST_TRACEBACK"
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"detr-fast: {stop}", file=sys.stderr, flush=True)
         _leave_processes()
         return 128 + stop.signal
-    except (ValueError, OSError, NotImplementedError, NonFiniteLossError) as error:
+    except (ValueError, OSError, NotImplementedError, NonFiniteLossError, CallbackError) as error:
         if os.environ.get(_TRACEBACK) == "1":
             raise
         return _complain(_message(error))
@@ -80,8 +80,10 @@ def _leave_processes() -> None:
 def _train_parser() -> argparse.ArgumentParser:
     return command_parser(
         "train",
-        "Trains DETR on data in COCO's format. For several GPUs:\n  torchrun --nproc-per-node N -m detr_fast train …",
-        usage="detr-fast train --coco_path DIR [--output_dir DIR] [FLAG …], or with own data\n"
+        "Trains DETR on labelled images: a folder in COCO's, Roboflow's, YOLO's or Pascal VOC's layout.\n"
+        "For several GPUs:\n  torchrun --nproc-per-node N -m detr_fast train …",
+        usage="detr-fast train --data DIR [--weights detr_resnet50 --preset finetune] [--output_dir DIR] [FLAG …]\n"
+        "       detr-fast train --coco_path DIR …, with COCO's own ids as labels, as the original\n"
         "       detr-fast train --train_ann JSON --train_images DIR --val_ann JSON --val_images DIR …",
         parents=[get_args_parser()],
     )
@@ -90,9 +92,10 @@ def _train_parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace, given: set[str]) -> int:
     config = Config.from_mapping({name: getattr(args, name) for name in given})
     if not config.eval:
+        from detr_fast.inference.starting import weights_reader
         from detr_fast.training.trainer import train
 
-        train(config)
+        train(config, read_weights=weights_reader(given))
         return 0
     path = config.resume or config.weights
     if not path or path == "auto" or (config.resume and config.weights):
@@ -115,7 +118,7 @@ def _eval_parser() -> argparse.ArgumentParser:
         "eval",
         "Evaluates a checkpoint with pycocotools (of lines: their structural average precision).\n"
         "The flags of model and loss are the checkpoint's own; give them for bare weights only.",
-        usage="detr-fast eval --weights PATH (--coco_path DIR | --val_ann JSON --val_images DIR) [FLAG …]",
+        usage="detr-fast eval --weights PATH (--data DIR | --coco_path DIR | --val_ann JSON --val_images DIR) [FLAG …]",
     )
     _add_weights(parser)
     add_flags(parser, DataConfig, without=_TRAIN_DATA, inference=True)
@@ -378,7 +381,7 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 _COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
-    "train": (_train_parser, _train, "train DETR on data in COCO's format"),
+    "train": (_train_parser, _train, "train DETR on labelled images"),
     "eval": (_eval_parser, _eval, "evaluate a checkpoint with pycocotools"),
     "predict": (_predict_parser, _predict, "detect objects or lines in images: pictures and a json"),
     "convert": (_convert_parser, _convert, "between checkpoints and Hugging Face folders, both ways"),
@@ -406,7 +409,7 @@ def _message(error: Exception) -> str:
     if "Original Traceback" in text:
         # From a loader's worker: its whole traceback is in the text, the message in its last line.
         text = text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
-    expected = isinstance(error, (UsageError, OSError, NonFiniteLossError))
+    expected = isinstance(error, (UsageError, OSError, NonFiniteLossError, CallbackError))
     return text if expected else f"{text} ({_TRACEBACK}=1 shows where)"
 
 

@@ -187,7 +187,7 @@ class Detector:
 
         Args:
             settings: where the data are, ``data=…``, ``coco_path=…``, or ``val_ann=…, val_images=…``; `batch_size`,
-                `num_workers`, `image_size`, `max_size`, `group_by_size`, `print_freq`, and `output_dir` to save eval.pth.
+                `num_workers`, `image_size`, `max_size`, `group_by_size`, `print_freq`; `output_dir` to save eval.pth.
 
         Returns:
             The losses and the task's numbers, such as "coco_eval_bbox", pycocotools' twelve.

@@ -19,7 +19,6 @@ from detr_fast.data.packed import PackedCollate
 from detr_fast.data.transforms import Compose
 from detr_fast.errors import UsageError
 
-
 ImageLike: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | Tensor
 _KINDS = "a path, an address, a PIL image, an array [H, W, 3], a tensor [3, H, W], a folder, or a list of them"
 _SECONDS = 30  # to wait for a server

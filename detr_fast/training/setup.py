@@ -5,6 +5,7 @@ Source: facebookresearch/detr, main.py.
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -27,12 +28,15 @@ _KEPT = {"resnet18": 260, "resnet34": 310, "resnet50": 550, "resnet101": 755}
 _ORIGINAL_BATCH = 16
 
 
-def start(config: Config, training: bool = False) -> tuple[Config, torch.device]:
+def start(
+    config: Config, training: bool = False, settle: Callable[[Config], Config] | None = None
+) -> tuple[Config, torch.device]:
     """Joins torchrun's processes, if any, chooses the device and seeds the generators, each process differently.
 
     Args:
         config: of the run.
         training: choose for a GPU's training what is left to be chosen; otherwise as it is without a GPU.
+        settle: changes the configuration once the processes have met, before anything is chosen.
 
     Returns:
         The configuration with the device and everything else that was chosen, and that device.
@@ -64,6 +68,8 @@ def start(config: Config, training: bool = False) -> tuple[Config, torch.device]
     random.seed(seed)
     if config.preset:
         say(say_preset(config))
+    if settle is not None:
+        config = settle(config)
     config = chosen_for_gpu(config, device) if training and device.type == "cuda" else without_auto(config)
     say(f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, {config.precision}")
     return replace(config, device=name), device
