@@ -513,6 +513,8 @@ def check_for_training(config: Config) -> None:
             raise UsageError(f"--{name} writes to --output_dir, which is none")
     if config.resume == "auto" and config.output_dir in ("", NO_OUTPUT):
         raise UsageError("--resume auto looks in --output_dir, which is not given")
+    if config.preset == "finetune" and not (config.weights or config.resume or config.frozen_weights):
+        raise UsageError("--preset finetune is for trained weights: give --weights, for instance detr_resnet50")
     if config.start_epoch >= config.epochs:
         raise UsageError(f"--start_epoch {config.start_epoch} leaves nothing to train of --epochs {config.epochs}")
 

@@ -274,6 +274,8 @@ class Trainer:
                 f"{self.best:.4f}{best} (--early_stop {config.early_stop})"
             )
         say(f"training took {datetime.timedelta(seconds=int(time.perf_counter() - began))}")
+        if self.output_dir is not None and row:
+            say(f"saved in {self.output_dir}; to use it: detr-fast predict IMAGES --weights {self.output_dir}")
         return row
 
     def _train_epoch(self) -> dict[str, float]:
