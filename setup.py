@@ -8,6 +8,8 @@ HERE = Path(__file__).parent
 
 VIZ = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.14"]
+WANDB = ["wandb>=0.17"]
+MLFLOW = ["mlflow-skinny>=2.10"]
 EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
 EVAL = ["faster-coco-eval>=1.6"]
 # transformers since its registry of patched classes; timm has the backbone of its DETR.
@@ -46,7 +48,9 @@ setup(
         "hf": HF,
         "eval": EVAL,
         "export": EXPORT,
-        "all": VIZ + TENSORBOARD + EVAL + HF + EXPORT,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
+        "all": VIZ + TENSORBOARD + EVAL + HF + EXPORT + WANDB + MLFLOW,
         "test": TEST + LINT + VIZ + TENSORBOARD,
     },
     entry_points={"console_scripts": ["detr-fast = detr_fast.cli:main"]},

@@ -450,16 +450,19 @@ def _read_yolo(described: _Yolo) -> _Found:
                 " and the like"
             )
         sizes = _sizes(images)
+        root = described.root
+        if not all(image.is_relative_to(root) for image in images):
+            root = Path(os.path.commonpath([root, *images]))
         content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
         for number, (image, label, size) in enumerate(zip(images, labels, sizes, strict=True), start=1):
             width, height = size
             content["images"].append(
-                {"id": number, "file_name": _relative(image, described.root), "width": width, "height": height}
+                {"id": number, "file_name": image.relative_to(root).as_posix(), "width": width, "height": height}
             )
             for entry in _yolo_objects(label, ids, size, described.keypoints) if label else ():
                 entry |= {"id": len(content["annotations"]) + 1, "image_id": number, "iscrowd": 0}
                 content["annotations"].append(entry)
-        found.sets[name] = _Set(described.root, content)
+        found.sets[name] = _Set(root, content)
         missing = labels.count(None)
         if missing:
             found.notes.append(f"{name}: {missing} images have no label file: taken as images without objects")
@@ -625,7 +628,7 @@ def _read_voc(voc: _Voc) -> _Found:
             ]:
                 width, height = height, width  # drawn on the image as it lies in the file
             content["images"].append(
-                {"id": number, "file_name": _relative(image, voc.root), "width": width, "height": height}
+                {"id": number, "file_name": image.relative_to(voc.root).as_posix(), "width": width, "height": height}
             )
             for entry in objects[file] if file else ():
                 x0, y0, x1, y1 = entry["corners"]
@@ -719,10 +722,6 @@ def _size(path: Path) -> tuple[int, int] | None:
             return (height, width) if turned else (width, height)
     except Exception:  # PIL raises what the format's reader does
         return None
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 def _cache_folder(root: Path) -> Path:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from detr_fast.config import LOSS_SETTINGS, MODEL_SETTINGS, Config, choose_device, make_output_dir
+from detr_fast.config import LOSS_SETTINGS, MODEL_SETTINGS, NO_OUTPUT, Config, choose_device, make_output_dir
 from detr_fast.data.categories import Categories
 from detr_fast.data.images import ImageReadError
 from detr_fast.data.prefetch import Prefetcher
@@ -34,6 +34,7 @@ from detr_fast.inference.images import (
 )
 from detr_fast.inference.loading import Loaded, load_for_inference
 from detr_fast.tasks.base import Result
+from detr_fast.training.callbacks import Callback
 from detr_fast.training.checkpoint import save_checkpoint
 from detr_fast.training.engine import PRECISIONS, outputs_of
 from detr_fast.training.setup import packed_collate
@@ -203,13 +204,16 @@ class Detector:
             make_output_dir(config.output_dir)
         return evaluate_loaded(replace(self._loaded, config=config), "the model")
 
-    def train(self, output_dir: str | os.PathLike, **settings: Any) -> "Detector":
+    def train(
+        self, output_dir: str | os.PathLike, *, callbacks: Sequence[Callback] = (), **settings: Any
+    ) -> "Detector":
         """Trains on from this model's weights, as ``detr-fast train --weights`` does. This object stays as it is.
 
         Args:
             output_dir: gets the run's files.
-            settings: of `Config`, such as ``train_ann=…, train_images=…, val_ann=…, val_images=…, epochs=…, lr=…``. The
-                model's own need not be given.
+            callbacks: are told of each epoch, see `detr_fast.training.callbacks`.
+            settings: of `Config`, such as ``data=…, preset="finetune"``, or ``train_ann=…, train_images=…, val_ann=…,
+                val_images=…, epochs=…, lr=…``. The model's own need not be given.
 
         Returns:
             The run's best checkpoint as a `Detector`.
@@ -219,7 +223,7 @@ class Detector:
         """
         for name in {"weights", "eval"} & set(settings):
             raise TypeError(f"train starts from this model's weights and trains: {name!r} cannot be set")
-        if not os.fspath(output_dir):
+        if os.fspath(output_dir) in ("", NO_OUTPUT):
             raise UsageError("train needs an output_dir: the trained model is read from it")
         own = {name: getattr(self.config, name) for name in (*_SAVED, "device", "precision", "compile")}
         # The classes are the data's. Frozen norms came with pretrained weights: their first layers are not trained.
@@ -229,7 +233,7 @@ class Detector:
             weights = Path(folder) / "weights.pth"
             self.save(weights)
             config = Config(**{**own, **settings, "weights": weights})
-            train(config)
+            train(config, callbacks=callbacks)
         return load(output_dir, device=config.device, precision=config.precision, compile=config.compile)
 
     def export(

@@ -254,6 +254,17 @@ def test_what_a_data_yaml_may_say(coco, tmp_path, names, kind):
         ]
 
 
+def test_images_beside_the_folder_of_the_yaml_are_found(coco, tmp_path):
+    pytest.importorskip("yaml")
+    folder = write_yolo(coco, tmp_path / "data")
+    (folder / "settings").mkdir()
+    text = (folder / "data.yaml").read_text().replace("path: .", "path: ''").replace("images/", "../images/")
+    (folder / "settings" / "data.yaml").write_text(text)
+    split = find_layout(folder / "settings" / "data.yaml").splits["train"]
+    names = [image["file_name"] for image in json.loads(split.annotations.read_text())["images"]]
+    assert split.images == folder and names[0] == "images/train/000000000001.jpg"
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -1,8 +1,8 @@
 """Callbacks: when they are called, and with what; Weights & Biases and MLflow: stand-ins, and real where installed."""
 
 import sys
+import time
 import types
-from pathlib import Path
 
 import pytest
 
@@ -125,9 +125,11 @@ def test_wandb_itself(config, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(config, callbacks=[WandbCallback(project="shapes", mode="offline", dir=str(tmp_path))])
-    (run,) = (Path(tmp_path) / "wandb").glob("offline-run-*/run-*.wandb")
-    content = run.read_bytes()
-    assert b"test_coco_eval_bbox_AP50" in content and b"hidden_dim" in content
+    (run,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 30  # its process writes a little later
+    while not all(name in run.read_bytes() for name in (b"test_coco_eval_bbox_AP50", b"hidden_dim")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 @pytest.mark.slow
