@@ -83,7 +83,7 @@ class _Found:
     notes: list[str] = field(default_factory=list)
 
 
-def find_layout(path: str | os.PathLike) -> Layout:
+def find_layout(path: str | os.PathLike, ids: Mapping[str, int] | None = None) -> Layout:
     """Finds out how a folder's images are labelled, and makes COCO jsons of it.
 
     A folder without validation images lends a tenth of its training images, always the same. Images without objects
@@ -91,6 +91,8 @@ def find_layout(path: str | os.PathLike) -> Layout:
 
     Args:
         path: the folder, or a YOLO data.yaml.
+        ids: name → category id, of the model that is evaluated. A YOLO or VOC folder, whose classes are numbered by
+            their order, gets these ids if all its names are among them.
 
     Raises:
         FileNotFoundError: there is no such folder, or nothing in it that is known; the message lists what is.
@@ -104,14 +106,14 @@ def find_layout(path: str | os.PathLike) -> Layout:
     if root.is_file():
         if root.suffix not in (".yaml", ".yml"):
             raise ValueError(f"--data {root} is a file; expected a folder, or a YOLO data.yaml")
-        found = _read_yolo(_described_by(root))
+        found = _read_yolo(_described_by(root), ids or {})
     else:
-        found = _read(root)
+        found = _read(root, ids or {})
     found.sets = {name: each for name, each in found.sets.items() if each.content["images"]}
     if not found.sets:
         raise FileNotFoundError(f"--data {root}: {found.name}, but there are no images")
     _choose(found)
-    cache = _cache_folder(root)
+    cache = _cache_folder(root, ids or {})
     splits, lines = {}, [f"--data {root}: {found.name}"]
     for name, each in found.sets.items():
         splits[name] = Split(each.images, each.file or _write(cache / f"{name}.json", each.content))
@@ -122,8 +124,8 @@ def find_layout(path: str | os.PathLike) -> Layout:
     return Layout(found.name, splits, (*lines, *found.notes))
 
 
-def _read(root: Path) -> _Found:
-    kinds: list[tuple[str, Callable[[Path], Any], Callable[[Any], _Found]]] = [
+def _read(root: Path, ids: Mapping[str, int]) -> _Found:
+    kinds: list[tuple[str, Callable[[Path], Any], Callable[[Any, Mapping[str, int]], _Found]]] = [
         ("COCO", _coco_files, _read_coco),
         ("YOLO", _find_yolo, _read_yolo),
         ("Pascal VOC", _find_voc, _read_voc),
@@ -140,7 +142,7 @@ def _read(root: Path) -> _Found:
             "--val_images, or take the others away"
         )
     _, what, read = there[0]
-    return read(what)
+    return read(what, ids)
 
 
 def _choose(found: _Found) -> None:
@@ -267,7 +269,7 @@ def _is_coco(file: Path) -> bool:
     return not (isinstance(first, dict) and "segments_info" in first)  # panoptic
 
 
-def _read_coco(files: Mapping[str, tuple[Path, list[Path]]]) -> _Found:
+def _read_coco(files: Mapping[str, tuple[Path, list[Path]]], ids: Mapping[str, int]) -> _Found:
     found, contents = _Found("COCO", {}), {}
     for name, (file, _) in files.items():
         content = contents[name] = read_json(file)
@@ -284,8 +286,7 @@ def _read_coco(files: Mapping[str, tuple[Path, list[Path]]]) -> _Found:
         if placeholder is not None:
             content["categories"] = [c for c in content["categories"] if c["id"] != placeholder["id"]]
             changed = True
-        ids = [entry.get("id") for entry in content["annotations"]]
-        if found.name != "COCO" and 0 in ids:
+        if found.name != "COCO" and any(entry.get("id") == 0 for entry in content["annotations"]):
             # pycocotools takes a match with annotation 0 for none.
             for number, entry in enumerate(content["annotations"], start=1):
                 entry["id"] = number
@@ -434,11 +435,11 @@ def _read_yaml(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _read_yolo(described: _Yolo) -> _Found:
+def _read_yolo(described: _Yolo, known: Mapping[str, int]) -> _Found:
     found = _Found("YOLO", {}, described.notes)
-    # Ids from 1 on, as in the other layouts: a checkpoint's classes then fit whichever of them the data come in.
-    ids = {index: position for position, index in enumerate(sorted(described.names), start=1)}
-    categories = [{"id": ids[index], "name": described.names[index]} for index in sorted(described.names)]
+    indices = sorted(described.names)
+    categories = _categories([described.names[index] for index in indices], known)
+    ids = {index: category["id"] for index, category in zip(indices, categories, strict=True)}
     if described.keypoints:
         found.notes.append("the labels' keypoints are left out: boxes only")
     for name, entries in described.entries.items():
@@ -602,15 +603,15 @@ def _xml_of(image: Path, folder: Path) -> Path | None:
     return file if file.is_file() else None
 
 
-def _read_voc(voc: _Voc) -> _Found:
+def _read_voc(voc: _Voc, known: Mapping[str, int]) -> _Found:
     found = _Found("Pascal VOC", {}, voc.notes)
     trees = {file: _xml(file) for file in voc.annotations}
     objects = {file: _voc_objects(file, tree) for file, tree in trees.items()}
-    # From 1 on, by name, over all sets: an id means the same in each of them.
+    # Over all sets: an id means the same in each of them.
     names = sorted({entry["name"] for entries in objects.values() for entry in entries})
     if not names:
         raise ValueError(f"{voc.root}: none of the {len(objects)} xml files has an object")
-    categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+    categories = _categories(names, known)
     ids = {category["name"]: category["id"] for category in categories}
     # Pixels are numbered from 1, unless a 0 says that this set's tool numbers them from 0.
     first = min(min(entry["corners"][:2]) for entries in objects.values() for entry in entries)
@@ -686,6 +687,14 @@ def _voc_objects(file: Path, tree: ET.Element) -> list[dict[str, Any]]:
 # Files
 
 
+def _categories(names: Sequence[str], known: Mapping[str, int]) -> list[dict[str, Any]]:
+    """With the ids that are known, if all are; otherwise from 1 on, as in the other layouts, so that a checkpoint's
+    classes fit whichever of them the data come in."""
+    if set(names) <= set(known) and len(set(names)) == len(names):
+        return [{"id": known[name], "name": name} for name in names]
+    return [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+
+
 def _images_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
@@ -724,11 +733,12 @@ def _size(path: Path) -> tuple[int, int] | None:
         return None
 
 
-def _cache_folder(root: Path) -> Path:
+def _cache_folder(root: Path, ids: Mapping[str, int]) -> Path:
     """A folder of its own for each data set; in the temporary folder where there is no home to write to."""
     stated, cache = os.environ.get("DETR_FAST_CACHE"), os.environ.get("XDG_CACHE_HOME")
     base = Path(stated) if stated else (Path(cache) if cache else Path.home() / ".cache") / "detr_fast"
-    folder = Path("data", f"{root.name}-{hashlib.sha1(str(root).encode()).hexdigest()[:8]}")
+    key = json.dumps([str(root), sorted(ids.items())])
+    folder = Path("data", f"{root.name}-{hashlib.sha1(key.encode()).hexdigest()[:8]}")
     try:
         (base / folder).mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -57,7 +57,8 @@ def evaluate_loaded(loaded: Loaded, source: str) -> dict:
         source: what error messages call the model.
     """
     with usage_errors():
-        task, config, categories = loaded.task, with_data(loaded.config), loaded.categories
+        task, categories = loaded.task, loaded.categories
+        config = with_data(loaded.config, ids={name: number for number, name in loaded.names.items()})
         if categories is None:
             categories = task.bare_categories(config)
         dataset: Any = task.build_dataset("val", config, categories=categories, uint8=True)

@@ -1,5 +1,6 @@
 """Where the data sets lie that a configuration names."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,14 @@ from detr_fast.errors import UsageError
 _NAMED = ("coco_path", "coco_panoptic_path", "train_ann", "train_images", "val_ann", "val_images")
 
 
-def with_data(config: Config) -> Config:
+def with_data(config: Config, ids: Mapping[str, int] | None = None) -> Config:
     """The configuration with `data`, a folder in any known layout, as the jsons and image folders found there.
 
     What was found is said. Without `data` the configuration stays as it is.
+
+    Args:
+        config: of the run.
+        ids: name → category id, of the model that is evaluated; see `find_layout`.
 
     Raises:
         UsageError: other data are named as well.
@@ -24,7 +29,7 @@ def with_data(config: Config) -> Config:
         return config
     check_data(config)
     with first_process_first():
-        layout = find_layout(config.data)
+        layout = find_layout(config.data, ids)
     for line in layout.lines:
         say(line)
     found = {}

@@ -13,8 +13,10 @@ from detr_fast.config import Config
 from detr_fast.data import make_shapes_dataset
 from detr_fast.data.layouts import find_layout
 from detr_fast.tasks import task_of
+from detr_fast.tasks.boxes import Boxes
 from detr_fast.tasks.paths import with_data
 from tests.data.layout_writers import WRITERS, coco_sets, voc_xml, write_roboflow, write_voc, write_yolo
+from tests.inference.tiny_models import checkpoint_of
 from tests.training.conftest import TINY
 
 
@@ -347,6 +349,44 @@ def test_a_list_that_names_an_absent_image_is_refused(coco, tmp_path):
     next(iter((folder / "JPEGImages").glob("val_*"))).unlink()
     with pytest.raises(FileNotFoundError, match="val.txt names 'val_0000.*there is no such image"):
         find_layout(folder)
+
+
+# The classes of the model that is evaluated
+
+
+def test_ids_of_a_model_are_taken_by_name(coco, tmp_path):
+    """YOLO and VOC number classes by their order, which another folder's may not be."""
+    folder = write_yolo(coco, tmp_path / "data", yaml=False)
+    before = contents(find_layout(folder))
+    (folder / "classes.txt").write_text("triangle\nsquare\ncircle\n")
+    for file in (folder / "labels").rglob("*.txt"):
+        lines = [line.split() for line in file.read_text().splitlines()]
+        file.write_text("".join(" ".join([str(2 - int(first)), *rest]) + "\n" for first, *rest in lines))
+    ids = {"circle": 1, "square": 2, "triangle": 3, "star": 4}
+    after = contents(find_layout(folder, ids))
+    assert [content["annotations"] for content in after] == [content["annotations"] for content in before]
+    assert contents(find_layout(folder, {"circle": 1, "square": 2})) == contents(find_layout(folder)) != after
+
+
+def test_published_weights_are_evaluated_by_cocos_names(coco, tmp_path, monkeypatch, capsys):
+    """YOLO's class 0 of 2, "cat", is not COCO's category 1."""
+    folder = write_yolo(coco, tmp_path / "data", yaml=False)
+    (folder / "classes.txt").write_text("cat\ndog\nzebra\n")
+    seen = []
+    build = Boxes.build_dataset
+
+    def noting(self, *args, **kwargs):
+        seen.append(build(self, *args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(Boxes, "build_dataset", noting)
+    weights = checkpoint_of(num_classes=91, backbone_level=1, image_size=48)
+    del weights["categories"]
+    torch.save(weights, tmp_path / "coco.pth")
+    argv = ["eval", "--weights", str(tmp_path / "coco.pth"), "--data", str(folder), "--num_workers", "0"]
+    assert main([*argv, "--device", "cpu"]) == 0
+    labels = {int(label) for _, target in seen[0] for label in target["labels"]}
+    assert labels == {17, 18, 24} and "zebra" in capsys.readouterr().out
 
 
 # Folders
