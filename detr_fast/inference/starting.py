@@ -56,6 +56,8 @@ def _described(config: Config, given: Collection[str], checkpoint: Mapping[str, 
             f"{source} is another model: {'; '.join(other)}. The weights bring their settings: leave that out"
         )
     brought = {name: value for name, value in known.items() if name not in given}
+    if "image_size" in given:
+        brought.pop("max_size", None)  # it belongs to the size that gives way
     if "backbone_weights" not in given:
         # Frozen norms came with pretrained weights, whose first layers stay as they are.
         trained = theirs.get("backbone_weights") == "none" or brought.get("backbone_norm") in ("batch", "group")
