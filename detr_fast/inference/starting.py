@@ -58,11 +58,12 @@ def _described(config: Config, given: Collection[str], checkpoint: Mapping[str, 
     brought = {name: value for name, value in known.items() if name not in given}
     if "image_size" in given:
         brought.pop("max_size", None)  # it belongs to the size that gives way
+    config = replace(config, **brought)
     if "backbone_weights" not in given:
-        # Frozen norms came with pretrained weights, whose first layers stay as they are.
-        trained = theirs.get("backbone_weights") == "none" or brought.get("backbone_norm") in ("batch", "group")
-        brought["backbone_weights"] = "none" if trained else "imagenet"
+        # As `Detector.train`: frozen norms came with pretrained weights, whose first layers stay as they are.
+        trained = config.backbone_norm in ("batch", "group")
+        config = replace(config, backbone_weights="none" if trained else "imagenet")
     shown = [f"--{name} {value}" for name, value in brought.items() if value != default_of(name)]
     if shown:
         say(f"{source}: its settings: {', '.join(shown)}")
-    return replace(config, **brought)
+    return config

@@ -327,6 +327,20 @@ def test_parts_of_an_object_are_not_its_box(coco, tmp_path):
     assert contents(find_layout(tmp_path / "flat")) == before
 
 
+def test_folders_below_are_read_too(coco, tmp_path):
+    write_flat(coco, tmp_path / "flat")
+    before = contents(find_layout(tmp_path / "flat"))
+    (tmp_path / "flat" / "first").mkdir()
+    for file in (tmp_path / "flat").glob("00000000000[1-4].*"):
+        file.rename(file.parent / "first" / file.name)
+    after = contents(find_layout(tmp_path / "flat"))
+    assert sum(len(c["annotations"]) for c in after) == sum(len(c["annotations"]) for c in before)
+    assert {image["file_name"] for c in after for image in c["images"]} >= {
+        "first/000000000004.jpg",
+        "000000000005.jpg",
+    }
+
+
 @pytest.mark.parametrize(
     "old, new, message",
     [

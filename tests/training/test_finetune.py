@@ -51,7 +51,8 @@ def refusal(capsys, *argv):
 
 @pytest.mark.parametrize("kind", ["published", "run"])
 def test_weights_bring_their_model_and_get_a_new_head(hub, shapes, tmp_path, capsys, kind):
-    torch.save(tiny(), tmp_path / "checkpoint.pth")
+    norm = {"published": "frozen", "run": "batch"}[kind]
+    torch.save(tiny(backbone_norm=norm), tmp_path / "checkpoint.pth")
     source = {"published": "detr_resnet50", "run": str(tmp_path)}[kind]
     argv = ["train", "--data", str(shapes), "--weights", source, "--preset", "finetune", *QUICK]
     assert main([*argv, "--image_size", "48", "--output_dir", "run"]) == 0
@@ -61,12 +62,15 @@ def test_weights_bring_their_model_and_get_a_new_head(hub, shapes, tmp_path, cap
     assert f"--weights {source}: its settings: --backbone resnet18" in out
     assert "--preset finetune: --lr 5e-05" in out and "given: --epochs 1" in out
     args = read_checkpoint("run/checkpoint.pth")["args"]
-    assert {name: args[name] for name in OWN} == OWN and args["backbone_norm"] == "frozen"
+    assert {name: args[name] for name in OWN} == OWN and args["backbone_norm"] == norm
     assert {name: args[name] for name in PRESETS["finetune"]} == PRESETS["finetune"] | {"epochs": 1}
-    before, after = tiny(num_classes=classes - 1)["model"], read_checkpoint("run/checkpoint.pth")["model"]
+    before, after = (
+        tiny(num_classes=classes - 1, backbone_norm=norm)["model"],
+        read_checkpoint("run/checkpoint.pth")["model"],
+    )
     moved = (after["input_proj.weight"] - before["input_proj.weight"]).abs().max()
     assert moved <= 5e-5
-    # The first layers of published weights stay; this file says that its own began at random, and are trained.
+    # The first layers of published weights stay; where batch norm was trained, they were trained from scratch.
     first = "backbone.0.body.layer1.0.conv1.weight"
     assert torch.equal(after[first], before[first]) == (kind == "published")
 

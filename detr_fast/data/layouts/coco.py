@@ -77,7 +77,12 @@ def _is_coco(file: Path) -> bool:
     return not (isinstance(first, dict) and "segments_info" in first)  # panoptic
 
 
-def read_coco(files: Mapping[str, tuple[Path, list[Path]]], ids: Mapping[str, int]) -> Found:
+def read_coco(files: Mapping[str, tuple[Path, list[Path]]], known: Mapping[str, int]) -> Found:
+    """Reads what `find_coco` found. `known` is for layouts without ids of their own.
+
+    Raises:
+        ValueError, FileNotFoundError: a malformed json, or no folder with its images.
+    """
     found, contents = Found("COCO", {}), {}
     for name, (file, _) in files.items():
         content = contents[name] = read_json(file)

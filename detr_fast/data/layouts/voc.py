@@ -23,21 +23,22 @@ class _Voc:
 
 
 def find_voc(root: Path) -> _Voc | None:
+    """The images and their xml files; None: this is no layout of VOC's."""
     below = sorted(path for path in (root / "VOCdevkit").glob("VOC*") if path.is_dir())
     if len(below) > 1:
         raise ValueError(f"--data {root}: {', '.join(path.name for path in below)} in VOCdevkit/; name one of them")
     root = below[0] if below else root
     if (root / "Annotations").is_dir():
         folder = next((root / name for name in ("JPEGImages", "images") if (root / name).is_dir()), root)
-        files = sorted((root / "Annotations").glob("*.xml"))
+        files = sorted((root / "Annotations").rglob("*.xml"))
         return _voc_in_folders(root, folder, files) if files else None
     flat = {name: root / word for name, words in WORDS.items() for word in words if any((root / word).glob("*.xml"))}
     if not flat and any(root.glob("*.xml")):
         flat = {"train": root}
     images, annotations, notes = {}, [], []
     for name, folder in flat.items():
-        images[name] = [(image, _xml_of(image, folder)) for image in images_in(folder)]
-        annotations += sorted(folder.glob("*.xml"))
+        images[name] = [(image, _xml_of(image, folder, folder)) for image in images_in(folder)]
+        annotations += sorted(folder.rglob("*.xml"))
         notes += unused(name, {file for _, file in images[name] if file}, ".xml")
     return _Voc(root, images, annotations, notes) if flat else None
 
@@ -56,20 +57,26 @@ def _voc_in_folders(root: Path, folder: Path, files: list[Path]) -> _Voc:
             stem = line if line in of_stem else line.split()[0]
             if stem not in of_stem:
                 raise FileNotFoundError(f"{file} names {line!r}; there is no such image in {folder}")
-            images[name].append((of_stem[stem], _xml_of(of_stem[stem], root / "Annotations")))
+            images[name].append((of_stem[stem], _xml_of(of_stem[stem], folder, root / "Annotations")))
     if images:
         return _Voc(root, images, files, [])
-    listed = [(image, _xml_of(image, root / "Annotations")) for image in of_stem.values()]
+    listed = [(image, _xml_of(image, folder, root / "Annotations")) for image in images_in(folder)]
     notes = unused("train", {file for _, file in listed if file}, ".xml")
     return _Voc(root, {"train": listed}, files, notes)
 
 
-def _xml_of(image: Path, folder: Path) -> Path | None:
-    file = folder / f"{image.stem}.xml"
-    return file if file.is_file() else None
+def _xml_of(image: Path, images: Path, annotations: Path) -> Path | None:
+    """At the same place below the folder of the annotations, or in it."""
+    places = [(annotations / image.relative_to(images)).with_suffix(".xml"), annotations / f"{image.stem}.xml"]
+    return next((file for file in places if file.is_file()), None)
 
 
 def read_voc(voc: _Voc, known: Mapping[str, int]) -> Found:
+    """Reads what `find_voc` found. `known`: name → category id, see `categories_of`.
+
+    Raises:
+        ValueError: a malformed xml, or images that cannot be read; the message names the file.
+    """
     found = Found("Pascal VOC", {}, voc.notes)
     trees = {file: _xml(file) for file in voc.annotations}
     objects = {file: _voc_objects(file, tree) for file, tree in trees.items()}

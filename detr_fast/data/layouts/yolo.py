@@ -25,7 +25,8 @@ _SLACK = 0.01  # that a normalised coordinate may leave 0..1 by: rounding, not a
 
 @dataclass
 class _Yolo:
-    """`entries`: set → folders of images or lists of them; `names`: class index → name; `boxed`: keypoints follow."""
+    """`entries`: set → folders of images or lists of them; `names`: class index → name; `keypoints`:
+    they follow a box."""
 
     root: Path
     names: dict[int, str]
@@ -35,6 +36,7 @@ class _Yolo:
 
 
 def find_yolo(root: Path) -> _Yolo | None:
+    """What a data.yaml in the folder says, or else its images/ and labels/; None: this is no YOLO layout."""
     files = [file for pattern in ("*.yaml", "*.yml") for file in sorted(root.glob(pattern))]
     usual = [file for file in files if file.stem in ("data", "dataset")]
     for file in usual or files:
@@ -130,6 +132,12 @@ def _read_yaml(file: Path) -> Any:
 
 
 def read_yolo(described: _Yolo, known: Mapping[str, int]) -> Found:
+    """Reads what `find_yolo` or `described_by` found. `known`: name → category id, see `categories_of`.
+
+    Raises:
+        ValueError, FileNotFoundError: a malformed label, an image that is not there or cannot be read, a set without
+            labels; the message names the file.
+    """
     found = Found("YOLO", {}, described.notes)
     indices = sorted(described.names)
     categories = categories_of([described.names[index] for index in indices], known)
