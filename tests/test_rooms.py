@@ -11,7 +11,7 @@ import pytest
 
 from detr_fast import config
 from detr_fast.criterion import lines
-from detr_fast.training import engine
+from detr_fast.training import step
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "detr_fast"
@@ -122,7 +122,7 @@ def test_nobody_but_the_tasks_asks_which_task_it_is():
 
 def test_the_configuration_names_what_the_rooms_have():
     """It imports no torch, so it repeats some names."""
-    assert tuple(engine.PRECISIONS) == config.PRECISIONS
+    assert tuple(step.PRECISIONS) == config.PRECISIONS
     assert set(config.LABEL_LOSSES) == set(lines.LABEL_LOSSES)
 
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from detr_fast.config import Config
 from detr_fast.criterion import HungarianMatcher
 from detr_fast.data import PackedBatch, PackedCollate
 from detr_fast.layers import MultiheadAttention, PositionEmbeddingSine
 from detr_fast.models import DETR, Backbone, Joiner, Transformer
 from detr_fast.nested_tensor import NestedTensor
-from detr_fast.training.regions import compile_regions
+from detr_fast.training.step import build_step, optimizer_step
 
 from ..shapes import BatchShape
 from .same_training import LayerByLayer, criterion, plausible_norms, reference_ops
@@ -137,28 +138,27 @@ class Step:
 
     def __init__(self, variant: Variant, model: DETR, device: torch.device):
         self.variant, self.device = variant, device
-        self.model = model.to(device).train()
-        if variant.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+        self.fell_back: list[str] = []
+        self.mark: Callable[[str], None] = lambda stage: None
+        matcher = HungarianMatcher if variant.one_pass else LayerByLayer
         model.backbone[0].body.fused = variant.fused_backbone
         if variant.attention != "ours":
             for module in model.modules():
                 if type(module) is MultiheadAttention:
                     module.__class__ = _WithWeights if variant.attention == "weights" else _Sdpa
-        matcher = HungarianMatcher if variant.one_pass else LayerByLayer
-        self.criterion = criterion(matcher, model.transformer.decoder.num_layers, CLASSES).to(device)
-        groups = [
-            {"params": [p for n, p in model.named_parameters() if p.requires_grad and "backbone" not in n]},
-            {"params": [p for n, p in model.named_parameters() if p.requires_grad and "backbone" in n], "lr": 1e-5},
-        ]
-        how = {"fused": True} if variant.fused_adamw else {"foreach": False}
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=1e-4, **how)
-        self.parameters = [p for group in groups for p in group["params"]]
-        self.mark: Callable[[str], None] = lambda stage: None
-        self.fell_back: list[str] = []
-        if variant.compile == "regions":
-            compile_regions(model, self.fell_back.append)
-        elif variant.compile == "model":
+        self.step = build_step(
+            model.train(),
+            criterion(matcher, model.transformer.decoder.num_layers, CLASSES),
+            Config(precision="bf16" if variant.bf16 else "fp32", compile=variant.compile == "regions"),
+            device,
+            self.fell_back.append,
+            channels_last=variant.channels_last,
+        )
+        self.model = self.step.model
+        if not variant.fused_adamw:
+            groups = [{"params": group["params"], "lr": group["lr"]} for group in self.step.optimizer.param_groups]
+            self.step.optimizer = torch.optim.AdamW(groups, weight_decay=1e-4, foreach=False)
+        if variant.compile == "model":
             model.compile(dynamic=True)
 
     def ops(self):
@@ -177,26 +177,26 @@ class Step:
         if not self.variant.one_pass:
             targets = [{k: v.to(self.device, non_blocking=True) for k, v in target.items()} for target in targets]
         self.mark("input")
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.variant.bf16):
-            outputs = self.model(samples)
+        outputs = self.step.outputs(samples)
         self.mark("decoder")
-        losses = self.criterion(outputs, targets)
-        weights = self.criterion.weight_dict
-        loss = sum(value * weights[name] for name, value in losses.items() if name in weights)
+        losses = self.step.losses(outputs, targets)
         if self.variant.read_losses:
-            for value in losses.values():
+            for value in losses.by_name.values():
                 value.detach().item()
         self.mark("criterion")
-        return loss
+        return losses.total
 
     def __call__(self, batch) -> None:
         with self.ops():
             loss = self.loss(batch)
-            loss.backward()
+            self.step.backward(loss)
         self.mark("backward")
-        nn.utils.clip_grad_norm_(self.parameters, 0.1)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self.variant.fused_adamw:
+            optimizer_step(self.step)
+        else:  # which cannot skip a step without asking the host
+            nn.utils.clip_grad_norm_(self.step.parameters, self.step.max_norm)
+            self.step.optimizer.step()
+        self.step.optimizer.zero_grad()
         self.mark("optimiser")
 
     def stages(self, batch) -> dict[str, float]:

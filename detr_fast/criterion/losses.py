@@ -137,7 +137,6 @@ class SetCriterion(nn.Module):
             self._check_masks(outputs, targets)
         device = layers[0]["pred_logits"].device
         num_boxes = _average_over_ranks(sum(len(t["labels"]) for t in targets), device)
-        layers = [{k: as_float(v) if _is_float(v) else v for k, v in layer.items()} for layer in layers]
         compute = self._all_layers if self._is_all_ours(layers) else self._one_by_one
         with torch.autocast(device.type, enabled=False):
             by_layer = compute(layers, targets, num_boxes)
@@ -149,9 +148,9 @@ class SetCriterion(nn.Module):
     def _all_layers(self, layers: list, targets: Targets, num_boxes: Tensor) -> list[dict[str, Tensor]]:
         """The losses of each layer, all layers together."""
         keys = ("pred_logits", f"pred_{self._geometry}")
-        outputs = {key: torch.stack([layer[key] for layer in layers]) for key in keys}
+        outputs = {key: as_float(torch.stack([layer[key] for layer in layers])) for key in keys}
         if "masks" in self.losses:
-            outputs["pred_masks"] = layers[0]["pred_masks"][None]
+            outputs["pred_masks"] = as_float(layers[0]["pred_masks"])[None]
         packed = pack_targets(targets, outputs["pred_logits"].device, self._geometry)
         pairs, failed = self.matcher.match_layers(*(outputs[key] for key in keys), packed)
         if failed.device.type == "cpu" and not torch.compiler.is_compiling() and failed.any():
@@ -172,6 +171,7 @@ class SetCriterion(nn.Module):
         """The losses of each layer, from whatever the matcher and `get_loss` are."""
         by_layer = []
         for i, layer in enumerate(layers):
+            layer = {key: as_float(value) if _is_float(value) else value for key, value in layer.items()}
             indices = _to_device(self.matcher(layer, targets), layer["pred_logits"].device)
             losses = {}
             for loss in self.losses:

@@ -47,6 +47,14 @@ class PackedBatch:
         """The images normalised, padded and cast, on the buffer's device: the second half of ``to``."""
         return NestedTensor(*pad_collate_packed(self.buffer, self.header, **self.options))
 
+    def padding(self) -> float:
+        """The share of padded pixels of the batch that ``to`` makes, from the header alone."""
+        _, _, heights, widths, _ = zip(*self.header.tolist(), strict=True)
+        divisor = self.options.get("size_divisor", 1)
+        height, width = (-(-max(sizes) // divisor) * divisor for sizes in (heights, widths))
+        valid = sum(h * w for h, w in zip(heights, widths, strict=True))
+        return 1 - valid / (len(heights) * height * width) if height * width else 0.0
+
     def record_stream(self, stream: torch.Stream) -> None:
         """Tells the allocator that ``stream`` uses the buffer (see ``torch.Tensor.record_stream``)."""
         self.buffer.record_stream(stream)

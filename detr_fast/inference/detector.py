@@ -36,8 +36,8 @@ from detr_fast.inference.loading import Loaded, load_for_inference
 from detr_fast.tasks.base import Result
 from detr_fast.training.callbacks import Callback
 from detr_fast.training.checkpoint import save_checkpoint
-from detr_fast.training.engine import PRECISIONS, outputs_of
 from detr_fast.training.setup import packed_collate
+from detr_fast.training.step import PRECISIONS, outputs_of
 from detr_fast.training.trainer import train
 
 # What `load` takes besides the source.

@@ -3,7 +3,7 @@
 Source: facebookresearch/detr, engine.py.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from detr_fast.data.categories import Categories
+from detr_fast.data.packed import PackedBatch
 from detr_fast.data.prefetch import Prefetcher
 from detr_fast.errors import NonFiniteLossError
 from detr_fast.evaluation import Evaluator
@@ -19,9 +20,8 @@ from detr_fast.tasks import Task, task_of_postprocessors
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.log import Metrics, Progress
 from detr_fast.training.nonfinite import FiniteWatch, explain_gradients, explain_non_finite
-
-# The names are `detr_fast.config.PRECISIONS`.
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from detr_fast.training.step import LossSum, TrainingStep, autocast_dtype, outputs_of
+from detr_fast.training.step import optimizer_step as _optimizer_step
 
 
 def train_one_epoch(
@@ -80,26 +80,56 @@ def train_one_epoch(
         NonFiniteLossError: NaN or infinity; says where it appears first.
         ValueError: an unknown precision, or fp16 without a scaler.
     """
-    dtype = _autocast_dtype(precision)
-    if (precision == "fp16") != (scaler is not None):
-        raise ValueError(f"precision fp16, and only it, needs a scaler; got {precision} and {type(scaler).__name__}")
+    step = TrainingStep(model, criterion, optimizer, device, precision, max_norm, scaler)
+    return run_epoch(
+        step,
+        data_loader,
+        epoch,
+        accumulate_steps=accumulate_steps,
+        step_scheduler=step_scheduler,
+        ema=ema,
+        max_steps=max_steps,
+        print_freq=print_freq,
+        first_batch=first_batch,
+        metrics=metrics,
+        on_step=on_step,
+    )
+
+
+def run_epoch(
+    step: TrainingStep,
+    data_loader: Iterable,
+    epoch: int,
+    *,
+    accumulate_steps: int = 1,
+    step_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ema: ModelEma | None = None,
+    max_steps: int | None = None,
+    print_freq: int = 10,
+    first_batch: int = 0,
+    metrics: Metrics | None = None,
+    on_step: Callable[[int, Callable[[], None]], None] | None = None,
+) -> dict[str, float]:
+    """As `train_one_epoch`, with a step that is built already."""
+    model, device, optimizer = step.model, step.device, step.optimizer
     model.train()
-    criterion.train()
+    step.criterion.train()
     metrics, watch = Metrics() if metrics is None else metrics, FiniteWatch(device)
-    # On a GPU the next batch is copied while this one is computed.
-    prefetcher, limit = Prefetcher(data_loader, device), None if max_steps is None else max_steps * accumulate_steps
-    progress = Progress(prefetcher, f"Epoch: [{epoch}]", metrics, print_freq, device, limit, first_batch)
     batches = len(data_loader)
+    # On a GPU the next batch is copied while this one is computed.
+    prefetcher = Prefetcher(WithPadding(data_loader), device)
+    limit = None if max_steps is None else max_steps * accumulate_steps
+    progress = Progress(prefetcher, f"Epoch: [{epoch}]", metrics, print_freq, device, limit, first_batch)
 
     def stop(batch) -> None:
-        raise NonFiniteLossError(_explain(model, criterion, batch, epoch, device, dtype))
+        raise NonFiniteLossError(_explain(step, batch, epoch))
 
     def check() -> None:
         bad = watch.drain()
         if bad is not None:
             stop(bad)
 
-    for index, (samples, targets) in enumerate(progress, first_batch):
+    for index, (samples, targets, padding) in enumerate(progress, first_batch):
         batch = (index, samples, targets)
         group_start = index - index % accumulate_steps
         group_size = min(accumulate_steps, batches - group_start)
@@ -108,23 +138,20 @@ def train_one_epoch(
         # Gradients are exchanged between processes once per optimiser step.
         wait = not is_last_of_group and isinstance(model, nn.parallel.DistributedDataParallel)
         with model.no_sync() if wait else torch.enable_grad():
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                outputs = outputs_of(model, samples)
+            outputs = step.outputs(samples)
             try:
-                loss_dict = criterion(outputs, targets)
+                losses = step.losses(outputs, targets)
             except ValueError:
                 # The matcher refuses NaN. Whatever else it refuses keeps its own message.
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with step.autocast():
                     if explain_non_finite(_unwrap(model), samples, targets) is None:
                         raise
                 stop(batch)
-            loss = _weighted_sum(loss_dict, criterion.weight_dict)
-            share = loss / group_size
-            (share if scaler is None else scaler.scale(share)).backward()
+            step.backward(losses.total / group_size if group_size > 1 else losses.total)
 
-        finite = torch.isfinite(loss.detach())
+        finite = torch.isfinite(losses.total.detach())
         if is_last_of_group:
-            finite = finite & _optimizer_step(model, optimizer, max_norm, scaler)
+            finite = finite & _optimizer_step(step)
             if step_scheduler is not None:
                 step_scheduler.step()
             if ema is not None:
@@ -132,7 +159,7 @@ def train_one_epoch(
         bad = watch.add(finite, batch)
         if bad is not None:
             stop(bad)
-        metrics.update(_named_losses(loss_dict, loss, criterion.weight_dict, samples, optimizer))
+        metrics.update({**losses.for_log(), "padding": padding, "lr": optimizer.param_groups[0]["lr"]})
         if is_last_of_group:
             optimizer.zero_grad()
             if on_step is not None:
@@ -175,21 +202,20 @@ def evaluate(
         "coco_eval_masks" = pycocotools' twelve numbers; for panoptic pictures "PQ_all", "PQ_th" and "PQ_st" (in the
         first process); for lines "line_eval", see `LineEvaluator.stats`; and the evaluator.
     """
-    dtype = _autocast_dtype(precision)
+    dtype = autocast_dtype(precision)
     model.eval()
     criterion.eval()
-    metrics = Metrics()
+    metrics, sum_of = Metrics(), LossSum(criterion.weight_dict)
     task = task_of_postprocessors(postprocessors) if task is None else task
     evaluator = task.evaluator(base_ds, data_loader.dataset, output_dir)
 
-    for samples, targets in Progress(Prefetcher(data_loader, device), "Test:", metrics, print_freq, device):
+    prefetcher = Prefetcher(WithPadding(data_loader), device)
+    for samples, targets, padding in Progress(prefetcher, "Test:", metrics, print_freq, device):
         image_ids = torch.cat([target["image_id"] for target in targets]).tolist()
         original_sizes, sizes = (torch.stack([target[key] for target in targets]) for key in ("orig_size", "size"))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             outputs = outputs_of(model, samples)
-        loss_dict = criterion(outputs, targets)
-        loss = _weighted_sum(loss_dict, criterion.weight_dict)
-        metrics.update(_named_losses(loss_dict, loss, criterion.weight_dict, samples))
+        metrics.update({**sum_of(criterion(outputs, targets)).for_log(), "padding": padding})
 
         results = task.postprocess(postprocessors, outputs, original_sizes, sizes, samples.tensors.shape[-2:])
         if categories is not None:
@@ -205,90 +231,53 @@ def evaluate(
     return {**metrics.averages(device), **evaluator.log_row()}, evaluator
 
 
-def _optimizer_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, scaler: GradScaler | None
-) -> Tensor:
-    """Clips and steps. Returns a 0-dimensional bool: False if the gradients are not finite; no weight moves then.
+class WithPadding:
+    """The batches (samples, targets) of a loader as (samples, targets, share of padded pixels), where the sizes are
+    still known to the host: a float, or a 0-dimensional tensor of masks that are on a GPU already."""
 
-    With a scaler such gradients are its business (it lowers its scale), and True is returned.
-    """
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    if max_norm > 0:
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    else:
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if scaler is not None:
-        scaler.step(optimizer)
-        scaler.update()
-        return torch.ones((), dtype=torch.bool, device=norm.device)
-    finite = torch.isfinite(norm)
-    # The fused optimisers' own way to skip a step without asking the host; GradScaler uses it, too.
-    optimizer.found_inf = (~finite).float()
-    optimizer.step()
-    del optimizer.found_inf
-    return finite
+    def __init__(self, batches: Iterable):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple]:
+        for samples, targets in self.batches:
+            yield samples, targets, _padding(samples)
 
 
-def _named_losses(
-    loss_dict: Mapping[str, Tensor],
-    loss: Tensor,
-    weights: Mapping[str, float],
-    samples: NestedTensor,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> dict[str, Tensor]:
-    """A step's values under the original's names."""
-    named = {"loss": loss}
-    named.update({name: value * weights[name] for name, value in loss_dict.items() if name in weights})
-    named.update({f"{name}_unscaled": value for name, value in loss_dict.items()})
-    if "class_error" in loss_dict:
-        named["class_error"] = loss_dict["class_error"]
-    named["padding"] = samples.mask.float().mean()
-    if optimizer is not None:
-        named["lr"] = torch.full_like(loss, optimizer.param_groups[0]["lr"], dtype=torch.float64)
-    return named
-
-
-def _weighted_sum(loss_dict: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    return sum(value * weights[name] for name, value in loss_dict.items() if name in weights)
-
-
-def outputs_of(model: nn.Module, samples: NestedTensor) -> dict:
-    """The model's outputs; LETR's second stage returns something beside them."""
-    outputs = model(samples)
-    return outputs[0] if isinstance(outputs, tuple) else outputs
-
-
-def _autocast_dtype(precision: str) -> torch.dtype:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    return PRECISIONS[precision]
+def _padding(samples: PackedBatch | NestedTensor) -> float | Tensor:
+    if isinstance(samples, PackedBatch):
+        return samples.padding()
+    if samples.mask is None:
+        return 0.0
+    share = samples.mask.float().mean()
+    return share.item() if share.device.type == "cpu" else share
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def _explain(model, criterion, batch, epoch: int, device: torch.device, dtype: torch.dtype) -> str:
+def _explain(step: TrainingStep, batch, epoch: int) -> str:
     """What a step that was not finite suffers from: its batch, a module, a loss or a gradient."""
     index, samples, targets = batch
     where = f"the loss or its gradient is not finite in epoch {epoch}, batch {index}"
-    model = _unwrap(model)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    model, criterion = _unwrap(step.model), step.criterion
+    with step.autocast():
         reason = explain_non_finite(model, samples, targets)
         if reason is not None:
             return f"{where}: {reason}"
         model.zero_grad()
         outputs = outputs_of(model, samples)
-    loss_dict = criterion(outputs, targets)
-    bad = [name for name, value in loss_dict.items() if not torch.isfinite(value)]
+    losses = step.losses(outputs, targets)
+    bad = [name for name, value in losses.by_name.items() if not torch.isfinite(value)]
     if bad:
         reason = _refusal(criterion, outputs, targets)
         if reason is not None:
             return f"{where}: {reason}"
         return f"{where}: images, weights and all modules' outputs are finite, {', '.join(bad)} is not"
-    _weighted_sum(loss_dict, criterion.weight_dict).backward()
+    losses.total.backward()
     reason = explain_gradients(model)
     if reason is not None:
         return f"{where}: {reason}"

@@ -40,16 +40,19 @@ class Metrics:
 
     def __init__(self):
         self._names: list[str] | None = None
-        self._pending: list[Tensor] = []
+        self._earlier: Tensor | None = None  # [steps, names] of a checkpoint
+        self._pending: list[tuple[Tensor, list[float]]] = []  # of each step what is on the device, and what is not
+        self._known: list[int] = []  # places of the latter among the names
         self._sums: dict[str, float] = {}
         self._steps = 0
         self._latest: dict[str, float] = {}
 
-    def update(self, values: Mapping[str, Tensor]) -> None:
+    @torch.no_grad()
+    def update(self, values: Mapping[str, Tensor | float]) -> None:
         """Takes one step's values.
 
         Args:
-            values: 0-dimensional tensors on one device, every step with the same names.
+            values: 0-dimensional tensors on one device, and numbers; every step with the same names.
 
         Raises:
             ValueError: other names than in the first step.
@@ -58,18 +61,33 @@ class Metrics:
             self._names = list(values)
         elif self._names != list(values):
             raise ValueError(f"the metrics of a step are {sorted(values)}, those of the first were {self._names}")
-        self._pending.append(torch.stack([value.detach().double() for value in values.values()]))
+        tensors = [value for value in values.values() if isinstance(value, Tensor)]
+        self._known = [i for i, value in enumerate(values.values()) if not isinstance(value, Tensor)]
+        known = [value for value in values.values() if not isinstance(value, Tensor)]
+        self._pending.append((torch.stack(tensors), known))
 
     def latest(self) -> dict[str, float]:
         """Means over the steps since the last call, in this process. Waits for the device."""
-        if self._pending:
-            rows = torch.stack(self._pending).cpu()  # [steps, names]
+        rows = self._rows()
+        if rows is not None:
+            self._earlier = None
             self._pending.clear()
             for name, value in zip(self._names, rows.sum(dim=0).tolist(), strict=True):
                 self._sums[name] = self._sums.get(name, 0.0) + value
             self._steps += len(rows)
             self._latest = dict(zip(self._names, rows.mean(dim=0).tolist(), strict=True))
         return self._latest
+
+    def _rows(self) -> Tensor | None:
+        """[steps, names] float64 of the steps that nobody has read yet; None if there are none."""
+        parts = [] if self._earlier is None else [self._earlier]
+        if self._pending:
+            rows = torch.empty(len(self._pending), len(self._names), dtype=torch.float64)
+            computed = [i for i in range(len(self._names)) if i not in self._known]
+            rows[:, computed] = torch.stack([row for row, _ in self._pending]).cpu().double()
+            rows[:, self._known] = torch.tensor([known for _, known in self._pending], dtype=torch.float64)
+            parts.append(rows)
+        return torch.cat(parts) if parts else None
 
     def averages(self, device: torch.device) -> dict[str, float]:
         """Means over all steps of all processes; every process has to call it.
@@ -88,14 +106,13 @@ class Metrics:
 
     def state(self) -> dict:
         """For a checkpoint: sums, and the steps that nobody has read yet, as they are. Waits for the device."""
-        pending = torch.stack(self._pending).cpu() if self._pending else None  # [steps, names]
-        return {"names": self._names, "pending": pending, "sums": dict(self._sums), "steps": self._steps}
+        return {"names": self._names, "pending": self._rows(), "sums": dict(self._sums), "steps": self._steps}
 
-    def load_state(self, state: Mapping, device: torch.device) -> None:
-        """Sets what `state` returned; `device` is that of the values to come."""
+    def load_state(self, state: Mapping) -> None:
+        """Sets what `state` returned."""
         self._names, self._sums, self._steps = state["names"], dict(state["sums"]), state["steps"]
         # Added up later in the same groups of steps, and so to the same last bit, as without the interruption.
-        self._pending = [] if state["pending"] is None else list(state["pending"].to(device))
+        self._earlier, self._pending = state["pending"], []
 
 
 class Progress:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor, nn
-from torch.amp import GradScaler
+from torch import Tensor
 
 from detr_fast.config import MODEL_SETTINGS, NO_OUTPUT, Config, check_for_training, make_output_dir, usage_errors
 from detr_fast.data.categories import Categories
@@ -38,7 +37,7 @@ from detr_fast.training.callbacks import Callback, Callbacks, callbacks_of
 from detr_fast.training.checkpoint import read_checkpoint, rng_state, save_checkpoint, set_rng_state
 from detr_fast.training.curves import draw_curves
 from detr_fast.training.ema import ModelEma
-from detr_fast.training.engine import evaluate, train_one_epoch
+from detr_fast.training.engine import evaluate, run_epoch
 from detr_fast.training.folder import (
     check_space,
     is_full,
@@ -51,9 +50,9 @@ from detr_fast.training.folder import (
 )
 from detr_fast.training.interrupt import GO_ON, SAVE, Interruption, ignore_signals, signal_of
 from detr_fast.training.log import Metrics, RunLog
-from detr_fast.training.optim import build_optimizer, build_scheduler, load_optimizer, steps_every
-from detr_fast.training.regions import compile_regions
-from detr_fast.training.setup import build, loader_for, size_divisor, start, with_norm
+from detr_fast.training.optim import build_scheduler, load_optimizer, steps_every
+from detr_fast.training.setup import build, chosen_for_gpu, loader_for, size_divisor, start, with_norm
+from detr_fast.training.step import build_step, distributed
 
 _SAMPLE_THRESHOLD = 0.5  # lowest score of what is drawn in samples/
 
@@ -82,21 +81,16 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), read_weights: R
         OSError: a file could not be written, for instance because the disk is full; what is kept is said.
         CallbackError: a callback failed.
     """
-    weights: Mapping | None = None
-
-    def settle(config: Config) -> Config:
-        nonlocal weights
-        if read_weights is not None and config.weights:
-            config, weights = read_weights(config)
-        task_of(config).check_image_size(config)
-        return config
-
     with usage_errors():
         task_of(config)
         check_for_training(config)
         check_data(config)
         callbacks = [*callbacks, *callbacks_of(config)]
-        config, device = start(config, training=True, settle=settle)
+        config, device = start(config, training=True)
+        weights: Mapping | None = None
+        if read_weights is not None and config.weights:
+            config, weights = read_weights(config)
+        task_of(config).check_image_size(config)
         is_new = not config.output_dir
         config = _with_output_dir(config)
         folder = make_output_dir(config.output_dir) if config.output_dir and is_main_process() else None
@@ -161,10 +155,10 @@ class Trainer:
         self.dataset_val: Any = self.task.build_dataset("val", config, categories=self.categories, uint8=True)
         self.annotations = self.task.annotations(self.dataset_val, config)
         config = replace(config, **self.task.classes(self.dataset_train))
+        config, checkpoint = self._resume_from(config)
         self.loader_train = loader_for(self.task, self.dataset_train, config, train=True)
         self.loader_val = loader_for(self.task, self.dataset_val, config, train=False)
         self.loader_train.worker_init_fn = self.loader_val.worker_init_fn = ignore_signals
-        config, checkpoint = self._resume_from(config)
         self.config = config = with_norm(config)
         if weights is None and config.weights and checkpoint is None:
             weights = read_checkpoint(config.weights)
@@ -173,17 +167,16 @@ class Trainer:
         self.model, self.criterion, self.postprocessors = build(
             self.task, config, own_weights=bool(checkpoint or weights or frozen)
         )
-        self.model.to(device)
         self.n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if weights is not None:
             for line in load_weights(self.model, _averaged(weights), config.weights):
                 say(f"--weights: not taken, starts fresh: {line}")
         if frozen is not None:
             self.task.load_frozen(self.model, _averaged(frozen), f"--frozen_weights {config.frozen_weights}")
-        self.optimizer = build_optimizer(self.model, config)
+        self.step = build_step(self.model, self.criterion, config, device, say)
+        self.optimizer, self.scaler = self.step.optimizer, self.step.scaler
         self.steps_per_epoch = math.ceil(len(self.loader_train) / config.accumulate_steps)
         self.scheduler = build_scheduler(self.optimizer, config, self.steps_per_epoch)
-        self.scaler = GradScaler(device.type) if config.precision == "fp16" else None
         self.ema = ModelEma(self.model, config.ema_decay) if config.ema_decay else None
 
         self.epoch, self.steps, self.best = config.start_epoch, 0, None
@@ -207,12 +200,8 @@ class Trainer:
                 say(warning)
             self.log = RunLog(self.output_dir, self.epoch - (self._unevaluated is not None), config.tensorboard)
 
-        if config.compile:
-            compile_regions(self.model, say)
-        self.wrapped = self.model
         if is_dist_avail_and_initialized():
-            ids = [device.index] if device.type == "cuda" else None
-            self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+            distributed(self.step)
             # The wrapper has given all processes the first one's weights; the average was made of each one's own.
             for value in self.ema.values.values() if self.ema is not None else ():
                 dist.broadcast(value, 0)
@@ -283,7 +272,7 @@ class Trainer:
         config, metrics, first = self.config, Metrics(), 0
         if self._inside is not None:
             first = self._inside["batches"]
-            metrics.load_state(self._inside["metrics"][get_rank()], self.device)
+            metrics.load_state(self._inside["metrics"][get_rank()])
             self._inside = None
         before = self.steps - math.ceil(first / config.accumulate_steps)
         self.loader_train.set_epoch(self.epoch, first)
@@ -301,16 +290,10 @@ class Trainer:
             self._save(self.epoch - 1, inside=inside)
             self._stop_if(agreed)
 
-        stats = train_one_epoch(
-            self.wrapped,
-            self.criterion,
+        stats = run_epoch(
+            self.step,
             self.loader_train,
-            self.optimizer,
-            self.device,
             self.epoch,
-            config.clip_max_norm,
-            precision=config.precision,
-            scaler=self.scaler,
             accumulate_steps=config.accumulate_steps,
             step_scheduler=self.scheduler if steps_every(config) == "step" else None,
             ema=self.ema,
@@ -495,16 +478,18 @@ class Trainer:
         barrier()
 
     def _resume_from(self, config: Config) -> tuple[Config, dict | None]:
-        """The checkpoint to continue from, or None, and the configuration with its path."""
+        """The checkpoint to continue from, or None, and the configuration with its path and with everything chosen."""
         path: str | Path = config.resume
         if path == "auto":
             path = self.output_dir / "checkpoint.pth"
             if not path.is_file():
                 say(f"--resume auto: there is no {path} yet, starting anew")
-                return config, None
-        if not path:
+                path = ""
+        checkpoint = read_checkpoint(path) if path else None
+        if self.device.type == "cuda":
+            config = chosen_for_gpu(config, self.device, {} if checkpoint is None else checkpoint.get("args", {}))
+        if checkpoint is None:
             return config, None
-        checkpoint = read_checkpoint(path)
         config = replace(config, resume=str(path))
         if config.backbone_norm is None:
             config = replace(config, backbone_norm=checkpoint.get("args", {}).get("backbone_norm"))

@@ -13,6 +13,7 @@ from detr_fast.benchmarks.report import same_training as report_of_same_training
 from detr_fast.benchmarks.shapes import nominal_batch
 from detr_fast.benchmarks.studies import same_training, train, training_step
 from detr_fast.data import make_shapes_dataset
+from detr_fast.training import step
 
 CPU = torch.device("cpu")
 
@@ -120,8 +121,7 @@ def test_nothing_is_compiled_while_it_is_timed(monkeypatch):
         return {name: [1.0] for name in blocks}
 
     torch._dynamo.register_backend(name="counted")(backend)
-    compiled = functools.partial(training_step.compile_regions, backend="counted")
-    monkeypatch.setattr(training_step, "compile_regions", compiled)
+    monkeypatch.setattr(step, "compile_regions", functools.partial(step.compile_regions, backend="counted"))
     monkeypatch.setattr(train, "interleave", interleave)
     ours = dataclasses.replace(training_step.OURS, bf16=False, channels_last=False)
     chosen = [dataclasses.replace(ours, name=f"detr_fast {i}") for i in range(6)]

@@ -66,7 +66,7 @@ def test_a_failed_run_ends_its_callbacks(config, monkeypatch):
         raise ValueError("broken")
 
     recorder = Recorder()
-    monkeypatch.setattr("detr_fast.training.trainer.train_one_epoch", fail)
+    monkeypatch.setattr("detr_fast.training.trainer.run_epoch", fail)
     with pytest.raises(ValueError, match="broken"):
         train(config, callbacks=[recorder])
     assert [call[0] for call in recorder.calls] == ["start", "end"]

@@ -6,6 +6,7 @@ from torch import nn
 from detr_fast.criterion import HungarianMatcher
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.training import engine
+from detr_fast.training.step import TrainingStep
 
 
 class Model(nn.Module):
@@ -29,7 +30,7 @@ def explanation(matcher, label):
     samples = NestedTensor(torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.bool))
     targets = [{"labels": torch.tensor([label]), "boxes": torch.full((1, 4), 0.5)}]
     batch = (5, samples, targets)
-    return engine._explain(Model(), NanCriterion(matcher), batch, 2, torch.device("cpu"), torch.float32)
+    return engine._explain(TrainingStep(Model(), NanCriterion(matcher), None, torch.device("cpu")), batch, 2)
 
 
 def test_the_matcher_is_asked_why_a_loss_is_nan():
