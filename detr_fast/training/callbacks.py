@@ -5,6 +5,7 @@
 Only the first process of a run makes calls. What a callback raises ends the run, under the callback's name.
 """
 
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,9 +138,11 @@ def _named(callback: Callback, method: str):
 
 
 def _installed(package: str) -> Any:
-    import importlib
-
     try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UsageError(f"{package} is not installed; pip install 'detr_fast[{package}]'") from error
+        module = importlib.import_module(package)
+    except ImportError:
+        module = None
+    # A folder of that name, such as wandb/ with earlier runs, imports as an empty package.
+    if module is None or (hasattr(module, "__path__") and module.__file__ is None):
+        raise UsageError(f"{package} is not installed; pip install 'detr_fast[{package}]'")
+    return module

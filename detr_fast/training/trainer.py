@@ -98,6 +98,8 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), read_weights: R
         with locked(folder):
             with usage_errors():
                 trainer = Trainer(config, device, weights=weights, callbacks=callbacks)
+            if is_new:
+                say(f"no --output_dir: everything is saved in {config.output_dir}")
             return trainer.run()
     finally:
         if is_new and folder is not None and not any(folder.iterdir()):  # the run was refused
@@ -117,7 +119,6 @@ def _with_output_dir(config: Config) -> Config:
     made = all_gather(made)[0]
     if isinstance(made, UsageError):
         raise made
-    say(f"no --output_dir: everything is saved in {made}")
     return replace(config, output_dir=made)
 
 

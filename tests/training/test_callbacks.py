@@ -8,7 +8,7 @@ import pytest
 
 from detr_fast.cli import main
 from detr_fast.config import Config
-from detr_fast.errors import CallbackError
+from detr_fast.errors import CallbackError, UsageError
 from detr_fast.training.callbacks import MLflowCallback, WandbCallback
 from detr_fast.training.trainer import train
 from tests.training.test_run import rows
@@ -118,6 +118,15 @@ def test_a_logger_that_is_not_installed_is_refused_before_anything_is_read(tiny_
     monkeypatch.setitem(sys.modules, name, None)
     assert main(["train", *tiny_flags, "--log_to", name, "--coco_path", "nowhere"]) == 2
     assert f"{name} is not installed; pip install 'detr_fast[{name}]'" in capsys.readouterr().err
+
+
+def test_a_folder_of_earlier_runs_is_no_installed_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(UsageError, match="wandb is not installed"):
+        WandbCallback()
+    sys.modules.pop("wandb", None)
 
 
 @pytest.mark.slow
