@@ -18,6 +18,8 @@ for link in ("kernels", "benchmarks"):
 
 VIZ = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.14"]
+WANDB = ["wandb>=0.17"]
+MLFLOW = ["mlflow-skinny>=2.10"]
 EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
 EVAL = ["faster-coco-eval>=1.6", "hotcoco>=1.3"]
 COMPLETION = ["shtab>=1.6"]
@@ -53,6 +55,7 @@ setup(
         "scipy>=1.10",
         "tqdm>=4.60",
         "pillow",
+        "pyyaml>=6",
     ],
     extras_require={
         "viz": VIZ,
@@ -61,7 +64,9 @@ setup(
         "eval": EVAL,
         "completion": COMPLETION,
         "export": EXPORT,
-        "all": VIZ + TENSORBOARD + EVAL + HF + EXPORT + COMPLETION,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
+        "all": VIZ + TENSORBOARD + EVAL + HF + EXPORT + COMPLETION + WANDB + MLFLOW,
         "test": TEST + LINT + VIZ + TENSORBOARD,
     },
     entry_points={"console_scripts": ["detr-fast = detr_fast.cli:main"]},

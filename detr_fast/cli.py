@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from detr_fast import __version__
 from detr_fast.config import (
@@ -22,7 +23,7 @@ from detr_fast.config import (
     parse_with_given,
     usage_errors,
 )
-from detr_fast.errors import InterruptedRun, NonFiniteLossError, UsageError
+from detr_fast.errors import CallbackError, InterruptedRun, NonFiniteLossError, UsageError
 
 _TRACEBACK = "DETR_FAST_TRACEBACK"
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"detr-fast: {stop}", file=sys.stderr, flush=True)
         _leave_processes()
         return 128 + stop.signal
-    except (ValueError, OSError, NotImplementedError, NonFiniteLossError) as error:
+    except (ValueError, OSError, NotImplementedError, NonFiniteLossError, CallbackError) as error:
         if os.environ.get(_TRACEBACK) == "1":
             raise
         return _complain(_message(error))
@@ -84,9 +85,11 @@ def _leave_processes() -> None:
 def _train_parser() -> argparse.ArgumentParser:
     return command_parser(
         "train",
-        "Trains DETR on data in COCO's format. For several GPUs:\n  torchrun --nproc-per-node N -m detr_fast train …",
+        "Trains DETR on labelled images: a folder in COCO's, Roboflow's, YOLO's or Pascal VOC's layout.\n"
+        "For several GPUs:\n  torchrun --nproc-per-node N -m detr_fast train …",
         help_all=True,
-        usage="detr-fast train --coco_path DIR [--output_dir DIR] [FLAG …], or with own data\n"
+        usage="detr-fast train --data DIR [--weights detr_resnet50 --preset finetune] [--output_dir DIR] [FLAG …]\n"
+        "       detr-fast train --coco_path DIR …, with COCO's own ids as labels, as the original\n"
         "       detr-fast train --train_ann JSON --train_images DIR --val_ann JSON --val_images DIR …",
         parents=[get_args_parser()],
     )
@@ -95,9 +98,10 @@ def _train_parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace, given: set[str]) -> int:
     config = Config.from_mapping({name: getattr(args, name) for name in given})
     if not config.eval:
+        from detr_fast.inference.starting import weights_reader
         from detr_fast.training.trainer import train
 
-        train(config)
+        train(config, read_weights=weights_reader(given))
         return 0
     path = config.resume or config.weights
     if not path or path == "auto" or (config.resume and config.weights):
@@ -121,7 +125,7 @@ def _eval_parser() -> argparse.ArgumentParser:
         "Evaluates a checkpoint with pycocotools (of lines: their structural average precision).\n"
         "The flags of model and loss are the checkpoint's own; give them for bare weights only.",
         help_all=True,
-        usage="detr-fast eval --weights PATH (--coco_path DIR | --val_ann JSON --val_images DIR) [FLAG …]",
+        usage="detr-fast eval --weights PATH (--data DIR | --coco_path DIR | --val_ann JSON --val_images DIR) [FLAG …]",
     )
     _add_weights(parser, "--checkpoint", "--resume")
     add_flags(parser, DataConfig, without=_TRAIN_DATA, inference=True)
@@ -256,6 +260,11 @@ def _export(args: argparse.Namespace, given: set[str]) -> int:
 
 def _check_data_parser() -> argparse.ArgumentParser:
     parser = command_parser("check-data", "Reads annotations and all images, and lists what is wrong with them.")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder in COCO's, Roboflow's, YOLO's or Pascal VOC's layout: both sets are checked",
+    )
     parser.add_argument("--coco_path", metavar="DIR", help="folder in COCO's layout: both sets are checked")
     for name, text in (("train", "training"), ("val", "validation")):
         parser.add_argument(f"--{name}_ann", metavar="JSON", help=f"own data: annotations of the {text} images")
@@ -275,7 +284,16 @@ def _check_data_parser() -> argparse.ArgumentParser:
 def _check_data(args: argparse.Namespace, given: set[str]) -> int:
     from detr_fast.data import check_coco, mend_file
 
-    pairs = []
+    pairs: list[tuple[Any, Any]] = []
+    if args.data:
+        from detr_fast.data.layouts import find_layout
+
+        if given - {"fix"} != {"data"}:
+            raise UsageError("give either --data or the other folders and jsons, not both")
+        with usage_errors():
+            layout = find_layout(args.data)
+        print("\n".join([*layout.lines, ""]))
+        pairs = [(split.images, split.annotations) for split in layout.splits.values()]
     if args.coco_path:
         if given - {"fix"} != {"coco_path"}:
             raise UsageError("give either --coco_path or the folders and jsons of own data, not both")
@@ -288,7 +306,7 @@ def _check_data(args: argparse.Namespace, given: set[str]) -> int:
         if annotations:
             pairs.append((images, annotations))
     if not pairs:
-        raise UsageError("nothing to check: give --coco_path, or --train_images and --train_ann (or val)")
+        raise UsageError("nothing to check: give --data, --coco_path, or --train_images and --train_ann (or val)")
     if args.fix:
         if len(pairs) > 1:
             raise UsageError("--fix mends one file: give the folder and json of one set")
@@ -376,7 +394,7 @@ def _add_weights(parser: argparse.ArgumentParser, *aliases: str) -> None:
 
 
 _COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
-    "train": (_train_parser, _train, "train DETR on data in COCO's format"),
+    "train": (_train_parser, _train, "train DETR on labelled images"),
     "eval": (_eval_parser, _eval, "evaluate a checkpoint with pycocotools"),
     "predict": (_predict_parser, _predict, "detect objects or lines in images: pictures and a json"),
     "convert": (_convert_parser, _convert, "between checkpoints and Hugging Face folders, both ways"),
@@ -426,7 +444,7 @@ def _message(error: Exception) -> str:
         text = text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
     # The parts name settings as their callers in Python know them.
     text = flag_names(text)
-    expected = isinstance(error, (UsageError, OSError, NonFiniteLossError))
+    expected = isinstance(error, (UsageError, OSError, NonFiniteLossError, CallbackError))
     return text if expected else f"{text} ({_TRACEBACK}=1 shows where)"
 
 

@@ -43,7 +43,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "precision": "fp32", "batch_size": 2, "num_workers": 2, "size_divisor": 1, "group_by_size": False,
         "compile": False,
     },
+    # From trained weights, with a new class head. AdamW moves a weight by about the learning rate in each step, however
+    # small the gradient: half the original's rates, and its tenth for the backbone, keep more of what was learned. The
+    # first steps are small while the head knows nothing; the rate falls to zero in 50 epochs, not by a drop after 200.
+    "finetune": {
+        "lr": 5e-5, "lr_backbone": 5e-6, "epochs": 50, "lr_schedule": "cosine", "warmup_steps": 50,
+    },
 }  # fmt: skip
+NO_OUTPUT = "none"  # as --output_dir: nothing is saved
 LABEL_LOSSES = ("cross_entropy", "focal_loss")
 EVAL_BACKENDS = ("auto", "pycocotools", "faster_coco_eval", "hotcoco")
 _NO_TRAINING = "nothing is trained"
@@ -159,6 +166,12 @@ class OptimisationConfig(Part):
     ema_decay: float = flag(
         0.0, "keep and evaluate averaged weights, e.g. 0.9997; 0: none", check=_FRACTION, idle=_NO_TRAINING
     )
+    early_stop: int = flag(
+        0,
+        "stop after so many evaluations without a better score; 0: train to the end",
+        check=_NOT_NEGATIVE,
+        idle=_NO_TRAINING,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -268,6 +281,12 @@ class DataConfig(Part):
         metavar="TASK",
         basic=True,
     )
+    data: str | None = flag(
+        None,
+        "folder of labelled images: COCO, Roboflow's COCO, YOLO (or its data.yaml) or Pascal VOC, which is found out",
+        metavar="DIR",
+        basic=True,
+    )
     coco_path: str | None = flag(
         None,
         "folder with annotations/instances_{train,val}2017.json (lines: lines_…), train2017/, val2017/",
@@ -344,7 +363,8 @@ class RunConfig(Part):
 
     preset: str = flag(
         "",
-        "values for the flags that are not given; original: those of facebookresearch/detr, for the same training",
+        "values for the flags that are not given; original: those of facebookresearch/detr, for the same training; "
+        "finetune: learning rates and length for data of one's own, from --weights",
         choices=("", *PRESETS),
         metavar="|".join(PRESETS),
         basic=True,
@@ -359,7 +379,12 @@ class RunConfig(Part):
     )
     compile: bool = flag(False, "torch.compile the transformer's layers and the box head", group="device")
 
-    output_dir: str = flag("", "where to save; without it nothing is saved", metavar="DIR", basic=True)
+    output_dir: str = flag(
+        "",
+        "where to save; without it outputs/ gets a folder named by the time; none: nothing is saved",
+        metavar="DIR",
+        basic=True,
+    )
     seed: int = flag(42, "of weights, order, augmentation and dropout", check=_SEED, idle="nothing is drawn at random")
     resume: str = flag(
         "",
@@ -392,6 +417,13 @@ class RunConfig(Part):
         4, "pictures per evaluation in output_dir/samples", check=_NOT_NEGATIVE, idle=_NO_TRAINING
     )
     tensorboard: bool = flag(False, "write event files to output_dir/tensorboard", idle=_NO_TRAINING)
+    log_to: str = flag(
+        "",
+        "each epoch's numbers also to Weights & Biases or MLflow",
+        choices=("", "wandb", "mlflow"),
+        metavar="wandb|mlflow",
+        idle=_NO_TRAINING,
+    )
     world_size: int = flag(1, "number of processes, checked against torchrun's", check=_POSITIVE)
     dist_url: str = flag("env://", "where torchrun's processes meet; refused without torchrun")
 
@@ -504,10 +536,12 @@ def check_for_training(config: Config) -> None:
         UsageError: says which flag, what it was and what is expected.
     """
     for name in ("tensorboard", "sample_images"):
-        if not config.output_dir and getattr(config, name) != default_of(name):
-            raise UsageError(f"--{name} writes to --output_dir, which is empty")
-    if config.resume == "auto" and not config.output_dir:
-        raise UsageError("--resume auto looks in --output_dir, which is empty")
+        if config.output_dir == NO_OUTPUT and getattr(config, name) != default_of(name):
+            raise UsageError(f"--{name} writes to --output_dir, which is none")
+    if config.resume == "auto" and config.output_dir in ("", NO_OUTPUT):
+        raise UsageError("--resume auto looks in --output_dir, which is not given")
+    if config.preset == "finetune" and not (config.weights or config.resume or config.frozen_weights):
+        raise UsageError("--preset finetune is for trained weights: give --weights, for instance detr_resnet50")
     if config.start_epoch >= config.epochs:
         raise UsageError(f"--start_epoch {config.start_epoch} leaves nothing to train of --epochs {config.epochs}")
 

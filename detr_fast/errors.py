@@ -9,6 +9,10 @@ class NonFiniteLossError(RuntimeError):
     """Training met NaN or infinity; the message says where it first appears. The optimiser has not taken that step."""
 
 
+class CallbackError(RuntimeError):
+    """A callback of a training run failed; the message says which, and what it raised."""
+
+
 class InterruptedRun(RuntimeError):
     """A run stopped because of a signal, with everything saved; the message says how to go on.
 

@@ -16,7 +16,8 @@ from detr_fast.cli import main
 
 TINY = (
     "--backbone resnet18 --backbone_weights none --backbone_level 1 --hidden_dim 32 --nheads 2 --enc_layers 1 "
-    "--dec_layers 1 --dim_feedforward 32 --num_queries 5 --image_size 48 --batch_size 2 --num_workers 0 --device cpu"
+    "--dec_layers 1 --dim_feedforward 32 --num_queries 5 --image_size 48 --batch_size 2 --num_workers 0 --device cpu "
+    "--output_dir none"
 ).split()
 
 
@@ -50,7 +51,7 @@ def data_flags(own_data, *sets):
 @pytest.fixture(scope="module")
 def checkpoint(own_data, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
-    flags = ["--epochs", "1", "--output-dir", str(output), *TINY]
+    flags = ["--epochs", "1", *TINY, "--output-dir", str(output)]
     assert main(["train", *data_flags(own_data, "train", "val"), *flags]) == 0
     return output / "checkpoint.pth"
 

@@ -16,6 +16,7 @@ from detr_fast.data.images import (
     load_image_tensor,
     load_segment_ids,
 )
+from detr_fast.data.layouts import Layout, Split, find_layout
 from detr_fast.data.lines import LineDetection, make_line_transforms
 from detr_fast.data.loader import EpochLoader, build_loader
 from detr_fast.data.mending import mend_file
@@ -37,6 +38,7 @@ __all__ = [
     "DropMissing",
     "EpochLoader",
     "ImageReadError",
+    "Layout",
     "LineDetection",
     "MissingImageError",
     "PackedBatch",
@@ -44,9 +46,11 @@ __all__ = [
     "Prefetcher",
     "SizeGroupedBatchSampler",
     "SkipUnreadable",
+    "Split",
     "UnpaddedDistributedSampler",
     "build_loader",
     "check_coco",
+    "find_layout",
     "get_coco_api_from_dataset",
     "load_image",
     "load_image_tensor",

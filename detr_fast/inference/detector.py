@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from detr_fast.config import LOSS_SETTINGS, MODEL_SETTINGS, Config, choose_device, make_output_dir
+from detr_fast.config import LOSS_SETTINGS, MODEL_SETTINGS, NO_OUTPUT, Config, choose_device, make_output_dir
 from detr_fast.data.categories import Categories
 from detr_fast.data.images import ImageReadError
 from detr_fast.data.prefetch import Prefetcher
@@ -34,6 +34,7 @@ from detr_fast.inference.images import (
 )
 from detr_fast.inference.loading import Loaded, load_for_inference
 from detr_fast.tasks.base import Result
+from detr_fast.training.callbacks import Callback
 from detr_fast.training.checkpoint import save_checkpoint
 from detr_fast.training.setup import packed_collate
 from detr_fast.training.step import PRECISIONS, outputs_of
@@ -49,8 +50,8 @@ _LOADING = (*MODEL_SETTINGS, "dataset_file", "compile")
 # What a checkpoint that `Detector.save` writes says of itself.
 _SAVED = (*MODEL_SETTINGS, *LOSS_SETTINGS, "dataset_file", "num_classes", "thing_classes")
 _EVALUATION = (
-    "coco_path", "coco_panoptic_path", "val_ann", "val_images", "image_size", "max_size", "batch_size", "num_workers",
-    "group_by_size", "output_dir", "print_freq", "eval_backend",
+    "data", "coco_path", "coco_panoptic_path", "val_ann", "val_images", "image_size", "max_size", "batch_size",
+    "num_workers", "group_by_size", "output_dir", "print_freq", "eval_backend",
 )  # fmt: skip
 
 
@@ -193,9 +194,9 @@ class Detector:
         """Evaluates on validation data and prints the task's numbers, as ``detr-fast eval`` does.
 
         Args:
-            settings: where the data are, ``coco_path=…``, or ``val_ann=…, val_images=…``; `batch_size`, `num_workers`,
-                `image_size`, `max_size`, `group_by_size`, `print_freq`, `eval_backend`, and `output_dir` to save
-                eval.pth, eval/report.html and results.json.
+            settings: where the data are, ``data=…``, ``coco_path=…``, or ``val_ann=…, val_images=…``; `batch_size`,
+                `num_workers`, `image_size`, `max_size`, `group_by_size`, `print_freq`, `eval_backend`, and `output_dir`
+                to save eval.pth, eval/report.html and results.json.
 
         Returns:
             The losses and the task's numbers, such as "coco_eval_bbox", pycocotools' twelve.
@@ -211,13 +212,16 @@ class Detector:
             make_output_dir(config.output_dir)
         return evaluate_loaded(replace(self._loaded, config=config), "the model")
 
-    def train(self, output_dir: str | os.PathLike, **settings: Any) -> "Detector":
+    def train(
+        self, output_dir: str | os.PathLike, *, callbacks: Sequence[Callback] = (), **settings: Any
+    ) -> "Detector":
         """Trains on from this model's weights, as ``detr-fast train --weights`` does. This object stays as it is.
 
         Args:
             output_dir: gets the run's files.
-            settings: of `Config`, such as ``train_ann=…, train_images=…, val_ann=…, val_images=…, epochs=…, lr=…``. The
-                model's own need not be given.
+            callbacks: are told of each epoch, see `detr_fast.training.callbacks`.
+            settings: of `Config`, such as ``data=…, preset="finetune"``, or ``train_ann=…, train_images=…, val_ann=…,
+                val_images=…, epochs=…, lr=…``. The model's own need not be given.
 
         Returns:
             The run's best checkpoint as a `Detector`.
@@ -227,7 +231,7 @@ class Detector:
         """
         for name in {"weights", "eval"} & set(settings):
             raise TypeError(f"train starts from this model's weights and trains: {name!r} cannot be set")
-        if not os.fspath(output_dir):
+        if os.fspath(output_dir) in ("", NO_OUTPUT):
             raise UsageError("train needs an output_dir: the trained model is read from it")
         own = {name: getattr(self.config, name) for name in (*_SAVED, "device", "precision", "compile")}
         # The classes are the data's. Frozen norms came with pretrained weights: their first layers are not trained.
@@ -237,7 +241,7 @@ class Detector:
             weights = Path(folder) / "weights.pth"
             self.save(weights)
             config = Config(**{**own, **settings, "weights": weights})
-            train(config)
+            train(config, callbacks=callbacks)
         return load(output_dir, device=config.device, precision=config.precision, compile=config.compile)
 
     def export(

@@ -5,16 +5,18 @@ Source: facebookresearch/detr, main.py (``--eval``).
 
 import json
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from detr_fast.config import Config, make_output_dir, usage_errors
+from detr_fast.config import NO_OUTPUT, Config, make_output_dir, usage_errors
 from detr_fast.distributed import is_main_process
 from detr_fast.errors import UsageError
 from detr_fast.inference.loading import Loaded, load_for_inference
 from detr_fast.tasks import task_of
+from detr_fast.tasks.paths import check_data, with_data
 from detr_fast.training.checkpoint import save_checkpoint
 from detr_fast.training.engine import evaluate
 from detr_fast.training.report import write_report
@@ -39,6 +41,9 @@ def evaluate_checkpoint(config: Config, given: Collection[str], path: str) -> di
     """
     with usage_errors():
         task_of(config)  # refuses settings that do not go together
+        check_data(config)
+        if config.output_dir == NO_OUTPUT:
+            config = replace(config, output_dir="")
         config, _ = start(config)
         if config.output_dir:
             make_output_dir(config.output_dir)
@@ -55,7 +60,8 @@ def evaluate_loaded(loaded: Loaded, source: str) -> dict:
         source: what error messages call the model.
     """
     with usage_errors():
-        task, config, categories = loaded.task, loaded.config, loaded.categories
+        task, categories = loaded.task, loaded.categories
+        config = with_data(loaded.config, ids={name: number for number, name in loaded.names.items()})
         if categories is None:
             categories = task.bare_categories(config)
         dataset: Any = task.build_dataset("val", config, categories=categories, uint8=True)

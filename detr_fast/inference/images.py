@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from detr_fast.data.images import CorruptImageError, ImageReadError, load_image, to_rgb
+from detr_fast.data.layouts import IMAGE_SUFFIXES
 from detr_fast.data.packed import PackedCollate
 from detr_fast.data.transforms import Compose
 from detr_fast.errors import UsageError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 ImageLike: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | Tensor
 _KINDS = "a path, an address, a PIL image, an array [H, W, 3], a tensor [3, H, W], a folder, or a list of them"

@@ -1,8 +1,48 @@
 """Where the data sets lie that a configuration names."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from detr_fast.config import DataConfig
+from detr_fast.config import Config, DataConfig
+from detr_fast.data.layouts import find_layout
+from detr_fast.distributed import first_process_first, say
+from detr_fast.errors import UsageError
+
+_NAMED = ("coco_path", "coco_panoptic_path", "train_ann", "train_images", "val_ann", "val_images")
+
+
+def with_data(config: Config, ids: Mapping[str, int] | None = None) -> Config:
+    """The configuration with `data`, a folder in any known layout, as the jsons and image folders found there.
+
+    What was found is said. Without `data` the configuration stays as it is.
+
+    Args:
+        config: of the run.
+        ids: name → category id, of the model that is evaluated; see `find_layout`.
+
+    Raises:
+        UsageError: other data are named as well.
+        ValueError, FileNotFoundError: see `find_layout`.
+    """
+    if not config.data:
+        return config
+    check_data(config)
+    with first_process_first():
+        layout = find_layout(config.data, ids)
+    for line in layout.lines:
+        say(line)
+    found = {}
+    for name, split in layout.splits.items():
+        found |= {f"{name}_images": str(split.images), f"{name}_ann": str(split.annotations)}
+    return replace(config, data=None, **found)
+
+
+def check_data(config: DataConfig) -> None:
+    """Refuses `data` beside other flags that name data."""
+    others = [f"--{name}" for name in _NAMED if getattr(config, name)]
+    if config.data and others:
+        raise UsageError(f"--data says where everything is; it does not go together with {', '.join(others)}")
 
 
 def dataset_paths(image_set: str, config: DataConfig, kind: str = "instances") -> tuple[Path, Path]:
@@ -33,7 +73,7 @@ def dataset_paths(image_set: str, config: DataConfig, kind: str = "instances") -
     else:
         absent = [name for name in (f"{image_set}_ann", f"{image_set}_images") if not own[name]]
         if absent:
-            raise ValueError(f"no {image_set} data: {' and '.join(absent)} not given; give them, or coco_path")
+            raise ValueError(f"no {image_set} data: {' and '.join(absent)} not given; give them, coco_path, or data")
         images, annotations = Path(str(own[f"{image_set}_images"])), Path(str(own[f"{image_set}_ann"]))
     layout = f"; {root} should hold {{train,val}}2017/ and annotations/{kind}_{{train,val}}2017.json" if root else ""
     require(image_set, {"image folder": images}, {"annotation file": annotations}, layout)

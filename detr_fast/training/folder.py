@@ -1,6 +1,7 @@
 """A run's output folder: one run at a time, no left-overs, and room for its checkpoints."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -86,6 +87,22 @@ def _describe(holder: str) -> str:
         return "process {pid} on {host}, started {start}".format(**json.loads(holder))
     except (ValueError, KeyError, TypeError):
         return "another run"
+
+
+def new_folder() -> Path:
+    """Makes ``outputs/<date>_<time>``."""
+    name = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for number in itertools.count(1):
+        path = Path("outputs", name if number == 1 else f"{name}_{number}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:  # another run has begun in this second
+            if not path.is_dir():
+                raise
+        except OSError as error:
+            raise UsageError(f"no --output_dir, and {path} cannot be made: {error.strerror}") from error
+    raise AssertionError
 
 
 def remove_left_overs(folder: Path) -> None:

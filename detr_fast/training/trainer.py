@@ -7,7 +7,7 @@ import datetime
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from detr_fast.config import MODEL_SETTINGS, Config, check_for_training, make_output_dir, usage_errors
+from detr_fast.config import MODEL_SETTINGS, NO_OUTPUT, Config, check_for_training, make_output_dir, usage_errors
 from detr_fast.data.categories import Categories
 from detr_fast.distributed import (
     all_gather,
@@ -31,12 +31,23 @@ from detr_fast.distributed import (
 from detr_fast.errors import InterruptedRun, UsageError
 from detr_fast.models.weights import load_model, load_weights
 from detr_fast.tasks import task_of
+from detr_fast.tasks.paths import check_data, with_data
 from detr_fast.tasks.pictures import draw_sheet
+from detr_fast.training.callbacks import Callback, Callbacks, callbacks_of
 from detr_fast.training.checkpoint import read_checkpoint, rng_state, save_checkpoint, set_rng_state
 from detr_fast.training.curves import draw_curves
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.engine import evaluate, run_epoch
-from detr_fast.training.folder import check_space, is_full, locked, megabytes, remove_left_overs, size_of, space_needed
+from detr_fast.training.folder import (
+    check_space,
+    is_full,
+    locked,
+    megabytes,
+    new_folder,
+    remove_left_overs,
+    size_of,
+    space_needed,
+)
 from detr_fast.training.interrupt import GO_ON, SAVE, Interruption, ignore_signals, signal_of
 from detr_fast.training.log import Metrics, RunLog
 from detr_fast.training.optim import build_scheduler, load_optimizer, steps_every
@@ -46,9 +57,19 @@ from detr_fast.training.step import build_step, distributed
 
 _SAMPLE_THRESHOLD = 0.5  # lowest score of what is drawn in samples/
 
+# Gives the configuration with what the weights say of their model, and the checkpoint, as `read_checkpoint` does; None
+# where the run continues from another one.
+ReadWeights = Callable[[Config], tuple[Config, Mapping | None]]
 
-def train(config: Config) -> dict:
+
+def train(config: Config, *, callbacks: Sequence[Callback] = (), read_weights: ReadWeights | None = None) -> dict:
     """Trains as the configuration says and evaluates on the way.
+
+    Args:
+        config: without an `output_dir` a new folder, ``outputs/<date>_<time>``, is made; "none" saves nothing.
+        callbacks: are told of each epoch, beside those of `log_to`; see `detr_fast.training.callbacks`.
+        read_weights: reads what `weights` names, and describes the model accordingly. None: `weights` is a checkpoint
+            file or an https address, and the configuration describes the model.
 
     Returns:
         The last epoch's log row; its "test_coco_eval_bbox" are pycocotools' twelve numbers, and so are, with masks,
@@ -59,17 +80,47 @@ def train(config: Config) -> dict:
         NonFiniteLossError: the loss or a gradient became NaN or infinite.
         InterruptedRun: SIGTERM, SIGINT or SIGHUP came; the run's state is saved.
         OSError: a file could not be written, for instance because the disk is full; what is kept is said.
+        CallbackError: a callback failed.
     """
     with usage_errors():
-        task = task_of(config)
+        task_of(config)
         check_for_training(config)
-        task.check_image_size(config)
+        check_data(config)
+        callbacks = [*callbacks, *callbacks_of(config)]
         config, device = start(config, training=True)
+        weights: Mapping | None = None
+        if read_weights is not None and config.weights:
+            config, weights = read_weights(config)
+        task_of(config).check_image_size(config)
+        is_new = not config.output_dir
+        config = _with_output_dir(config)
         folder = make_output_dir(config.output_dir) if config.output_dir and is_main_process() else None
-    with locked(folder):
-        with usage_errors():
-            trainer = Trainer(config, device)
-        return trainer.run()
+    try:
+        with locked(folder):
+            with usage_errors():
+                trainer = Trainer(config, device, weights=weights, callbacks=callbacks)
+            if is_new:
+                say(f"no --output_dir: everything is saved in {config.output_dir}")
+            return trainer.run()
+    finally:
+        if is_new and folder is not None and not any(folder.iterdir()):  # the run was refused
+            folder.rmdir()
+
+
+def _with_output_dir(config: Config) -> Config:
+    """The configuration with the folder that the first process has chosen, where none is given; "" for "none"."""
+    if config.output_dir:
+        return replace(config, output_dir="" if config.output_dir == NO_OUTPUT else config.output_dir)
+    made: Any = None
+    if is_main_process():
+        try:
+            made = str(new_folder())
+        except UsageError as error:
+            made = error
+    made = all_gather(made)[0]
+    if isinstance(made, UsageError):
+        raise made
+    return replace(config, output_dir=made)
 
 
 class Trainer:
@@ -78,6 +129,8 @@ class Trainer:
     Args:
         config: as `start` returned it. What the data say about the classes is added.
         device: where to train.
+        weights: the checkpoint that `config.weights` names, where it has been read already.
+        callbacks: are told of each epoch.
 
     Attributes:
         config: see above; what a checkpoint keeps.
@@ -87,9 +140,18 @@ class Trainer:
         best: the best score so far (see `Task.score`), None before the first evaluation.
     """
 
-    def __init__(self, config: Config, device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        *,
+        weights: Mapping | None = None,
+        callbacks: Sequence[Callback] = (),
+    ):
+        self.callbacks = Callbacks(callbacks if is_main_process() else ())
         self.task, self.device = task_of(config), device
         self.output_dir = make_output_dir(config.output_dir) if config.output_dir else None
+        config = with_data(config)
         self.dataset_train: Any = self.task.build_dataset("train", config, uint8=True)
         self.categories: Categories = self.dataset_train.categories
         self.dataset_val: Any = self.task.build_dataset("val", config, categories=self.categories, uint8=True)
@@ -100,18 +162,19 @@ class Trainer:
         self.loader_val = loader_for(self.task, self.dataset_val, config, train=False)
         self.loader_train.worker_init_fn = self.loader_val.worker_init_fn = ignore_signals
         self.config = config = with_norm(config)
-        weights = _read_weights(config.weights) if config.weights and checkpoint is None else None
-        frozen = _read_weights(config.frozen_weights) if config.frozen_weights and checkpoint is None else None
+        if weights is None and config.weights and checkpoint is None:
+            weights = read_checkpoint(config.weights)
+        frozen = read_checkpoint(config.frozen_weights) if config.frozen_weights and checkpoint is None else None
 
         self.model, self.criterion, self.postprocessors = build(
             self.task, config, own_weights=bool(checkpoint or weights or frozen)
         )
         self.n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if weights is not None:
-            for line in load_weights(self.model, weights, config.weights):
+            for line in load_weights(self.model, _averaged(weights), config.weights):
                 say(f"--weights: not taken, starts fresh: {line}")
         if frozen is not None:
-            self.task.load_frozen(self.model, frozen, f"--frozen_weights {config.frozen_weights}")
+            self.task.load_frozen(self.model, _averaged(frozen), f"--frozen_weights {config.frozen_weights}")
         self.step = build_step(self.model, self.criterion, config, device, say)
         self.optimizer, self.scaler = self.step.optimizer, self.step.scaler
         self.steps_per_epoch = math.ceil(len(self.loader_train) / config.accumulate_steps)
@@ -119,6 +182,7 @@ class Trainer:
         self.ema = ModelEma(self.model, config.ema_decay) if config.ema_decay else None
 
         self.epoch, self.steps, self.best = config.start_epoch, 0, None
+        self._stale = 0  # evaluations since the best one
         self._unevaluated: dict | None = None  # training numbers of an epoch whose evaluation was interrupted
         self._inside: dict | None = None  # where in the epoch a checkpoint was made
         if checkpoint is not None:
@@ -126,7 +190,7 @@ class Trainer:
         self._kept = f"{config.resume} is" if checkpoint is not None else "no checkpoint is"
         self.log = None
         if self.output_dir is None:
-            say("no --output_dir: nothing is saved")
+            say("--output_dir none: nothing is saved")
         elif checkpoint is None and (self.output_dir / "checkpoint.pth").is_file():
             say(f"{self.output_dir} has an earlier run, which this one replaces; --resume auto would go on with it")
         if self.output_dir is not None and is_main_process():
@@ -148,6 +212,7 @@ class Trainer:
         """Trains to the end that the configuration sets. Returns the last epoch's log row, empty if none was left."""
         try:
             with Interruption(self.config.checkpoint_every) as self._interruption:
+                self.callbacks.start(self.config)
                 return self._run()
         except OSError as error:
             if self.output_dir is None or not is_full(error):
@@ -162,6 +227,7 @@ class Trainer:
             self.loader_val.close()
             if self.log is not None:
                 self.log.close()
+            self.callbacks.end()
 
     def _run(self) -> dict:
         config, row = self.config, {}
@@ -175,17 +241,32 @@ class Trainer:
         began = time.perf_counter()
         if self._unevaluated is not None:
             row = self._finish(self.epoch - 1, self._unevaluated)
+        elif self._stops_early() and self._inside is None:
+            say(
+                f"nothing is left to train: {config.resume} was stopped by --early_stop after {self.epoch} epochs. To "
+                "train on, give a larger one, or 0"
+            )
         elif self.epoch >= config.epochs or (self._at_last_step() and self._inside is None):
             limit = f"--max_steps {config.max_steps}" if self._at_last_step() else f"--epochs {config.epochs}"
             say(
                 f"nothing is left to train: {config.resume} has {self.epoch} epochs, {self.steps} steps, and the run "
                 f"ends at {limit}. To train longer, give a larger one; to evaluate, use detr-fast eval"
             )
-        while self.epoch < config.epochs and (self._inside is not None or not self._at_last_step()):
+        while self.epoch < config.epochs and (
+            self._inside is not None or not (self._at_last_step() or self._stops_early())
+        ):
             stats = self._train_epoch()
             self.epoch += 1
             row = self._finish(self.epoch - 1, stats)
+        if row and self._stops_early() and self.epoch < config.epochs and not self._at_last_step():
+            best = "" if self.output_dir is None else f", which {self.output_dir / 'checkpoint_best.pth'} has"
+            say(
+                f"stopped after epoch {self.epoch - 1}: {self._stale} evaluations without a better score than "
+                f"{self.best:.4f}{best} (--early_stop {config.early_stop})"
+            )
         say(f"training took {datetime.timedelta(seconds=int(time.perf_counter() - began))}")
+        if self.output_dir is not None and row:
+            say(f"saved in {self.output_dir}; to use it: detr-fast predict IMAGES --weights {self.output_dir}")
         return row
 
     def _train_epoch(self) -> dict[str, float]:
@@ -250,6 +331,9 @@ class Trainer:
     def _at_last_step(self) -> bool:
         return bool(self.config.max_steps) and self.steps >= self.config.max_steps
 
+    def _stops_early(self) -> bool:
+        return bool(self.config.early_stop) and self._stale >= self.config.early_stop
+
     def _share_buffers(self) -> None:
         """Gives all processes the first one's batch norm statistics: each has seen other images."""
         if is_dist_avail_and_initialized():
@@ -271,13 +355,16 @@ class Trainer:
         score = self.task.score({name.removeprefix("test_"): value for name, value in row.items()})
         is_best = score is not None and (self.best is None or score > self.best)
         if is_best:
-            self.best = score
+            self.best, self._stale = score, 0
+        elif score is not None:
+            self._stale += 1
         row.update(epoch=epoch, n_parameters=self.n_parameters)
         if self.log is not None:
             self.log.append(row)
             if not draw_curves(self.output_dir):
                 say("no curves.png: matplotlib is not installed (pip install matplotlib)")
         self._save(epoch, is_best=is_best, numbered=self._is_numbered(epoch))
+        self.callbacks.epoch(row)
         return row
 
     def _is_numbered(self, epoch: int) -> bool:
@@ -376,6 +463,7 @@ class Trainer:
                 "categories": self.categories.to_dict(),
                 "steps": self.steps,
                 "best": self.best,
+                "stale": self._stale,
                 "rng": generators,
                 "unevaluated": unevaluated,
                 "inside": inside,
@@ -432,7 +520,7 @@ class Trainer:
         if self.config.start_epoch not in (0, self.epoch):
             say(f"--start_epoch {self.config.start_epoch} has no effect: {source} continues with epoch {self.epoch}")
         self.steps = checkpoint.get("steps", self.epoch * self.steps_per_epoch)
-        self.best = checkpoint.get("best")
+        self.best, self._stale = checkpoint.get("best"), checkpoint.get("stale", 0)
         self._unevaluated = checkpoint.get("unevaluated")
         self._inside = checkpoint.get("inside")
         if self.scaler is not None and "scaler" in checkpoint:
@@ -464,9 +552,8 @@ class Trainer:
             )
 
 
-def _read_weights(path: str) -> dict[str, Tensor]:
+def _averaged(checkpoint: Mapping) -> dict[str, Tensor]:
     """A checkpoint's weights, averaged ones (EMA) where there are some."""
-    checkpoint = read_checkpoint(path)
     return checkpoint.get("ema", {}).get("values", checkpoint["model"])
 
 

@@ -365,7 +365,8 @@ TINY = [
     "--dataset_file", "lines", "--backbone", "resnet18", "--backbone_weights", "none", "--backbone_level", "1",
     "--layer1_num", "1", "--hidden_dim", "32", "--nheads", "2", "--enc_layers", "1", "--dec_layers", "1",
     "--dim_feedforward", "32", "--num_queries", "12", "--image_size", "48", "--batch_size", "2", "--num_workers", "0",
-    "--lr_backbone", "1e-3", "--device", "cpu", "--print_freq", "1000", "--epochs", "1", "--sample_images", "1",
+    "--lr_backbone", "1e-3", "--device", "cpu", "--print_freq", "1000", "--epochs", "1",
+    "--output_dir", "none", "--sample_images", "1",
 ]  # fmt: skip
 SECOND = [
     "--LETRpost", "--layer1_frozen", "--layer2_num", "0", "--second_hidden_dim", "32", "--second_nheads", "2",

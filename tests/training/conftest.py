@@ -8,7 +8,7 @@ TINY = [
     "--backbone", "resnet18", "--backbone_weights", "none", "--backbone_level", "1", "--hidden_dim", "32",
     "--nheads", "2", "--enc_layers", "1", "--dec_layers", "1", "--dim_feedforward", "32", "--num_queries", "5",
     "--image_size", "48", "--batch_size", "2", "--num_workers", "0", "--lr", "1e-3", "--lr_backbone", "1e-3",
-    "--device", "cpu", "--print_freq", "1000",
+    "--device", "cpu", "--print_freq", "1000", "--output_dir", "none",
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ TINY = [
     "--backbone", "resnet18", "--backbone_weights", "none", "--backbone_level", "1", "--hidden_dim", "128",
     "--nheads", "8", "--enc_layers", "1", "--dec_layers", "1", "--dim_feedforward", "16", "--num_queries", "5",
     "--image_size", "32", "--batch_size", "2", "--num_workers", "0", "--lr", "1e-3", "--lr_backbone", "1e-3",
-    "--device", "cpu", "--print_freq", "1000", "--epochs", "1",
+    "--device", "cpu", "--print_freq", "1000", "--epochs", "1", "--output_dir", "none",
 ]  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def test_given_flags_are_told_from_defaults():
         (["--lr", "-1"], "--lr must be finite and not negative"),
         (["--dropout", "1"], "--dropout"),
         (["--hidden_dim", "100"], "divisible by --nheads"),
-        (["--tensorboard"], "--output_dir, which is empty"),
+        (["--tensorboard", "--output_dir", "none"], "--output_dir, which is none"),
         (["--resume", "auto"], "--resume auto"),
         (["--start_epoch", "300"], "nothing to train"),
     ],

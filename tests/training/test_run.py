@@ -200,4 +200,4 @@ def test_an_earlier_run_in_the_folder_is_said(tiny_flags, tmp_path, capsys):
 
 def test_a_run_that_saves_nothing_says_so(tiny_flags, capsys):
     assert main(["train", *tiny_flags, "--epochs", "1", "--max_steps", "1"]) == 0
-    assert "no --output_dir: nothing is saved" in capsys.readouterr().out
+    assert "--output_dir none: nothing is saved" in capsys.readouterr().out

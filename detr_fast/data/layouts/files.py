@@ -1,0 +1,81 @@
+"""What all layouts share: sets of images in memory, and the files of a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+# The words by which folders, lists and jsons name a set.
+WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+_ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
+
+
+@dataclass
+class ImageSet:
+    """A set in memory. `file` is the json that says the same, None where there is none."""
+
+    images: Path
+    content: dict[str, Any]
+    file: Path | None = None
+
+
+@dataclass
+class Found:
+    """What a reader gives: the layout's name, "train", "val" and "test" as far as there are such, and remarks."""
+
+    name: str
+    sets: dict[str, ImageSet]
+    notes: list[str] = field(default_factory=list)
+
+
+def categories_of(names: Sequence[str], known: Mapping[str, int]) -> list[dict[str, Any]]:
+    """With the ids that are known, if all are; otherwise from 1 on, as in the other layouts, so that a checkpoint's
+    classes fit whichever of them the data come in."""
+    if set(names) <= set(known) and len(set(names)) == len(names):
+        return [{"id": known[name], "name": name} for name in names]
+    return [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files in a folder and those below it, by name."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
+def unused(name: str, used: Iterable[Path], suffix: str) -> list[str]:
+    """A note on the label files beside those in use that have no image."""
+    used = set(used)
+    there = {file for folder in {label.parent for label in used} for file in folder.glob(f"*{suffix}")}
+    others = ("classes", "README", "train", "val", "test")
+    left = sorted(file for file in there - used if not file.name.startswith(others))
+    return [f"{name}: {len(left)} label files have no image, the first: {left[0]}"] if left else []
+
+
+def sizes_of(images: Sequence[Path]) -> list[tuple[int, int]]:
+    """(width, height) of each as it is shown: turned as its EXIF orientation says, since the labels are drawn on that.
+
+    Raises:
+        ValueError: some cannot be read.
+    """
+    with ThreadPoolExecutor(8) as pool:
+        sizes = list(pool.map(_size, images))
+    broken = [str(image) for image, size in zip(images, sizes, strict=True) if size is None]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise ValueError(f"images that cannot be read: {', '.join(broken[:3])}{more}; mend them or take them away")
+    return [size for size in sizes if size is not None]
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (height, width) if turned else (width, height)
+    except Exception:  # PIL raises what the format's reader does
+        return None
