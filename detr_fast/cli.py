@@ -136,9 +136,7 @@ def _eval_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="gets eval.pth, eval/report.html and, for COCO's server, results.json; without it nothing is saved",
     )
-    run = (
-        "preset", "eval_backend", "print_freq", "seed", "world_size", "dist_url", "device", "precision", "compile"
-    )  # fmt: skip
+    run = ("eval_backend", "print_freq", "seed", "world_size", "dist_url", "device", "precision", "compile")
     add_flags(parser, RunConfig, only=run, inference=True)
     add_flags(parser, ModelConfig, inference=True)
     add_flags(parser, LossConfig, inference=True)

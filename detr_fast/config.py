@@ -279,7 +279,6 @@ class DataConfig(Part):
         "coco",
         "coco: boxes, with --masks also masks; coco_panoptic: things and stuff; lines: line segments (LETR)",
         metavar="TASK",
-        basic=True,
     )
     data: str | None = flag(
         None,
@@ -306,18 +305,16 @@ class DataConfig(Part):
         idle=_NO_TRAINING,
     )
     train_ann: str | None = flag(
-        None, "own data: annotations of the training images", metavar="JSON", idle=_NO_TRAINING, basic=True
+        None, "own data: annotations of the training images", metavar="JSON", idle=_NO_TRAINING
     )
-    train_images: str | None = flag(
-        None, "own data: folder of the training images", metavar="DIR", idle=_NO_TRAINING, basic=True
-    )
+    train_images: str | None = flag(None, "own data: folder of the training images", metavar="DIR", idle=_NO_TRAINING)
     group_by_size: bool = flag(
         True,
         "batches in the original's order, instead of images of like size together (more padding)",
         names=("--no_group_by_size",),
     )
-    val_ann: str | None = flag(None, "own data: annotations of the validation images", metavar="JSON", basic=True)
-    val_images: str | None = flag(None, "own data: folder of the validation images", metavar="DIR", basic=True)
+    val_ann: str | None = flag(None, "own data: annotations of the validation images", metavar="JSON")
+    val_images: str | None = flag(None, "own data: folder of the validation images", metavar="DIR")
     image_size: int | None = flag(
         None,
         "short side of the images in pixels, while training the largest one (default: a checkpoint's own, or 800; "
@@ -341,7 +338,6 @@ class DataConfig(Part):
         check=_NOT_NEGATIVE,
         metavar="N|auto",
         auto=2,
-        basic=True,
     )
     loader_timeout: float = flag(
         600,

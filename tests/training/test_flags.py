@@ -157,11 +157,11 @@ def test_help_shows_the_basic_flags_on_one_page(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main([command, "--help"]) == 0
     basic = capsys.readouterr().out
-    assert len(basic.splitlines()) <= 40 and "--help_all" in basic and "--enc_layers" not in basic
+    assert len(basic.splitlines()) <= 42 and "--help_all" in basic and "--enc_layers" not in basic
     assert main([command, "--help-all"]) == 0
     assert "--enc_layers" in capsys.readouterr().out
     if command == "train":
-        for flag in ("--coco_path", "--train_ann", "--output_dir", "--weights", "--resume", "--lr", "--epochs"):
+        for flag in ("--data", "--coco_path", "--output_dir", "--weights", "--resume", "--lr", "--epochs"):
             assert f"  {flag} " in basic
 
 
