@@ -363,6 +363,7 @@ class RunConfig(Part):
         "finetune: learning rates and length for data of one's own, from --weights",
         choices=("", *PRESETS),
         metavar="|".join(PRESETS),
+        idle=_NO_TRAINING,
         basic=True,
     )
 
