@@ -2,8 +2,8 @@
 
 Two models start from the same weights and see the same batches of generated shapes, dropout off:
 
-- ours: ops as they are on the device (kernels on a GPU), fused backbone, all decoder layers matched and judged in one
-  pass, fused AdamW;
+- ours: the trainer's step (`build_step`): ops as they are on the device (kernels on a GPU), fused backbone, all decoder
+  layers matched and judged in one pass, fused AdamW;
 - reference: plain PyTorch for every op (`DETR_FAST_KERNELS=torch`), the backbone's modules one by one, every decoder
   layer matched by SciPy and judged on its own, AdamW with a launch per step and parameter.
 
@@ -39,11 +39,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from detr_fast.config import Config
 from detr_fast.criterion import HungarianMatcher, SetCriterion
 from detr_fast.data import build_dataset, make_shapes_dataset
 from detr_fast.layers import PositionEmbeddingSine
 from detr_fast.models import DETR, Backbone, Joiner, Transformer
 from detr_fast.nested_tensor import NestedTensor, collate_fn
+from detr_fast.training.step import build_step, optimizer_step
 
 from ..harness.provenance import device_name, provenance, slug
 from ..harness.results import load_record, save, suite_record
@@ -116,33 +118,41 @@ class Trained:
     """One way to train: a model, its criterion and its optimiser."""
 
     def __init__(self, model: nn.Module, ours: bool, device: torch.device, lr: float, bf16: bool = False):
-        self.model, self.ours, self.bf16 = model.to(device).train(), ours, bf16 and ours
+        self.model, self.ours = model.train(), ours
         model.backbone[0].body.fused = ours
         matcher = HungarianMatcher if ours else LayerByLayer
         classes = model.class_embed.out_features - 1
-        self.criterion = criterion(matcher, model.transformer.decoder.num_layers, classes).to(device)
+        losses = criterion(matcher, model.transformer.decoder.num_layers, classes)
+        if ours:
+            config = Config(lr=lr, lr_backbone=lr, precision="bf16" if bf16 else "fp32")
+            self.built = build_step(model, losses, config, device, print)
+            return
+        self.model, self.criterion = model.to(device), losses.to(device)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        how = {"fused": True} if ours else {"foreach": False}
-        self.optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, **how)
+        self.optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, foreach=False)
 
     def ops(self):
         return contextlib.nullcontext() if self.ours else reference_ops()
 
     def loss(self, samples: NestedTensor, targets: list[dict[str, Tensor]]) -> Tensor:
         """The weighted loss, 0-dimensional."""
-        with torch.autocast(samples.tensors.device.type, torch.bfloat16, enabled=self.bf16):
-            outputs = self.model(samples)
-        losses = self.criterion(outputs, targets)
+        if self.ours:
+            return self.built.losses(self.built.outputs(samples), targets).total
+        losses = self.criterion(self.model(samples), targets)
         return sum(value * self.criterion.weight_dict.get(name, 0) for name, value in losses.items())
 
     def step(self, samples: NestedTensor, targets: list[dict[str, Tensor]]) -> Tensor:
         """The loss before the step."""
+        optimizer = self.built.optimizer if self.ours else self.optimizer
         with self.ops():
             loss = self.loss(samples, targets)
-            self.optimizer.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 0.1)
-        self.optimizer.step()
+        if self.ours:
+            optimizer_step(self.built)
+        else:
+            nn.utils.clip_grad_norm_(self.model.parameters(), 0.1)
+            optimizer.step()
         return loss.detach()
 
     @torch.no_grad()
