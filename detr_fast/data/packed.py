@@ -47,7 +47,7 @@ class PackedBatch:
         """The images normalised, padded and cast, on the buffer's device: the second half of ``to``."""
         tensors, mask = pad_collate_packed(self.buffer, self.header, **self.options)
         # Known from the header, which is on the CPU: nothing waits for the GPU.
-        sizes = self.header[:, 2:4].tolist()
+        sizes = [row[2:4] for row in self.header.tolist()]
         return NestedTensor(tensors, mask, no_padding=all(size == list(tensors.shape[-2:]) for size in sizes))
 
     def padding(self) -> float:
