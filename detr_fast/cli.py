@@ -215,7 +215,9 @@ def _export_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="FILE", help="the file")
     parser.add_argument("--mask", action="store_true", help="a second input: the padding mask of a batch")
     parser.add_argument(
-        "--postprocess", action="store_true", help="give boxes or lines in pixels, scores and labels instead of raw outputs"
+        "--postprocess",
+        action="store_true",
+        help="give boxes or lines in pixels, scores, labels instead of raw outputs",
     )
     add_flags(parser, DataConfig, only=("image_size", "max_size"))
     add_flags(parser, ModelConfig, inference=True)

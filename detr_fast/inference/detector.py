@@ -25,6 +25,7 @@ from detr_fast.inference.detections import Detections, best
 from detr_fast.inference.evaluation import evaluate_loaded
 from detr_fast.inference.export import export
 from detr_fast.inference.exported import Exported, read_exported, with_category_ids
+from detr_fast.inference.huggingface import push_folder
 from detr_fast.inference.images import (
     CollateRead,
     ImageLike,
@@ -280,6 +281,36 @@ class Detector:
     def save(self, path: str | os.PathLike) -> None:
         """Writes a checkpoint that `load`, ``--weights`` and the original read: weights, settings and classes."""
         save_checkpoint(self._checkpoint("save"), path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a DETR",
+    ) -> str:
+        """Uploads the model as a Hugging Face folder, as ``detr-fast convert`` writes it, model card included.
+
+        Args:
+            repo_id: "name/of-the-model"; it is made where there is none.
+            private: of a new one: who may see it. None: as the account is set.
+            token: None: that of ``hf auth login`` or of HF_TOKEN.
+            revision: the branch. None: main.
+            commit_message: what the upload is called in the history.
+
+        Returns:
+            The address of the upload.
+
+        Raises:
+            UsageError: the extra `hf` is not installed, there is no token or no network, the server refuses, or the
+                model has no counterpart in transformers.
+        """
+        checkpoint = self._checkpoint("push_to_hub")
+        return push_folder(
+            checkpoint, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+        )
 
     def _checkpoint(self, what: str) -> dict[str, Any]:
         loaded = self._trained(what)

@@ -6,6 +6,7 @@ the extra `hf` brings.
 """
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,46 @@ def write_folder(
     _write_json(folder / "preprocessor_config.json", _preprocessing(config))
     (folder / "README.md").write_text(_card(config, described, folder.name), encoding="utf-8")
     say(f"{source}: {_words(config)}; {len(weights)} tensors written to {folder}")
+
+
+def push_folder(
+    checkpoint: Mapping[str, Any],
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | None,
+    revision: str | None,
+    commit_message: str,
+) -> str:
+    """`write_folder`, and its upload; see `Detector.push_to_hub`."""
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+    except ImportError as error:
+        raise UsageError(f"push_to_hub needs huggingface_hub, pip install 'detr_fast[hf]': {error}") from error
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as temporary:
+        # The folder's name is the card's title.
+        folder = Path(temporary) / repo_id.rsplit("/", 1)[-1]
+        try:
+            write_folder(checkpoint, folder, "the model")
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            done = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+            )
+        except HFValidationError as error:
+            raise UsageError(f"{repo_id!r} is no name of a model there: {error}") from error
+        except LocalTokenNotFoundError as error:
+            raise UsageError("push_to_hub needs a token: run `hf auth login`, or give token=…") from error
+        except (OSError, RuntimeError) as error:  # of requests and httpx: refused, offline
+            reason = str(error).strip() or type(error).__name__
+            raise UsageError(f"could not upload to {repo_id}: {reason}") from error
+    return str(done)
 
 
 def _refuse_used(folder: Path) -> None:
