@@ -304,8 +304,8 @@ class Detector:
             The address of the upload.
 
         Raises:
-            UsageError: the extra `hf` is not installed, there is no token or no network, the server refuses, or the
-                model has no counterpart in transformers.
+            UsageError: the extra `hf` is not installed, there is no token or no network, or the server refuses.
+            ValueError: the model has no counterpart in transformers.
         """
         checkpoint = self._checkpoint("push_to_hub")
         return push_folder(
