@@ -62,6 +62,7 @@ def test_a_hugging_face_folder(folder, trained):
     )
 
 
+@pytest.mark.slow
 def test_a_folder_with_masks(tmp_path):
     pytest.importorskip("safetensors")
     torch.save(checkpoint_of(masks=True, hidden_dim=128), tmp_path / "masks.pth")
