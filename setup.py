@@ -24,7 +24,7 @@ EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
 EVAL = ["faster-coco-eval>=1.6", "hotcoco>=1.3"]
 COMPLETION = ["shtab>=1.6"]
 # transformers since its registry of patched classes; timm has the backbone of its DETR.
-HF = ["transformers>=5.17", "safetensors>=0.5", "timm>=1.0"]
+HF = ["transformers>=5.17", "safetensors>=0.5", "timm>=1.0", "huggingface_hub>=0.30"]
 # triton 3.6's interpreter needs numpy < 2.4; newer tritons take any.
 TEST = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "setuptools", "wheel"]
 # Another minor version of ruff formats differently.

@@ -209,17 +209,14 @@ def _convert_parser() -> argparse.ArgumentParser:
 def _convert(args: argparse.Namespace, given: set[str]) -> int:
     from detr_fast.integrations.huggingface import convert
 
-    try:
-        convert(args.source, args.destination, dilation=args.dilation, nheads=args.nheads)
-    except ImportError as error:
-        raise UsageError(str(error)) from error
+    convert(args.source, args.destination, dilation=args.dilation, nheads=args.nheads)
     return 0
 
 
 def _export_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "export",
-        "Writes a detector of boxes as a file that runs without this package, with batch, height and width free, and\n"
+        "Writes a model as a file that runs without this package, with batch, height and width free, and\n"
         "compares it with the model on three other shapes: a file that differs is not kept, and the exit code is 1.",
         help_all=True,
         usage="detr-fast export --weights PATH --format onnx|torch|aoti --output FILE [FLAG …]",
@@ -234,7 +231,9 @@ def _export_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="FILE", help="the file")
     parser.add_argument("--mask", action="store_true", help="a second input: the padding mask of a batch")
     parser.add_argument(
-        "--postprocess", action="store_true", help="give boxes in pixels, scores and labels instead of raw outputs"
+        "--postprocess",
+        action="store_true",
+        help="give boxes or lines in pixels, scores, labels instead of raw outputs",
     )
     add_flags(parser, DataConfig, only=("image_size", "max_size"))
     add_flags(parser, ModelConfig, inference=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from detr_fast.config import LOSS_SETTINGS, MODEL_SETTINGS, NO_OUTPUT, Config, choose_device, make_output_dir
@@ -24,6 +24,8 @@ from detr_fast.errors import UsageError
 from detr_fast.inference.detections import Detections, best
 from detr_fast.inference.evaluation import evaluate_loaded
 from detr_fast.inference.export import export
+from detr_fast.inference.exported import Exported, read_exported, with_category_ids
+from detr_fast.inference.huggingface import push_folder
 from detr_fast.inference.images import (
     CollateRead,
     ImageLike,
@@ -33,6 +35,8 @@ from detr_fast.inference.images import (
     pictures,
 )
 from detr_fast.inference.loading import Loaded, load_for_inference
+from detr_fast.inference.sources import EXPORTED_SUFFIXES
+from detr_fast.nested_tensor import NestedTensor
 from detr_fast.tasks.base import Result
 from detr_fast.training.callbacks import Callback
 from detr_fast.training.checkpoint import save_checkpoint
@@ -62,9 +66,11 @@ def load(
 
     Args:
         source: a training run's folder (its best checkpoint is taken); a checkpoint of ours or of the original, a file
-            or an https address; or a published name, "detr_resnet50", "detr_resnet50_dc5", "detr_resnet101",
-            "detr_resnet101_dc5", "detr_resnet50_panoptic", "detr_resnet50_dc5_panoptic", "detr_resnet101_panoptic",
-            which is downloaded once, its hash checked, to torch.hub's cache.
+            or an https address; a Hugging Face folder or a safetensors file (the extra `hf`); a file that
+            `Detector.export` wrote, .onnx (the extra `export`) or .pt2, which only detects; or a published name,
+            "detr_resnet50", "detr_resnet50_dc5", "detr_resnet101", "detr_resnet101_dc5", "detr_resnet50_panoptic",
+            "detr_resnet50_dc5_panoptic", "detr_resnet101_panoptic", which is downloaded once, its hash checked, to
+            torch.hub's cache.
         device: "auto" (a GPU if there is one), "cuda", "cuda:1", "cpu".
         precision: "fp32", or autocast in "bf16" or "fp16".
         settings: `image_size` and `max_size` to see images at another size than in training; `compile`; and of weights
@@ -77,29 +83,42 @@ def load(
         TypeError: a setting that there is not.
     """
     _check_names(settings, _LOADING, "load")
-    config = Config(device=choose_device(device, precision), precision=precision, **settings)
-    return Detector(load_for_inference(config, set(settings), os.fspath(source)))
+    config = Config(device=device, precision=precision, **settings)
+    return open_detector(config, set(settings), os.fspath(source))
+
+
+def open_detector(config: Config, given: Collection[str], source: str) -> "Detector":
+    """`load` with its settings in a `Config`; `given`: names of those that the user chose."""
+    path = Path(source)
+    if path.suffix in EXPORTED_SUFFIXES and path.is_file():
+        if config.precision != "fp32":
+            raise UsageError(f"{source} is an exported file, which computes in fp32; got precision {config.precision}")
+        return Detector(
+            read_exported(path, config.device, {name: getattr(config, name) for name in set(given) & set(_LOADING)})
+        )
+    config = replace(config, device=choose_device(config.device, config.precision))
+    return Detector(load_for_inference(config, given, source))
 
 
 class Detector:
     """A trained model with its classes and everything between an image and named boxes. `load` makes it.
 
     Attributes:
-        model: the network, in evaluation mode.
+        model: the network, in evaluation mode; an exported file has none to show.
         config: its settings.
         categories: its classes; None where the weights came without.
         names: category id → name, of COCO where the weights came without and have COCO's number of classes.
         found: what its detections are called when they are counted: "detections" or "lines".
     """
 
-    def __init__(self, loaded: Loaded):
+    def __init__(self, loaded: Loaded | Exported):
         self._loaded = loaded
         self.names: dict[int, str] = loaded.names
         self.found = loaded.task.found
 
     @property
     def model(self) -> nn.Module:
-        return self._loaded.model
+        return self._trained("model").model
 
     @property
     def config(self) -> Config:
@@ -110,10 +129,14 @@ class Detector:
         return self._loaded.categories
 
     def __repr__(self) -> str:
-        config = self.config
-        return (
-            f"Detector of {self._loaded.task.name}: {config.backbone}, {config.num_classes} classes, on {config.device}"
-        )
+        config, loaded = self.config, self._loaded
+        what = loaded.path.name if isinstance(loaded, Exported) else config.backbone
+        return f"Detector of {loaded.task.name}: {what}, {config.num_classes} classes, on {config.device}"
+
+    def _trained(self, what: str) -> Loaded:
+        if isinstance(self._loaded, Exported):
+            raise UsageError(f"{self._loaded.path} is an exported file, which only detects; for {what} load the model")
+        return self._loaded
 
     @overload  # a str is an Iterable, too: the first that fits counts
     def predict(  # type: ignore[overload-overlap]
@@ -177,18 +200,22 @@ class Detector:
                 continue
             orig_sizes, sizes = (torch.tensor([image[key] for image in known]) for key in ("orig_size", "size"))
             with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                outputs = outputs_of(self.model, samples)
-            padded_size = samples.tensors.shape[-2:]
-            results = task.postprocess(self._loaded.postprocessors, outputs, orig_sizes, sizes, padded_size)
+                results = self._results(samples, orig_sizes, sizes)
             for image, result in zip(known, results, strict=True):
                 yield image["index"], self._detections(result, images[image["index"]], image, threshold), image["image"]
 
+    def _results(self, samples: NestedTensor, orig_sizes: Tensor, sizes: Tensor) -> list[Result]:
+        """A batch's results, with category ids as labels."""
+        loaded = self._loaded
+        if isinstance(loaded, Exported):
+            return loaded.detect(samples, orig_sizes, sizes)
+        outputs, padded_size = outputs_of(loaded.model, samples), samples.tensors.shape[-2:]
+        results = loaded.task.postprocess(loaded.postprocessors, outputs, orig_sizes, sizes, padded_size)
+        return with_category_ids(results, loaded.categories)
+
     def _detections(self, result: Result, picture: Picture, known: dict[str, Any], threshold: float) -> Detections:
-        result = best(result, threshold)
-        if self.categories is not None:
-            result = {**result, "labels": self.categories.to_id(result["labels"])}
         height, width = known["orig_size"]
-        return Detections(result, self._loaded.task, self.names, picture, (height, width))
+        return Detections(best(result, threshold), self._loaded.task, self.names, picture, (height, width))
 
     def evaluate(self, **settings: Any) -> dict[str, Any]:
         """Evaluates on validation data and prints the task's numbers, as ``detr-fast eval`` does.
@@ -204,13 +231,14 @@ class Detector:
         Raises:
             TypeError: another setting. ValueError, FileNotFoundError: no data, or data that do not fit the model.
         """
+        loaded = self._trained("evaluate")
         _check_names(settings, _EVALUATION, "evaluate")
         config = replace(self.config, **settings)
         if "image_size" in settings:
-            self._loaded.task.check_image_size(config)
+            loaded.task.check_image_size(config)
         if config.output_dir:
             make_output_dir(config.output_dir)
-        return evaluate_loaded(replace(self._loaded, config=config), "the model")
+        return evaluate_loaded(replace(loaded, config=config), "the model")
 
     def train(
         self, output_dir: str | os.PathLike, *, callbacks: Sequence[Callback] = (), **settings: Any
@@ -229,6 +257,7 @@ class Detector:
         Raises:
             UsageError: settings or data that do not fit. TypeError: a setting that there is not, or that is not free.
         """
+        self._trained("train")
         for name in {"weights", "eval"} & set(settings):
             raise TypeError(f"train starts from this model's weights and trains: {name!r} cannot be set")
         if os.fspath(output_dir) in ("", NO_OUTPUT):
@@ -247,31 +276,65 @@ class Detector:
     def export(
         self, path: str | os.PathLike, format: str = "onnx", *, mask: bool = False, postprocess: bool = False
     ) -> None:
-        """Writes a detector of boxes as a file that runs without this package, as ``detr-fast export`` does.
+        """Writes a file that runs without this package, as ``detr-fast export`` does. `load` reads it, too.
 
         Args:
             path: the file, ending in .onnx, or .pt2 for the other formats.
             format: "onnx", "torch" (`torch.export.load`) or "aoti" (`torch._inductor.aoti_load_package`).
             mask: take the padding mask of a batch as an input.
-            postprocess: give boxes in pixels, scores and labels (category ids) instead of the raw outputs.
+            postprocess: give boxes or lines in pixels, scores and labels (category ids) instead of the raw outputs.
 
         Raises:
-            UsageError: a format, ending or model that cannot be, or a package that is not installed.
+            UsageError: a format or ending that there is not, a compiled model, or a package that is not installed.
             ExportDiffersError: the file gives other numbers than the model; it is not kept.
         """
-        export(self._loaded, path, format, mask=mask, postprocess=postprocess)
+        export(self._trained("export"), path, format, mask=mask, postprocess=postprocess)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a checkpoint that `load`, ``--weights`` and the original read: weights, settings and classes."""
-        settings = self.config.to_dict()
+        save_checkpoint(self._checkpoint("save"), path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a DETR",
+    ) -> str:
+        """Uploads the model as a Hugging Face folder, as ``detr-fast convert`` writes it, model card included.
+
+        Args:
+            repo_id: "name/of-the-model"; it is made where there is none.
+            private: of a new one: who may see it. None: as the account is set.
+            token: None: that of ``hf auth login`` or of HF_TOKEN.
+            revision: the branch. None: main.
+            commit_message: what the upload is called in the history.
+
+        Returns:
+            The address of the upload.
+
+        Raises:
+            UsageError: the extra `hf` is not installed, there is no token or no network, or the server refuses.
+            ValueError: the model has no counterpart in transformers.
+        """
+        checkpoint = self._checkpoint("push_to_hub")
+        return push_folder(
+            checkpoint, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+        )
+
+    def _checkpoint(self, what: str) -> dict[str, Any]:
+        loaded = self._trained(what)
+        settings = loaded.config.to_dict()
         state: dict[str, Any] = {
-            "model": self.model.state_dict(),
+            "model": loaded.model.state_dict(),
             "args": {name: settings[name] for name in _SAVED},
             "version": 1,
         }
-        if self.categories is not None:
-            state["categories"] = self.categories.to_dict()
-        save_checkpoint(state, path)
+        if loaded.categories is not None:
+            state["categories"] = loaded.categories.to_dict()
+        return state
 
 
 def _check_names(settings: Collection[str], known: Collection[str], function: str) -> None:

@@ -1,11 +1,11 @@
-"""A detector as one file that runs without this package: ONNX, torch.export's program, or AOTInductor's package."""
+"""A model as one file that runs without this package: ONNX, torch.export's program, or AOTInductor's package."""
 
 import copy
 import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from detr_fast import __version__
-from detr_fast.criterion.postprocess import PostProcess
 from detr_fast.data.categories import Categories
-from detr_fast.data.transforms import COCO_MAX_SIZE, COCO_SCALES
+from detr_fast.data.transforms import RandomResize
 from detr_fast.distributed import say
 from detr_fast.errors import UsageError
 from detr_fast.geometry.boxes import box_cxcywh_to_xyxy
+from detr_fast.inference.exported import ENTRY, READERS, SETTINGS, Run, with_category_ids
 from detr_fast.inference.loading import Loaded
 from detr_fast.layers import PositionEmbeddingLearned
-from detr_fast.models.detr import DETR
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.ops.attention import attention_reference
+from detr_fast.ops.joint_softmax import joint_softmax_reference
 from detr_fast.ops.sine_position import _reference as sine_position_in_torch
+from detr_fast.training.engine import outputs_of
 
 FORMATS = ("onnx", "torch", "aoti")
 TOLERANCE = 1e-4
@@ -43,12 +44,14 @@ class ExportDiffersError(RuntimeError):
 def export(
     loaded: Loaded, path: str | os.PathLike, format: str, *, mask: bool = False, postprocess: bool = False
 ) -> Path:
-    """Writes a detector of boxes as a file, in float32 on the CPU, and compares it with the model.
+    """Writes a model as a file, in float32 on the CPU, and compares it with the model.
 
     Batch, height and width are free. Inputs: "images" [B, 3, H, W] float32, normalised; with `mask` also "mask"
     [B, H, W] bool, True = padding; with `postprocess` also "sizes" [B, 2] int64, height and width in pixels that boxes
-    are scaled to. Outputs: "pred_logits" [B, Q, K] and "pred_boxes" [B, Q, 4], cx, cy, w, h in 0..1; with
-    `postprocess` "boxes" [B, Q, 4], x0, y0, x1, y1 in pixels, "scores" [B, Q] and "labels" [B, Q] int64, category ids.
+    and lines are scaled to. Outputs: "pred_logits" [B, Q, K] and "pred_boxes" [B, Q, 4], cx, cy, w, h in 0..1, or of
+    lines "pred_lines" [B, Q, 4], x1, y1, x2, y2 in 0..1; with `postprocess` "boxes" [B, Q, 4], x0, y0, x1, y1 in
+    pixels, or "lines", "scores" [B, Q] and "labels" [B, Q] int64, category ids. Of a model with masks last
+    "pred_masks" [B, Q, h, w], logits at a quarter of the batch's size, in either case.
 
     Args:
         loaded: the model.
@@ -59,26 +62,25 @@ def export(
         The path.
 
     Raises:
-        UsageError: another format or ending, a model that is not exported, or a package that is not installed.
+        UsageError: another format or ending, a compiled model, or a package that is not installed.
         ExportDiffersError: on three shapes that it was not traced with the file gives other numbers, by more than 1e-4
             (of pixels: of the image's size). What was at `path` is left as it was.
     """
     path = Path(path)
     _check(loaded, path, format)
     model = copy.deepcopy(loaded.model).cpu().eval()
-    categories = loaded.categories if postprocess else None
-    graph = _Graph(model, mask, postprocess, categories)
+    graph = _Graph(model, mask, postprocess, loaded.categories)
     stride = loaded.task.stride(loaded.config)
     # Learned positions are a table: larger images have none.
-    position = model.backbone[1]
-    largest = stride * len(position.row_embed.weight) if isinstance(position, PositionEmbeddingLearned) else None
+    learned = [module for module in model.modules() if isinstance(module, PositionEmbeddingLearned)]
+    largest = stride * len(learned[0].row_embed.weight) if learned else None
     program = _decomposed(_program(graph, stride, largest))
     metadata = json.dumps(metadata_of(loaded, graph), ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         written = Path(folder) / f"model{_SUFFIXES[format]}"
         _WRITERS[format](program, written, metadata, graph)
-        _compare(_READERS[format](written), graph, model, categories, path)
+        _compare(READERS[format](written)[0], graph, loaded, path)
         os.replace(written, path)
     return path
 
@@ -86,11 +88,13 @@ def export(
 def metadata_of(loaded: Loaded, graph: "_Graph") -> dict[str, Any]:
     """What a user of the file must know: what goes in and comes out, preprocessing, class names."""
     config, task = loaded.config, loaded.task
-    names, size = loaded.names, config.image_size or COCO_SCALES[-1]
+    names, settings = loaded.names, config.to_dict()
     if loaded.categories is not None and not graph.postprocess:
         names = {label: names[category] for category, label in loaded.categories.label_of.items()}
+    resize = next(step for step in task.resize(config).transforms if isinstance(step, RandomResize))
     return {
         "made_by": f"detr_fast {__version__}",
+        "task": task.name,
         "inputs": graph.inputs,
         "outputs": graph.outputs,
         "preprocessing": {
@@ -98,12 +102,15 @@ def metadata_of(loaded: Loaded, graph: "_Graph") -> dict[str, Any]:
             "range": [0, 1],
             "mean": list(task.mean),
             "std": list(task.std),
-            "shorter_side": size,
-            "longer_side_at_most": config.max_size or round(COCO_MAX_SIZE * size / COCO_SCALES[-1]),
+            "shorter_side": resize.sizes[0],
+            "longer_side_at_most": resize.max_size,
         },
         "stride": task.stride(config),
         "num_classes": config.num_classes,
         "names": {str(label): name for label, name in names.items()},
+        # For `detr_fast.load`.
+        "categories": None if loaded.categories is None else loaded.categories.to_dict(),
+        "settings": {name: settings[name] for name in SETTINGS},
     }
 
 
@@ -112,8 +119,6 @@ def _check(loaded: Loaded, path: Path, format: str) -> None:
         raise UsageError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
     if path.suffix != _SUFFIXES[format]:
         raise UsageError(f"{path}: a file of format {format} must end in {_SUFFIXES[format]}")
-    if type(loaded.model) is not DETR:
-        raise UsageError(f"only detectors of boxes are exported; this one is of {loaded.task.name}")
     if loaded.config.compile:
         raise UsageError("a compiled model is not exported: load it without compile")
     if format == "onnx":
@@ -133,21 +138,34 @@ class _Graph(nn.Module):
         self.mask = mask
         self.postprocess = postprocess
         self.inputs = ["images", *(["mask"] if mask else []), *(["sizes"] if postprocess else [])]
-        self.outputs = ["boxes", "scores", "labels"] if postprocess else ["pred_logits", "pred_boxes"]
-        ids = None if categories is None else categories.to_id(torch.arange(categories.num_classes))
+        with torch.no_grad():
+            given = outputs_of(model, torch.zeros(1, 3, *_TRACED[1:]))
+        self.geometry = "lines" if "pred_lines" in given else "boxes"
+        heads = [self.geometry, "scores", "labels"] if postprocess else ["pred_logits", f"pred_{self.geometry}"]
+        self.outputs = heads + (["pred_masks"] if "pred_masks" in given else [])
+        ids = categories.to_id(torch.arange(categories.num_classes)) if categories and postprocess else None
         self.register_buffer("ids", ids, persistent=False)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.inputs, inputs, strict=True))
-        samples = NestedTensor(given["images"], given["mask"]) if self.mask else given["images"]
-        outputs = self.model(samples)
-        if not self.postprocess:
-            return outputs["pred_logits"], outputs["pred_boxes"]
-        # As `PostProcess`, whose checks would fix the batch's size.
+        outputs = self.of_model(given)
+        if self.postprocess:
+            outputs = {**outputs, **self._pixels(outputs, given["sizes"])}
+        return tuple(outputs[name] for name in self.outputs)
+
+    def of_model(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        samples: Any = NestedTensor(given["images"], given["mask"]) if self.mask else given["images"]
+        return outputs_of(self.model, samples)
+
+    def _pixels(self, outputs: Mapping[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
+        """As `PostProcess` and `PostProcess_Line`, whose checks would fix the batch's size."""
         scores, labels = outputs["pred_logits"].softmax(-1)[..., :-1].max(-1)
-        height, width = given["sizes"].to(scores.dtype).unbind(1)
-        boxes = box_cxcywh_to_xyxy(outputs["pred_boxes"]) * torch.stack((width, height, width, height), 1)[:, None]
-        return boxes, scores, labels if self.ids is None else self.ids[labels]
+        places = outputs[f"pred_{self.geometry}"]
+        if self.geometry == "boxes":
+            places = box_cxcywh_to_xyxy(places)
+        height, width = sizes.to(scores.dtype).unbind(1)
+        places = places * torch.stack((width, height, width, height), 1)[:, None]
+        return {self.geometry: places, "scores": scores, "labels": labels if self.ids is None else self.ids[labels]}
 
     def example(self, batch: int, height: int, width: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(height * width)
@@ -186,6 +204,7 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
     table = torch.export.default_decompositions()
     table[torch.ops.detr_fast.attention.default] = _attention_in_torch
     table[torch.ops.detr_fast.sine_position.default] = sine_position_in_torch
+    table[torch.ops.detr_fast.joint_softmax.default] = joint_softmax_reference
     program = program.run_decompositions(table)
     left = {str(node.target) for node in program.graph.nodes if str(node.target).startswith("detr_fast")}
     if left:
@@ -197,72 +216,43 @@ def _write_onnx(program: ExportedProgram, path: Path, metadata: str, graph: _Gra
     written = torch.onnx.export(
         program, (), dynamo=True, input_names=graph.inputs, output_names=graph.outputs, verbose=False
     )
-    written.model.metadata_props["detr_fast"] = metadata
+    written.model.metadata_props[ENTRY] = metadata
     written.save(path)
 
 
 def _write_torch(program: ExportedProgram, path: Path, metadata: str, graph: _Graph) -> None:
-    torch.export.save(program, path, extra_files={"detr_fast": metadata})
+    torch.export.save(program, path, extra_files={ENTRY: metadata})
 
 
 def _write_aoti(program: ExportedProgram, path: Path, metadata: str, graph: _Graph) -> None:
     torch._inductor.aoti_compile_and_package(
-        program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {"detr_fast": metadata}}
+        program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {ENTRY: metadata}}
     )
 
 
-Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-
-
-def _read_onnx(path: Path) -> Run:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
-
-    def run(inputs):
-        fed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
-        return [torch.from_numpy(value) for value in session.run(None, fed)]
-
-    return run
-
-
-def _read_torch(path: Path) -> Run:
-    module = torch.export.load(path).module()
-    return lambda inputs: module(*inputs)
-
-
-def _read_aoti(path: Path) -> Run:
-    package = torch._inductor.aoti_load_package(str(path))
-    return lambda inputs: package(*inputs)
-
-
-_WRITERS = {"onnx": _write_onnx, "torch": _write_torch, "aoti": _write_aoti}
-_READERS = {"onnx": _read_onnx, "torch": _read_torch, "aoti": _read_aoti}
+_WRITERS: dict[str, Callable] = {"onnx": _write_onnx, "torch": _write_torch, "aoti": _write_aoti}
 
 
 @torch.no_grad()
-def _compare(run: Run, graph: _Graph, model: nn.Module, categories: Categories | None, path: Path) -> None:
-    """Raises ExportDiffersError unless the file gives what the model and `PostProcess` give."""
+def _compare(run: Run, graph: _Graph, loaded: Loaded, path: Path) -> None:
+    """Raises ExportDiffersError unless the file gives what the model and the task's post-processors give."""
     largest = 0.0
     for shape in _COMPARED:
         inputs = graph.example(*shape)
         given = dict(zip(graph.inputs, inputs, strict=True))
-        outputs = model(NestedTensor(given["images"], given["mask"]) if graph.mask else given["images"])
-        expected, scales = [outputs["pred_logits"], outputs["pred_boxes"]], [1.0, 1.0]
+        expected, scale = dict(graph.of_model(given)), 1.0
         if graph.postprocess:
-            results = PostProcess()(outputs, given["sizes"])
-            expected = [torch.stack([result[name] for result in results]) for name in graph.outputs]
-            if categories is not None:
-                expected[2] = categories.to_id(expected[2])
-            scales = [float(given["sizes"].max()), 1.0, 1.0]
+            expected |= _results(loaded, expected, given["sizes"], shape[1:])
+            scale = float(given["sizes"].max())
         try:
             got = run(inputs)
         except Exception as error:
             raise ExportDiffersError(f"{path} is not written: it does not run on images of shape {shape}") from error
-        for name, value, right, scale in zip(graph.outputs, got, expected, scales, strict=True):
-            same = value.shape == right.shape
-            difference = float(((value - right) / scale).abs().max()) if same else float("inf")
+        for name, value in zip(graph.outputs, got, strict=True):
+            right = expected[name]
+            # Mask logits have no scale of their own: relative to the largest.
+            unit = {graph.geometry: scale, "pred_masks": max(1.0, float(right.abs().max()))}.get(name, 1.0)
+            difference = float(((value - right) / unit).abs().max()) if value.shape == right.shape else float("inf")
             if not difference <= TOLERANCE:
                 raise ExportDiffersError(
                     f"{path} is not written: its {name} differs from the model's by {difference:.1e} on images of "
@@ -270,3 +260,12 @@ def _compare(run: Run, graph: _Graph, model: nn.Module, categories: Categories |
                 )
             largest = max(largest, difference)
     say(f"{path}: equal to the model on {len(_COMPARED)} other shapes, largest difference {largest:.1e}")
+
+
+def _results(loaded: Loaded, outputs: dict[str, Tensor], sizes: Tensor, padded: tuple[int, int]) -> dict[str, Tensor]:
+    """What the task makes of the model's outputs, with the images of a batch stacked."""
+    in_batch = torch.tensor([padded] * len(sizes))
+    results = loaded.task.postprocess(loaded.postprocessors, outputs, sizes, in_batch, padded)
+    results = with_category_ids(results, loaded.categories)
+    names = {"boxes", "lines", "scores", "labels"} & set(results[0])
+    return {name: torch.stack([result[name] for result in results]) for name in names}

@@ -2,16 +2,14 @@
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from detr_fast.config import Config, choose_device, known_precision, make_output_dir, usage_errors
 from detr_fast.data.annotations import read_annotations
 from detr_fast.data.images import ImageReadError
 from detr_fast.errors import UsageError
-from detr_fast.inference.detector import Detector
+from detr_fast.inference.detector import Detector, open_detector
 from detr_fast.inference.images import Picture, find_images
-from detr_fast.inference.loading import load_for_inference
 
 
 def predict(
@@ -49,20 +47,20 @@ def predict(
     with usage_errors():
         if not 0 <= threshold <= 1:
             raise UsageError(f"--threshold must be in 0..1, got {threshold}")
-        device = choose_device(config.device, known_precision(config.precision))
+        choose_device(config.device, known_precision(config.precision))  # before anything is written
         files = list(find_images(inputs))
         ids = _image_ids([name for _, name in files], ann)
         pictures = _pictures(files, Path(config.output_dir))
         output_dir = make_output_dir(config.output_dir)
-        detector = Detector(load_for_inference(replace(config, device=device), given, config.weights))
-        return _predict(detector, files, ids, pictures, output_dir, threshold)
+        detector = open_detector(config, given, config.weights)
+        return _predict(detector, files, ids, pictures, output_dir, threshold, config.batch_size or 1)
 
 
-def _predict(detector: Detector, files, ids, pictures, output_dir: Path, threshold: float) -> int:
+def _predict(detector: Detector, files, ids, pictures, output_dir: Path, threshold: float, batch_size: int) -> int:
     entries: dict[int, list[dict]] = {}
     described: dict[int, dict] = {}
     images = [Picture(path) for path, _ in files]
-    for index, found, image in detector.stream(images, threshold, batch_size=detector.config.batch_size or 1):
+    for index, found, image in detector.stream(images, threshold, batch_size=batch_size):
         if isinstance(found, ImageReadError):
             print(f"left out: {found}", flush=True)
             continue

@@ -1,47 +1,21 @@
-"""Where a model comes from: a published name, a run's folder, a checkpoint file, or a format of somebody else."""
+"""Where a model comes from: a published name, a run's folder, a checkpoint file, or a file of another format."""
 
 import difflib
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from detr_fast.models.hub import published
 from detr_fast.training.checkpoint import read_checkpoint
 
 SOURCES = (
-    "a run's folder, a checkpoint of ours or of the original (a file or an https address), or a published name: "
-    + ", ".join(published())
+    "a run's folder, a checkpoint of ours or of the original (a file or an https address), a Hugging Face folder, a "
+    "safetensors file, or a published name: " + ", ".join(published())
 )
 # The best first.
 _CHECKPOINTS_OF_A_RUN = ("checkpoint_best.pth", "checkpoint.pth")
-
-
-class Format(NamedTuple):
-    """A format besides torch's checkpoints, refused by its name.
-
-    Attributes:
-        name: what it is called in messages.
-        recognises: whether an existing file or folder is of this format.
-        advice: what to do with it.
-    """
-
-    name: str
-    recognises: Callable[[Path], bool]
-    advice: str = ""
-
-
-def _is_hugging_face(path: Path) -> bool:
-    return path.is_dir() and (path / "config.json").is_file()
-
-
-# Asked in this order.
-FORMATS = [
-    Format("a Hugging Face folder", _is_hugging_face, " as it is: make a checkpoint of it with detr-fast convert"),
-    Format("a safetensors file", lambda path: path.suffix == ".safetensors"),
-    Format("an ONNX file", lambda path: path.suffix == ".onnx"),
-    Format("an exported program (.pt2)", lambda path: path.suffix == ".pt2"),
-]
+# Files that `detr-fast export` writes: programs, of which no checkpoint can be made.
+EXPORTED_SUFFIXES = (".onnx", ".pt2")
 
 
 def read_source(source: str | os.PathLike) -> dict[str, Any]:
@@ -53,8 +27,9 @@ def read_source(source: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is nothing of that name, or no checkpoint in the folder.
-        ValueError: a format that is not read, a file that cannot be read, or a download that failed; the message
-            says what to do.
+        ValueError: an exported file, a file that cannot be read, or a download that failed; the message says what to
+            do.
+        UsageError: a safetensors file, and the package is absent.
     """
     name, path = os.fspath(source), Path(source)
     if not path.exists():
@@ -63,9 +38,10 @@ def read_source(source: str | os.PathLike) -> dict[str, Any]:
         if name.startswith(("https://", "http://")):
             return _of_published(_published_as(name), read_checkpoint(name))
         raise FileNotFoundError(f"there is no file or folder {name!r}{_meant(name)}; expected {SOURCES}")
-    for kind in FORMATS:
-        if kind.recognises(path):
-            raise ValueError(f"{name} is {kind.name}, which is not read{kind.advice}; expected {SOURCES}")
+    if path.suffix in EXPORTED_SUFFIXES:
+        raise ValueError(f"{name} is an exported file, which only detects; expected {SOURCES}")
+    if (path / "config.json").is_file() or path.suffix == ".safetensors":
+        return _of_hugging_face(path)
     if path.is_dir():
         for file in _CHECKPOINTS_OF_A_RUN:
             if (path / file).is_file():
@@ -74,6 +50,13 @@ def read_source(source: str | os.PathLike) -> dict[str, Any]:
             f"the folder {name!r} has no {' or '.join(reversed(_CHECKPOINTS_OF_A_RUN))}; expected {SOURCES}"
         )
     return _of_published(_published_as(name), read_checkpoint(path))
+
+
+def _of_hugging_face(path: Path) -> dict[str, Any]:
+    # Reads checkpoints in its turn, by way of this module.
+    from detr_fast.inference.huggingface import read_folder, read_safetensors
+
+    return read_folder(path) if path.is_dir() else read_safetensors(path)
 
 
 def _published_as(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""For models of Hugging Face's transformers: this package's attention, position embedding and frozen norm.
+"""For models of Hugging Face's transformers: this package's attention, criterion, position embedding and frozen norm.
 
     from detr_fast.integrations.transformers import register
 
@@ -8,12 +8,16 @@
 transformers (5.17 or newer, the extra `hf`) is imported by `register` alone.
 """
 
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_fast.criterion import HungarianMatcher, SetCriterion
 from detr_fast.layers import FrozenBatchNorm2d
 from detr_fast.ops import attention, sine_position
 
@@ -25,8 +29,10 @@ def register() -> None:
 
     - ``attn_implementation="detr_fast"``, in `from_pretrained` and in `model.set_attn_implementation`, runs
       `detr_fast.attention` in every model whose attention goes through transformers' attention interface.
-    - Models that `from_pretrained` builds get this package's position embedding and frozen norm in place of DETR's and
-      Conditional DETR's own, with the same names of weights.
+    - Models that `from_pretrained` builds get this package's position embedding and frozen norm, and an encoder layer
+      that does not wait for the GPU, in place of DETR's and Conditional DETR's own, with the same names of weights.
+    - The losses of DETR, Table Transformer and YOLOS, with and without masks, come from `SetCriterion`, which matches
+      on the GPU; those of all models, also of those that exist.
 
     Calling it again changes nothing. A model keeps its modules when `unregister` is called, or when it is saved: what
     `save_pretrained` writes is the same with and without.
@@ -34,11 +40,14 @@ def register() -> None:
     Raises:
         ImportError: transformers is absent or too old.
     """
-    interfaces, patching = _transformers()
+    interfaces, patching, losses = _transformers()
     functions = (attention_forward, padding_mask)
     for interface, function in zip(interfaces, functions, strict=True):
         interface.register(NAME, function)
-    patching.register_patch_mapping(_PATCHES, overwrite=True)
+    patching.register_patch_mapping(_patches(), overwrite=True)
+    for name, kind in _LOSSES.items():
+        if not isinstance(losses[name], kind):
+            losses[name] = kind(losses[name])
 
 
 def unregister() -> None:
@@ -49,11 +58,14 @@ def unregister() -> None:
     Raises:
         ImportError: transformers is absent or too old.
     """
-    interfaces, patching = _transformers()
+    interfaces, patching, losses = _transformers()
     for interface in interfaces:
         interface._global_mapping.pop(NAME, None)
     mapping = patching.get_patch_mapping()
-    patching.unregister_patch_mapping([name for name, ours in _PATCHES.items() if mapping.get(name) is ours])
+    patching.unregister_patch_mapping([name for name, ours in _patches().items() if mapping.get(name) is ours])
+    for name, kind in _LOSSES.items():
+        if isinstance(losses[name], kind):
+            losses[name] = losses[name].original
 
 
 def attention_forward(
@@ -170,24 +182,165 @@ class SinePositionEmbedding(nn.Module):
         return sine_position(padding, None, features, self.temperature, self.normalize, self.scale, dtype)[0]
 
 
-# Anchored: transformers searches for a pattern, and the name alone is also found in those of classes that count
-# otherwise, such as DeformableDetrSinePositionEmbedding.
-_PATCHES: dict[str, type[nn.Module]] = {
-    "^(Conditional)?DetrSinePositionEmbedding$": SinePositionEmbedding,
-    "^(Conditional)?DetrFrozenBatchNorm2d$": FrozenBatchNorm2d,
+class _EncoderLayer:
+    """Put before an encoder layer of transformers: the same values, without a wait for the GPU in training.
+
+    There each layer asks whether all values are finite, and clamps them if not.
+    """
+
+    def forward(self, hidden_states, attention_mask, spatial_position_embeddings=None, **kwargs):
+        attended, _ = self.self_attn(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            position_embeddings=spatial_position_embeddings,
+            **kwargs,
+        )
+        hidden_states = hidden_states + F.dropout(attended, self.dropout, self.training)
+        hidden_states = self.self_attn_layer_norm(hidden_states)
+        hidden_states = self.final_layer_norm(hidden_states + self.mlp(hidden_states))
+        if not self.training:
+            return hidden_states
+        limit = torch.full_like(hidden_states[0, 0, 0], torch.finfo(hidden_states.dtype).max - 1000)
+        limit = torch.where(hidden_states.isfinite().all(), torch.inf, limit)
+        return hidden_states.clamp(-limit, limit)
+
+
+_ENCODER_LAYERS = {
+    "DetrEncoderLayer": "transformers.models.detr.modeling_detr",
+    "ConditionalDetrEncoderLayer": "transformers.models.conditional_detr.modeling_conditional_detr",
 }
 
 
-def _transformers() -> tuple[tuple, Any]:
-    """transformers' two interfaces, of attentions and of their masks, and its module for replacing classes."""
+@functools.cache
+def _encoder_layer(name: str) -> type[nn.Module]:
+    original = getattr(importlib.import_module(_ENCODER_LAYERS[name]), name)
+    # transformers knows its layers by name, and pickles find this one by `__getattr__`.
+    return type(name, (_EncoderLayer, original), {"__module__": __name__, "__doc__": original.__doc__})
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ENCODER_LAYERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _encoder_layer(name)
+
+
+class DetectionLoss:
+    """The loss of transformers' DETR, with its arguments and results, computed by `SetCriterion`.
+
+    Values are equal to transformers' to rounding; 16-bit predictions are judged in float32. What `SetCriterion`
+    refuses, such as predictions that are not finite (on the CPU; on a GPU the loss is NaN), goes to `original`.
+
+    Args:
+        original: transformers' function.
+    """
+
+    losses: Sequence[str] = ("labels", "boxes", "cardinality")
+
+    def __init__(self, original: Callable):
+        self.original = original
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Sequence[Mapping[str, Tensor]],
+        device: torch.device | str,
+        pred_boxes: Tensor,
+        config: Any,
+        outputs_class: Tensor | None = None,
+        outputs_coord: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
+        """The weighted sum, the losses by name, and the earlier decoder layers' outputs with `config.auxiliary_loss`.
+
+        Args:
+            logits: [B, Q, num_labels + 1].
+            labels: B dicts, "class_labels" [n], "boxes" [n, 4], cx, cy, w, h in 0..1, with masks "masks" [n, H, W].
+            device: not read; that of the logits.
+            pred_boxes: [B, Q, 4].
+            config: the model's, for the coefficients.
+            outputs_class, outputs_coord: [layers, B, Q, …] of all decoder layers.
+            kwargs: not read.
+        """
+        arguments = (logits, labels, device, pred_boxes, config, outputs_class, outputs_coord)
+        try:
+            return self._loss({"pred_logits": logits, "pred_boxes": pred_boxes}, labels, *arguments[4:])
+        except (TypeError, ValueError):
+            return self.original(*arguments, **kwargs)
+
+    def _loss(self, outputs: dict[str, Any], labels, config, outputs_class, outputs_coord):
+        earlier = None
+        if config.auxiliary_loss:
+            layers = list(zip(outputs_class[:-1], outputs_coord[:-1], strict=True))
+            outputs["aux_outputs"] = [{"pred_logits": logits, "pred_boxes": boxes} for logits, boxes in layers]
+            earlier = [{"logits": logits, "pred_boxes": boxes} for logits, boxes in layers]
+        costs = (config.class_cost, config.bbox_cost, config.giou_cost)
+        criterion = _criterion(
+            config.num_labels, costs, config.eos_coefficient, tuple(self.losses), outputs["pred_logits"].device
+        )
+        targets = [{**target, "labels": target["class_labels"]} for target in labels]
+        found = criterion(outputs, targets)
+        del found["class_error"]
+        total = [value * _coefficient(name, config) for name, value in found.items() if name.startswith("loss_")]
+        return torch.stack(total).sum(), found, earlier
+
+
+def _coefficient(name: str, config: Any) -> float:
+    """Of a loss of any decoder layer: "loss_bbox", "loss_bbox_0"."""
+    kind = name.split("_")[1]
+    return 1.0 if kind == "ce" else getattr(config, f"{kind}_loss_coefficient")
+
+
+class SegmentationLoss(DetectionLoss):
+    """`DetectionLoss` with masks."""
+
+    losses = ("labels", "boxes", "cardinality", "masks")
+
+    def __call__(
+        self, logits, labels, device, pred_boxes, pred_masks, config, outputs_class=None, outputs_coord=None, **kwargs
+    ):
+        """As `DetectionLoss`, and `pred_masks` [B, Q, h, w], logits."""
+        outputs = {"pred_logits": logits, "pred_boxes": pred_boxes, "pred_masks": pred_masks}
+        arguments = (config, outputs_class, outputs_coord)
+        try:
+            return self._loss(outputs, labels, *arguments)
+        except (TypeError, ValueError):
+            return self.original(logits, labels, device, pred_boxes, pred_masks, *arguments, **kwargs)
+
+
+# By transformers' names of losses.
+_LOSSES = {"ForObjectDetection": DetectionLoss, "ForSegmentation": SegmentationLoss}
+
+
+@functools.lru_cache(maxsize=8)
+def _criterion(
+    num_classes: int, costs: tuple[float, float, float], eos: float, losses: tuple[str, ...], device: torch.device
+) -> SetCriterion:
+    """Kept, because its class weights would otherwise be copied to the GPU at every step."""
+    return SetCriterion(num_classes, HungarianMatcher(*costs), {}, eos, losses).to(device)
+
+
+def _patches() -> dict[str, type[nn.Module]]:
+    """Pattern of a class name → what takes its place."""
+    # Anchored: transformers searches for a pattern, and the name alone is also found in those of classes that count
+    # otherwise, such as DeformableDetrSinePositionEmbedding.
+    return {
+        "^(Conditional)?DetrSinePositionEmbedding$": SinePositionEmbedding,
+        "^(Conditional)?DetrFrozenBatchNorm2d$": FrozenBatchNorm2d,
+        **{f"^{name}$": _encoder_layer(name) for name in _ENCODER_LAYERS},
+    }
+
+
+def _transformers() -> tuple[tuple, Any, dict[str, Callable]]:
+    """transformers' two interfaces, of attentions and of their masks, its module for replacing classes, its losses."""
     try:
         from transformers import AttentionInterface, monkey_patching
+        from transformers.loss.loss_utils import LOSS_MAPPING
         from transformers.masking_utils import AttentionMaskInterface
     except ImportError as error:
         raise ImportError(
             f"needs transformers 5.17 or newer, pip install 'detr_fast[hf]'; importing it failed: {error}"
         ) from error
-    return (AttentionInterface, AttentionMaskInterface), monkey_patching
+    return (AttentionInterface, AttentionMaskInterface), monkey_patching, LOSS_MAPPING
 
 
 def _key_mask(mask: Tensor | None, batch: int, k_len: int) -> Tensor | None:

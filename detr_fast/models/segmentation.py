@@ -84,7 +84,8 @@ class DETRsegm(nn.Module):
         bbox_mask = self.bbox_attention(hs[-1], memory, mask=mask)
         levels = [feature.tensors for feature in _three(features)]
         masks = self.mask_head(src, bbox_mask, levels)
-        out["pred_masks"] = masks.view(*bbox_mask.shape[:2], *masks.shape[-2:])
+        # Not `view` to all four sizes: with sizes that are not known yet (torch.export) it guards against h = 1.
+        out["pred_masks"] = masks.squeeze(1).unflatten(0, bbox_mask.shape[:2])
         return out
 
 

@@ -95,6 +95,10 @@ class Task(ABC):
             ValueError: a setting of the parts is wrong.
         """
 
+    def postprocessors(self, config: Config, num_classes: int) -> dict[str, nn.Module]:
+        """The post-processors by name, as `build` returns them; without a model where a task can do without."""
+        return self.build(config)[2]
+
     @abstractmethod
     def recognises(self, state: Mapping[str, Tensor]) -> bool:
         """Whether a state dict is that of this task's model."""

@@ -88,7 +88,10 @@ class Lines(Task):
             weights = with_auxiliary_layers(weights, config.second_dec_layers if config.LETRpost else config.dec_layers)
         losses = ["POST_lines_labels", "POST_lines"] if config.LETRpost else ["lines_labels", "lines"]
         criterion = SetCriterion(num_classes, weights, config.eos_coef, losses, config, matcher=matcher)
-        return model, criterion.to(criterion_device(config)), {"line": PostProcess_Line()}
+        return model, criterion.to(criterion_device(config)), self.postprocessors(config, num_classes)
+
+    def postprocessors(self, config: Config, num_classes: int) -> dict[str, nn.Module]:
+        return {"line": PostProcess_Line()}
 
     def recognises(self, state: Mapping[str, Tensor]) -> bool:
         return "class_embed.bias" in state and "lines_embed.layers.0.weight" in state

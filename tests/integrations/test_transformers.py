@@ -1,5 +1,6 @@
 """`detr_fast.attention` in models of Hugging Face's transformers."""
 
+import pickle
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,10 +127,16 @@ def test_without_the_mask_function_padding_is_dropped(registered, padded_batch):
 
 @pytest.mark.parametrize("name", ["detr", *(pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[1:])])
 def test_loss_and_gradients_in_training(name, registered, padded_batch, calls):
-    pytest.importorskip("scipy")  # transformers' matcher
+    """transformers as it is against everything that `register` brings."""
+    from transformers.monkey_patching import apply_patches
+
     results = []
     for implementation in ("eager", "detr_fast"):
-        model = build(name).train()
+        plug.unregister() if implementation == "eager" else plug.register()
+        with apply_patches():
+            model = build(name).train()
+        patched = any(isinstance(module, plug._EncoderLayer) for module in model.modules())
+        assert patched == (implementation == "detr_fast" and name != "rt_detr")
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -188,7 +195,8 @@ def test_a_model_loaded_patched_is_the_same_without(registered, padded_batch, tm
     model.save_pretrained(tmp_path / "theirs")
     patched = transformers.DetrForObjectDetection.from_pretrained(tmp_path / "theirs", attn_implementation="detr_fast")
     kinds = {type(module) for module in patched.modules()}
-    assert plug.SinePositionEmbedding in kinds and FrozenBatchNorm2d in kinds
+    ours = {plug.SinePositionEmbedding, FrozenBatchNorm2d, plug.DetrEncoderLayer}
+    assert ours <= kinds
     assert not any(kind.__name__.startswith(("DetrSine", "DetrFrozen")) for kind in kinds)
     with torch.no_grad():
         assert_equal_outputs(patched.eval()(**padded_batch), expected)
@@ -196,7 +204,10 @@ def test_a_model_loaded_patched_is_the_same_without(registered, padded_batch, tm
 
     plug.unregister()
     plain = transformers.DetrForObjectDetection.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
-    assert not any(type(module) in (plug.SinePositionEmbedding, FrozenBatchNorm2d) for module in plain.modules())
+    assert not any(
+        type(module) in (plug.SinePositionEmbedding, FrozenBatchNorm2d, plug.DetrEncoderLayer)
+        for module in plain.modules()
+    )
     state = plain.state_dict()
     assert list(state) == list(model.state_dict())
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
@@ -235,20 +246,138 @@ def test_the_position_embedding_is_theirs(masked):
 
 def test_registering_is_undone():
     from transformers import AttentionInterface, monkey_patching
+    from transformers.loss.loss_utils import LOSS_MAPPING
     from transformers.masking_utils import AttentionMaskInterface
 
     model = build("detr")
-    before = monkey_patching.get_patch_mapping()
+    before, losses = monkey_patching.get_patch_mapping(), dict(LOSS_MAPPING)
     plug.unregister()  # nothing there
     plug.register()
     plug.register()
-    assert len(monkey_patching.get_patch_mapping()) == len(before) + 2
+    assert len(monkey_patching.get_patch_mapping()) == len(before) + 4
+    assert all(isinstance(LOSS_MAPPING[name], kind) for name, kind in plug._LOSSES.items())
     plug.unregister()
     assert monkey_patching.get_patch_mapping() == before
+    assert losses == LOSS_MAPPING
     for interface in (AttentionInterface, AttentionMaskInterface):
         assert "detr_fast" not in interface._global_mapping
     with pytest.raises(ValueError, match="detr_fast"):
         model.set_attn_implementation("detr_fast")
+
+
+def loss_case(kind, auxiliary_loss=False):
+    """A model's configuration and the arguments of its loss, random."""
+    sizes = {"num_labels": 5, "auxiliary_loss": auxiliary_loss, "bbox_cost": 3, "eos_coefficient": 0.3}
+    config = {
+        "detr": lambda: transformers.DetrConfig(decoder_layers=3, **sizes),
+        "panoptic": lambda: transformers.DetrConfig(decoder_layers=3, **sizes),
+        "table": lambda: transformers.TableTransformerConfig(decoder_layers=3, **sizes),
+        "yolos": lambda: transformers.YolosConfig(decoder_layers=3, **sizes),
+    }[kind]()
+    torch.manual_seed(0)
+    logits = torch.randn(3, 2, 7, 6, requires_grad=True)  # [layers, B, Q, K]
+    boxes = (torch.rand(3, 2, 7, 4) * 0.3 + 0.3).requires_grad_()
+    masks = [torch.randn(2, 7, 16, 24, requires_grad=True)] if kind == "panoptic" else []
+    arguments = [logits[-1], targets(), "cpu", boxes[-1], *masks, config, logits, boxes]
+    return arguments, [logits, boxes, *masks]
+
+
+@pytest.mark.parametrize("auxiliary_loss", [False, True], ids=["last", "every-layer"])
+@pytest.mark.parametrize("kind", ["detr", "panoptic", "table", "yolos"])
+def test_the_loss_is_theirs(kind, auxiliary_loss, registered):
+    from transformers.loss.loss_utils import LOSS_MAPPING
+
+    function = LOSS_MAPPING["ForSegmentation" if kind == "panoptic" else "ForObjectDetection"]
+    results = []
+    for compute in (function.original, function):
+        arguments, sources = loss_case(kind, auxiliary_loss)
+        total, losses, earlier = compute(*arguments)
+        gradients = torch.autograd.grad(total, sources, allow_unused=True)
+        results.append((total, losses, earlier, gradients))
+    (total, losses, earlier, gradients), (ours, our_losses, our_earlier, our_gradients) = results
+    torch.testing.assert_close(ours, total, rtol=1e-5, atol=1e-5)
+    assert set(our_losses) == set(losses) and len(losses) == (4 if kind != "panoptic" else 6) + 8 * auxiliary_loss
+    for name, value in losses.items():
+        torch.testing.assert_close(our_losses[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for gradient, expected in zip(our_gradients, gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    assert (our_earlier is None) == (earlier is None) == (not auxiliary_loss)
+    for layer, expected in zip(our_earlier or [], earlier or [], strict=True):
+        assert set(layer) == set(expected) and all(torch.equal(layer[name], expected[name]) for name in layer)
+
+
+@pytest.mark.parametrize("kind", ["detr", "panoptic"])
+def test_a_loss_that_ours_refuses_is_theirs(kind, registered):
+    """A label that means no-object, which they let pass."""
+    from transformers.loss.loss_utils import LOSS_MAPPING
+
+    function = LOSS_MAPPING["ForSegmentation" if kind == "panoptic" else "ForObjectDetection"]
+    arguments, _ = loss_case(kind)
+    arguments[1][0]["class_labels"][0] = 5
+    assert torch.equal(function(*arguments)[0], function.original(*arguments)[0])
+
+
+@pytest.mark.parametrize("value", [1.0, torch.inf, torch.nan])
+def test_the_encoder_layer_clamps_as_theirs(value):
+    from transformers.models.detr.modeling_detr import DetrEncoderLayer
+
+    config = transformers.DetrConfig(**{**SIZES, "dropout": 0.0})
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    theirs = DetrEncoderLayer(config)
+    ours = plug.DetrEncoderLayer(config)
+    ours.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        for layer in (theirs, ours):
+            layer.final_layer_norm.bias[3] = value
+    x, position = torch.randn(2, 6, 32), torch.randn(2, 6, 32)
+    for training in (True, False):
+        out, expected = (
+            layer.train(training)(x, None, spatial_position_embeddings=position) for layer in (ours, theirs)
+        )
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    assert isinstance(pickle.loads(pickle.dumps(ours)), DetrEncoderLayer)
+
+
+def test_the_encoder_layer_waits_for_nothing():
+    """Reading a value fails on the meta device."""
+    from transformers.models.detr.modeling_detr import DetrEncoderLayer
+
+    config = transformers.DetrConfig(**SIZES)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        x = torch.randn(2, 6, 32)
+        assert plug.DetrEncoderLayer(config).train()(x, None).shape == x.shape
+        with pytest.raises(RuntimeError):
+            DetrEncoderLayer(config).train()(x, None)
+
+
+@pytest.mark.slow
+def test_a_step_of_their_trainer(registered, padded_batch, tmp_path):
+    pytest.importorskip("accelerate")
+    build("detr").save_pretrained(tmp_path / "model")
+    model = transformers.DetrForObjectDetection.from_pretrained(tmp_path / "model", attn_implementation="detr_fast")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = [
+        {"pixel_values": pixels, "pixel_mask": mask, "labels": target}
+        for pixels, mask, target in zip(
+            padded_batch["pixel_values"], padded_batch["pixel_mask"], targets(), strict=True
+        )
+    ]
+
+    def collate(items):
+        stacked = {name: torch.stack([item[name] for item in items]) for name in ("pixel_values", "pixel_mask")}
+        return {**stacked, "labels": [item["labels"] for item in items]}
+
+    arguments = transformers.TrainingArguments(
+        tmp_path / "out", max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        remove_unused_columns=False, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, data_collator=collate)
+    loss = trainer.train().training_loss
+    assert 0 < loss < 100
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert any("encoder" in name for name in changed) and any("bbox_predictor" in name for name in changed)
 
 
 def formula(query, key, value, added):
