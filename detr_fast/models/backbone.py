@@ -4,6 +4,7 @@ Source: facebookresearch/detr, models/backbone.py.
 """
 
 import os
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,8 +15,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d, PositionEmbeddingLearned, PositionEmbeddingSine
 from detr_fast.layers.norm import frozen_affines
+from detr_fast.layers.packed_conv import PackedConvs, runs_packed
 from detr_fast.models.weights import load_file, load_url
 from detr_fast.nested_tensor import NestedTensor, is_nested_tensor
+from detr_fast.ops._dispatch import refuse_transforms
 from detr_fast.ops.folded_conv import Affine, folded_conv
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -52,6 +55,9 @@ class ResNetBody(nn.Module):
     one, with the same results up to rounding, if a norm is trained, a module has a hook or is not torchvision's, under
     torch.compile and torch.export (whose own fusion is kept), and with `fused` False.
 
+    In evaluation mode on a CPU without gradients, oneDNN computes each of these steps in one call, in channels-last
+    memory, with folded weights that are kept from call to call (`PackedConvs`).
+
     Attributes:
         fused: may be set to False.
 
@@ -63,6 +69,7 @@ class ResNetBody(nn.Module):
     def __init__(self, resnet: nn.Module, return_layers: dict[str, str]):
         super().__init__()
         self.fused = True
+        self._packed = PackedConvs()
         self.return_layers = dict(return_layers)
         missing = set(return_layers)
         for name, layer in resnet.named_children():
@@ -75,12 +82,19 @@ class ResNetBody(nn.Module):
         """[B, 3, H, W] → {name: [B, C, h, w]}, in the order of the stages."""
         fused = self.fused and not torch.compiler.is_compiling() and self._is_fusable(x)
         affines: dict[nn.Module, Affine] = {}
+        conv: Callable[..., Tensor] = _conv
         if fused:
             norms = [module for module in self.modules() if type(module) is FrozenBatchNorm2d]
             affines = dict(zip(norms, frozen_affines(norms), strict=True))
-            if x.device.type == "cuda":
+            packed = not self.training and runs_packed(x)
+            if packed:
+                refuse_transforms("folded_conv", x)
+                conv = self._packed
+                if torch.is_autocast_enabled("cpu"):
+                    x = x.to(torch.get_autocast_dtype("cpu"))
+            if packed or x.device.type == "cuda":
                 x = x.contiguous(memory_format=torch.channels_last)
-            x = self.maxpool(_conv(x, self.conv1, affines[self.bn1]))
+            x = self.maxpool(conv(x, self.conv1, affines[self.bn1]))
         out = {}
         for name, layer in self.named_children():
             if name == "maxpool" and _POOL_GUARDS_PARITY and torch.compiler.is_compiling():
@@ -88,11 +102,21 @@ class ResNetBody(nn.Module):
             elif not fused:
                 x = layer(x)
             elif name in STAGES:
-                for block in layer:
-                    x = _block(x, block, affines)
+                for i, block in enumerate(layer):
+                    # A stage's input may have been returned.
+                    x = _block(x, block, affines, conv, overwrite=i > 0)
             if name in self.return_layers:
                 out[self.return_layers[name]] = x
         return out
+
+    def train(self, mode: bool = True) -> "ResNetBody":
+        if mode:
+            self._packed.clear()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> "ResNetBody":
+        self._packed.clear()  # of another device or dtype
+        return super()._apply(*args, **kwargs)
 
     def _is_fusable(self, x: Tensor) -> bool:
         """Whether skipping the modules' calls goes unnoticed: known modules alone, frozen norms, no hooks."""
@@ -118,15 +142,34 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _conv(x: Tensor, conv: nn.Conv2d, affine: Affine, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+def _conv(
+    x: Tensor,
+    conv: nn.Conv2d,
+    affine: Affine,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    overwrite: bool = False,  # only `PackedConvs` makes use of it
+) -> Tensor:
     return folded_conv(
         x, conv.weight, *affine, residual, relu=relu, stride=conv.stride, padding=conv.padding,
         dilation=conv.dilation, groups=conv.groups,
     )  # fmt: skip
 
 
-def _block(x: Tensor, block: BasicBlock | Bottleneck, affines: dict[nn.Module, Affine]) -> Tensor:
-    """A torchvision block, fused: each convolution with its norm, the last one also with residual and ReLU."""
+def _block(
+    x: Tensor,
+    block: BasicBlock | Bottleneck,
+    affines: dict[nn.Module, Affine],
+    conv: Callable[..., Tensor],
+    *,
+    overwrite: bool,
+) -> Tensor:
+    """A torchvision block, fused: each convolution with its norm, the last one also with residual and ReLU.
+
+    Args:
+        conv: `_conv` or a `PackedConvs`.
+        overwrite: nobody else reads x.
+    """
     pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
     if type(block) is Bottleneck:
         pairs.append((block.conv3, block.bn3))
@@ -135,11 +178,11 @@ def _block(x: Tensor, block: BasicBlock | Bottleneck, affines: dict[nn.Module, A
     if block.downsample is not None:
         # The last convolution adds both branches' biases at once.
         residual_scale, residual_bias = affines[block.downsample[1]]
-        residual = _conv(x, block.downsample[0], (residual_scale, None), relu=False)
+        residual, overwrite = conv(x, block.downsample[0], (residual_scale, None), relu=False), True
         bias = bias + residual_bias
-    for conv, norm in pairs:
-        x = _conv(x, conv, affines[norm])
-    return _conv(x, last, (scale, bias), residual)
+    for convolution, norm in pairs:
+        x = conv(x, convolution, affines[norm])
+    return conv(x, last, (scale, bias), residual, overwrite=overwrite)
 
 
 class BackboneBase(nn.Module):
