@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda name: SHORT.get(name, name),
         help="the op to measure (collate, position and mha are short for three of them); train: the whole training "
         "step, ours beside the original's; infer: inference on a CPU, ours beside others'; all: every op and the step; "
-        "report: write the tables of README and NOTES from the results; static: what the compiler says; tune: which tile sizes are fastest on this GPU",
+        "report: write the tables of README and NOTES from the results; static: what the "
+        "compiler says; tune: which tile sizes are fastest on this GPU",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few cases, short measurements")
     parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.config import Config
+from detr_fast.inference.loading import cpu_has_bf16
 from detr_fast.integrations.huggingface import convert
 from detr_fast.layers import MultiheadAttention
 from detr_fast.models import DETR
@@ -147,11 +148,6 @@ def faster_rcnn() -> nn.Module:
     return model
 
 
-def has_bf16() -> bool:
-    """Whether the CPU has instructions for products in bfloat16."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 Call = Callable[[list[Tensor], BatchShape], Callable[[], Output | None]]
 
 
@@ -221,7 +217,7 @@ def providers(model: DETR, config: Config, compile: bool) -> dict[str, tuple[Cal
         "torchvision Faster R-CNN": (of_yardstick, False),
         "detr_fast": (of_ours(model), True),
     }
-    if has_bf16():
+    if cpu_has_bf16():
         chosen["detr_fast, bf16"] = of_ours(model, torch.bfloat16), True
     if compile:
         regions = copy.deepcopy(model)
