@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind", nargs="+",
         help="attention: encoder, cross, decoder; pad_collate: float, uint8, packed; assign: boxes, lines; "
-        "folded_conv: 3x3, residual, stem; pointwise_conv: reduce, expand, expand-deep",
+        "folded_conv: 3x3, residual, stem; pointwise_conv: reduce, expand, expand-deep, input-grad",
     )  # fmt: skip
     parser.add_argument("--dropout", nargs="+", type=float, help="probabilities, only these")
     parser.add_argument("--provider", nargs="+", help="only providers whose name contains one of these")

@@ -213,15 +213,18 @@ def _backward(
         shortcut: added to the gradient in x, or None.
         masked: then set the gradient in x to zero where x is 0 or less.
     """
-    folded = _fold(x, weight, scale) if x_needed else _shape_alone(x, weight.shape)
-    in_product = x_needed and (masked or shortcut is not None) and _is_product(x, folded, stride, padding, groups)
+    in_product = x_needed and (masked or shortcut is not None) and _is_product(x, weight, stride, padding, groups)
     grad_x = grad_folded = None
     if weight_needed or not in_product:
+        convolved = x_needed and not in_product
+        folded = _fold(x, weight, scale) if convolved else _shape_alone(x, weight.shape)
         grad_x, grad_folded, _ = torch.ops.aten.convolution_backward(
-            grad, x, folded, None, stride, padding, dilation, False, (0, 0), groups,
-            (x_needed and not in_product, weight_needed, False),
-        )  # fmt: skip
+            grad, x, folded, None, stride, padding, dilation, False, (0, 0), groups, (convolved, weight_needed, False)
+        )
     if in_product:
+        # Folded into the transposed order, in which the product reads it.
+        folded = x.new_empty(weight.shape[1], weight.shape[0], 1, 1).transpose(0, 1)
+        torch.mul(weight, scale[:, None, None, None], out=folded)
         grad_x = pointwise_conv_input_grad(grad, folded, shortcut, x if masked else None)
     elif x_needed:
         grad_x = grad_x.contiguous(memory_format=_format(x))
