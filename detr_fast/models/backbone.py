@@ -155,7 +155,7 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _conv(x: Tensor, conv: nn.Conv2d, affine: Affine, residual: Tensor | None = None, **options: bool) -> Tensor:
+def _conv(x: Tensor, conv: nn.Conv2d, affine: Affine, residual: Tensor | None = None, **options: Any) -> Tensor:
     return folded_conv(x, conv.weight, *affine, residual, **_geometry(conv), **options)
 
 
@@ -172,7 +172,7 @@ def _pairs(block: BasicBlock | Bottleneck) -> list[tuple[nn.Conv2d, FrozenBatchN
 def _block(
     x: Tensor,
     block: BasicBlock | Bottleneck,
-    affines: dict[nn.Module, Affine],
+    affines: dict[nn.Module, tuple[Tensor, Tensor]],
     *,
     masks_input_grad: bool,
     grad_is_masked: bool,
@@ -197,7 +197,7 @@ def _block(
 def _packed_block(
     x: Tensor,
     block: BasicBlock | Bottleneck,
-    affines: dict[nn.Module, Affine],
+    affines: dict[nn.Module, tuple[Tensor, Tensor]],
     conv: PackedConvs,
     *,
     overwrite: bool,
@@ -213,10 +213,10 @@ def _packed_block(
 def _shortcut(
     x: Tensor,
     block: BasicBlock | Bottleneck,
-    affines: dict[nn.Module, Affine],
-    affine: Affine,
+    affines: dict[nn.Module, tuple[Tensor, Tensor]],
+    affine: tuple[Tensor, Tensor],
     conv: Callable[..., Tensor],
-) -> tuple[Tensor, Affine]:
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The block's residual, and `affine` with both branches' biases, which the last convolution adds at once."""
     if block.downsample is None:
         return x, affine
