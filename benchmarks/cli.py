@@ -11,10 +11,12 @@ SHORT = {"collate": "pad_collate", "position": "sine_position", "mha": "multihea
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's arguments to `parser`; `run` takes what it parses."""
     parser.add_argument(
-        "suite", choices=[*SUITES, "train", "all", "report", "static", "tune"], type=lambda name: SHORT.get(name, name),
+        "suite", choices=[*SUITES, "train", "infer", "all", "report", "static", "tune"],
+        type=lambda name: SHORT.get(name, name),
         help="the op to measure (collate, position and mha are short for three of them); train: the whole training "
-        "step, ours beside the original's; all: every op and the step; report: write the tables of README and NOTES "
-        "from the results; static: what the compiler says; tune: which tile sizes are fastest on this GPU",
+        "step, ours beside the original's; infer: inference on a CPU, ours beside others'; all: every op and the step; "
+        "report: write the tables of README and NOTES from the results; static: what the "
+        "compiler says; tune: which tile sizes are fastest on this GPU",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few cases, short measurements")
     parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind", nargs="+",
         help="attention: encoder, cross, decoder; pad_collate: float, uint8, packed; assign: boxes, lines; "
-        "folded_conv: 3x3, residual, stem; pointwise_conv: reduce, expand, expand-deep",
+        "folded_conv: 3x3, residual, stem; pointwise_conv: reduce, expand, expand-deep, input-grad",
     )  # fmt: skip
     parser.add_argument("--dropout", nargs="+", type=float, help="probabilities, only these")
     parser.add_argument("--provider", nargs="+", help="only providers whose name contains one of these")

@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
         from .studies.static import run_static
 
         return run_static(not args.no_save)
-    if args.suite == "train" and args.interpret:
-        raise ValueError("train: not through the interpreter; expected a GPU, or a CPU without --interpret")
+    if args.suite in ("train", "infer") and args.interpret:
+        raise ValueError(f"{args.suite}: not through the interpreter; expected a GPU, or a CPU without --interpret")
     if args.interpret and os.environ.get("TRITON_INTERPRET") != "1":
         # The interpreter must be chosen before Triton is imported.
         return _again(args, args.suite, {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"})
@@ -63,6 +63,10 @@ def run(args: argparse.Namespace) -> int:
         from .studies.train import run_train
 
         return run_train(args, _device(args))
+    if args.suite == "infer":
+        from .studies.infer import run_infer
+
+        return run_infer(args, _device(args))
     return _run_suite(args)
 
 

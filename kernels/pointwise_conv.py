@@ -7,7 +7,12 @@ With the image as X [M, C], a pixel per row, and the weight as W [N, C],
 Fused: bias, residual and ReLU are applied in float32 while the product is in registers, and the result is rounded once.
 As steps of their own the residual and the ReLU read and write the output once more each.
 
-The backward is two matrix products, which the op leaves to cuBLAS.
+The gradient in X is the same product, of the output's gradient and Wᵀ. There the residual is the gradient that comes by
+the shortcut around a block, and the mask of the ReLU that X comes from takes the place of the ReLU:
+
+    out[m, n] = gate[m, n] <= 0 ? 0 : sum over c of X[m, c] * W[n, c] + residual[m, n]
+
+The gradient in W is left to cuBLAS.
 """
 
 import torch
@@ -24,12 +29,14 @@ def _pointwise_conv_forward_kernel(
     weight_ptr,  # [N, C] contiguous
     bias_ptr,  # [N], or None without HAS_BIAS
     residual_ptr,  # [M, N] contiguous, or None without HAS_RESIDUAL
+    gate_ptr,  # [M, N] contiguous, or None without HAS_GATE
     out_ptr,  # [M, N] contiguous
     num_pixels,  # M
     in_channels,  # C
     out_channels,  # N
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_GATE: tl.constexpr,
     RELU: tl.constexpr,
     WHOLE_STEPS: tl.constexpr,  # BLOCK_K divides C
     PRECISION: tl.constexpr,
@@ -73,6 +80,10 @@ def _pointwise_conv_forward_kernel(
     if RELU:
         # Not `tl.maximum`, which turns NaN into 0.
         acc = tl.where(acc < 0, 0.0, acc)
+    if HAS_GATE:
+        # As PyTorch's threshold_backward: where the gate is NaN the gradient passes.
+        gate = tl.load(gate_ptr + out_offs, mask=mask, other=0.0).to(tl.float32)
+        acc = tl.where(gate <= 0, 0.0, acc)
     tl.store(out_ptr + out_offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -84,6 +95,7 @@ def pointwise_conv_forward(
     *,
     relu: bool,
     out: torch.Tensor,
+    gate: torch.Tensor | None = None,
 ) -> None:
     """Launch the kernel.
 
@@ -93,6 +105,7 @@ def pointwise_conv_forward(
         bias: [N] contiguous, of any floating point dtype but float64, or None.
         residual: [M, N] contiguous, or None.
         out: [M, N] contiguous, written.
+        gate: [M, N] contiguous, or None; where it is 0 or less the result is 0.
     """
     if out.numel() == 0:
         return
@@ -112,12 +125,14 @@ def pointwise_conv_forward(
             weight_ptr=weight,
             bias_ptr=bias,
             residual_ptr=residual,
+            gate_ptr=gate,
             out_ptr=out,
             num_pixels=pixels,
             in_channels=in_channels,
             out_channels=out_channels,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
+            HAS_GATE=gate is not None,
             RELU=relu,
             WHOLE_STEPS=in_channels % chosen["BLOCK_K"] == 0,
             PRECISION=precision,

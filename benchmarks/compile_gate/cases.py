@@ -9,7 +9,7 @@ from detr_fast.ops.attention import attention
 from detr_fast.ops.joint_softmax import joint_softmax
 from detr_fast.ops.matching_cost import matching_cost
 from detr_fast.ops.pad_collate import pad_collate
-from detr_fast.ops.pointwise_conv import pointwise_conv
+from detr_fast.ops.pointwise_conv import pointwise_conv, pointwise_conv_input_grad
 from detr_fast.ops.sine_position import sine_position
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -254,6 +254,27 @@ def _pointwise_conv(
     return Case(name, run, detr, from_chip=80)
 
 
+def _pointwise_conv_input_grad(
+    dtype: str, channels: tuple[int, int], shortcut: bool, tf32: bool, detr: bool = True
+) -> Case:
+    """`channels`: of the output, whose gradient is given, and of the input."""
+
+    def run():
+        grad, x = (
+            torch.zeros(2, n, 25, 38, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last) for n in channels
+        )
+        weight = torch.zeros(*channels, 1, 1, dtype=DTYPES[dtype])
+        saved = torch.backends.cudnn.conv.fp32_precision
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+        try:
+            pointwise_conv_input_grad(grad, weight, x if shortcut else None, x)
+        finally:
+            torch.backends.cudnn.conv.fp32_precision = saved
+
+    name = f"pointwise_conv input grad {dtype}{' tf32' if tf32 else ''} {channels[0]} to {channels[1]}"
+    return Case(f"{name}{' shortcut' if shortcut else ''}", run, detr, from_chip=80)
+
+
 # A bottleneck's first and last convolution, layer1's downsampling, and numbers of channels that fit no tile.
 for _dtype, _tf32 in (("bf16", False), ("fp16", False), ("fp32", True), ("fp32", False)):
     CASES += [
@@ -262,4 +283,8 @@ for _dtype, _tf32 in (("bf16", False), ("fp16", False), ("fp32", True), ("fp32",
         _pointwise_conv(_dtype, (64, 256), residual=True, tf32=_tf32, detr=True),
         _pointwise_conv(_dtype, (64, 256), plain=True, tf32=_tf32, detr=True),
         _pointwise_conv(_dtype, (40, 72), residual=True, tf32=_tf32),
+        # Of a bottleneck's first convolution, beside the shortcut, and of its last one.
+        _pointwise_conv_input_grad(_dtype, (128, 512), True, _tf32),
+        _pointwise_conv_input_grad(_dtype, (512, 128), False, _tf32),
+        _pointwise_conv_input_grad(_dtype, (40, 72), True, _tf32, detr=False),
     ]

@@ -1,7 +1,8 @@
 """A 1x1 convolution with bias, residual and ReLU: ours, one kernel, against cuBLAS, cuDNN and the steps apart.
 
 Kinds, all of ResNet-50 on 800 x 1216 images: `reduce` (layer1's first, 256 to 64 channels), `expand` (layer1's last, 64
-to 256 channels with the block's input added before the ReLU) and `expand-deep` (layer4's last, 512 to 2048 channels).
+to 256 channels with the block's input added before the ReLU) and `expand-deep` (layer4's last, 512 to 2048 channels);
+and `input-grad`, the gradient of layer2's input (128 to 512 channels), added to the shortcut's and masked by the ReLU.
 Channels-last, so that the peers' matrix products take views.
 """
 
@@ -11,28 +12,31 @@ import torch
 import torch.nn.functional as F
 
 from detr_fast.ops import pointwise_conv, pointwise_conv_reference
+from detr_fast.ops.pointwise_conv import pointwise_conv_input_grad
 
 from ..harness.case import Case, Inputs, Outputs, Provider, Unavailable, needs_compile
-from ..harness.ceilings import PRECISIONS
+from ..harness.ceilings import PRECISIONS, Work
 from ..harness.spec import BATCHES, Scale, Spec, both_modes, shape_of
 from ..shapes import BatchShape
 from .folded_conv import work_of
 
 # (channels in, channels out, whether there is a residual, stride of the image)
 LAYERS = {"reduce": (256, 64, False, 4), "expand": (64, 256, True, 4), "expand-deep": (512, 2048, True, 32)}
-KINDS = tuple(LAYERS)
+INPUT_GRAD = "input-grad"
+KINDS = (*LAYERS, INPUT_GRAD)
 TENSORS = ("x", "weight", "bias", "residual")
+INPUT_GRAD_TENSORS = ("grad", "weight", "shortcut", "gate")
 
 
 def options(kind: str) -> tuple[str, ...]:
-    return ("precision", "mode")
+    return ("precision",) if kind == INPUT_GRAD else ("precision", "mode")
 
 
 def gpu_specs(quick: bool) -> list[Spec]:
     def spec(kind: str, **fields) -> Spec:
         return Spec("pointwise_conv", kind, padding="none", **fields)
 
-    specs = both_modes(*map(spec, KINDS))
+    specs = both_modes(*map(spec, LAYERS)) + [spec(INPUT_GRAD)]
     if quick:
         return specs
     specs += [spec("expand", precision=precision) for precision in ("fp16", "tf32", "fp32")]
@@ -40,6 +44,8 @@ def gpu_specs(quick: bool) -> list[Spec]:
 
 
 def build(spec: Spec, scale: Scale, device: torch.device, *, compile: bool, quick: bool) -> tuple[Case, list[Provider]]:
+    if spec.kind == INPUT_GRAD:
+        return input_grad_case(shape_of(spec, scale), spec.precision, device, compile=compile), input_grad_providers()
     return case(spec.kind, shape_of(spec, scale), spec.precision, spec.mode, device, compile=compile), providers()
 
 
@@ -165,6 +171,72 @@ def case(
         work=work_of(mode, dtype.itemsize, read, weights, written, residual, flops),
         shape={
             "kind": kind, "batch": shape.batch, "channels": channels, "filters": filters, "height": height,
+            "width": width,
+        },
+    )  # fmt: skip
+
+
+def _input_grad(state: Inputs) -> Outputs:
+    return (pointwise_conv_input_grad(*(state[name] for name in INPUT_GRAD_TENSORS)),)
+
+
+def _input_grad_steps(grad, weight, shortcut, gate) -> torch.Tensor:
+    total = _image(_pixels(grad) @ weight.flatten(1), grad) + shortcut
+    return torch.ops.aten.threshold_backward(total, gate, 0)
+
+
+def _input_grad_reference(inputs: Inputs) -> Outputs:
+    return (_input_grad_steps(*(inputs[name] for name in INPUT_GRAD_TENSORS)),)
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_input_grad():
+    return torch.compile(_input_grad_steps)
+
+
+def _input_grad_compiled(state: Inputs) -> Outputs:
+    return (_compiled_input_grad()(*(state[name] for name in INPUT_GRAD_TENSORS)),)
+
+
+def input_grad_providers() -> list[Provider]:
+    return [
+        Provider("detr_fast", "one product; shortcut and mask in its epilogue", _input_grad, ours=True),
+        Provider("product, op by op", "cuBLAS's product, sum and mask after it", _input_grad_reference),
+        Provider("product, compiled", "the same; torch.compile", _input_grad_compiled, needs_compile),
+    ]
+
+
+def input_grad_case(shape: BatchShape, precision: str, device: torch.device, *, compile: bool = False) -> Case:
+    channels, filters, stride = 512, 128, 8
+    dtype = PRECISIONS[precision][0]
+    height, width = (-(-side // stride) for side in shape.padded)
+
+    def inputs(seed: int) -> Inputs:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def draw(*size):
+            drawn = torch.randn(*size, generator=generator, device=device)
+            return drawn.to(dtype, memory_format=torch.channels_last)
+
+        image = (shape.batch, channels, height, width)
+        grad, weight = draw(shape.batch, filters, height, width), draw(filters, channels, 1, 1) * filters**-0.5
+        state = dict(zip(INPUT_GRAD_TENSORS, (grad, weight, draw(*image), draw(*image).relu()), strict=True))
+        return state | {"compile": compile}
+
+    pixels = shape.batch * height * width
+    moved = dtype.itemsize * (pixels * (filters + 3 * channels) + channels * filters)
+    return Case(
+        suite="pointwise_conv",
+        name=f"{INPUT_GRAD} {shape.name}",
+        precision=precision,
+        mode="forward",
+        inputs=inputs,
+        reference=_input_grad_reference,
+        plain=_input_grad_reference,
+        leaves=(),
+        work=[Work(moved, 2 * pixels * channels * filters)],
+        shape={
+            "kind": INPUT_GRAD, "batch": shape.batch, "channels": channels, "filters": filters, "height": height,
             "width": width,
         },
     )  # fmt: skip

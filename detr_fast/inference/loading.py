@@ -106,10 +106,17 @@ def load_for_inference(config: Config, given: Collection[str], path: str) -> Loa
     model, criterion, postprocessors = build(task, config, own_weights=True)
     load_model(model, state, path)
     model.to(config.device).eval()
+    if config.precision == "bf16" and config.device == "cpu" and not cpu_has_bf16():
+        say("--precision bf16: this CPU has no instructions for it (AVX512_BF16, AMX); fp32 is faster here")
     if config.compile:
         compile_regions(model, say)
     categories = Categories.from_dict(checkpoint["categories"]) if "categories" in checkpoint else None
     return Loaded(task, config, model, criterion, postprocessors, categories)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this machine's CPU has instructions for products in bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def settings_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:

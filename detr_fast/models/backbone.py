@@ -4,7 +4,9 @@ Source: facebookresearch/detr, models/backbone.py.
 """
 
 import os
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +16,11 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d, PositionEmbeddingLearned, PositionEmbeddingSine
 from detr_fast.layers.norm import frozen_affines
+from detr_fast.layers.packed_conv import PackedConvs, runs_packed
 from detr_fast.models.weights import load_file, load_url
 from detr_fast.nested_tensor import NestedTensor, is_nested_tensor, is_unpadded
-from detr_fast.ops.folded_conv import Affine, folded_conv
+from detr_fast.ops._dispatch import refuse_transforms
+from detr_fast.ops.folded_conv import Affine, folded_conv, forked_folded_conv
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 _TRAINED_STAGES = STAGES[1:]
@@ -52,6 +56,9 @@ class ResNetBody(nn.Module):
     one, with the same results up to rounding, if a norm is trained, a module has a hook or is not torchvision's, under
     torch.compile and torch.export (whose own fusion is kept), and with `fused` False.
 
+    In evaluation mode on a CPU without gradients, oneDNN computes each of these steps in one call, in channels-last
+    memory, with folded weights that are kept from call to call (`PackedConvs`).
+
     Attributes:
         fused: may be set to False.
 
@@ -63,6 +70,7 @@ class ResNetBody(nn.Module):
     def __init__(self, resnet: nn.Module, return_layers: dict[str, str]):
         super().__init__()
         self.fused = True
+        self._packed = PackedConvs()
         self.return_layers = dict(return_layers)
         missing = set(return_layers)
         for name, layer in resnet.named_children():
@@ -73,26 +81,55 @@ class ResNetBody(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[B, 3, H, W] → {name: [B, C, h, w]}, in the order of the stages."""
-        fused = self.fused and not torch.compiler.is_compiling() and self._is_fusable(x)
-        affines: dict[nn.Module, Affine] = {}
-        if fused:
-            norms = [module for module in self.modules() if type(module) is FrozenBatchNorm2d]
-            affines = dict(zip(norms, frozen_affines(norms), strict=True))
-            if x.device.type == "cuda":
-                x = x.contiguous(memory_format=torch.channels_last)
-            x = self.maxpool(_conv(x, self.conv1, affines[self.bn1]))
+        if self.fused and not torch.compiler.is_compiling() and self._is_fusable(x):
+            return self._forward_fused(x)
         out = {}
         for name, layer in self.named_children():
             if name == "maxpool" and _POOL_GUARDS_PARITY and torch.compiler.is_compiling():
                 x = _pool_of_any_size(x, layer)
-            elif not fused:
+            else:
                 x = layer(x)
-            elif name in STAGES:
-                for block in layer:
-                    x = _block(x, block, affines)
             if name in self.return_layers:
                 out[self.return_layers[name]] = x
         return out
+
+    def _forward_fused(self, x: Tensor) -> dict[str, Tensor]:
+        norms = [module for module in self.modules() if type(module) is FrozenBatchNorm2d]
+        affines = dict(zip(norms, frozen_affines(norms), strict=True))
+        packed = not self.training and runs_packed(x)
+        if packed:
+            refuse_transforms("folded_conv", x)
+            if torch.is_autocast_enabled("cpu"):
+                x = x.to(torch.get_autocast_dtype("cpu"))
+        if packed or x.device.type == "cuda":
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.maxpool((self._packed if packed else _conv)(x, self.conv1, affines[self.bn1]))
+        out = {}
+        # Whether x is a ReLU's output that only the next block reads: then that block masks the gradient.
+        masks_input_grad = False
+        stages = [name for name in STAGES if hasattr(self, name)]
+        for name in stages:
+            returned = name in self.return_layers
+            for block in (blocks := getattr(self, name)):
+                if packed:
+                    # A stage's input may have been returned.
+                    x = _packed_block(x, block, affines, self._packed, overwrite=block is not blocks[0])
+                    continue
+                is_read_once = block is not blocks[-1] or not (returned or name == stages[-1])
+                x = _block(x, block, affines, masks_input_grad=masks_input_grad, grad_is_masked=is_read_once)
+                masks_input_grad = is_read_once
+            if returned:
+                out[self.return_layers[name]] = x
+        return out
+
+    def train(self, mode: bool = True) -> "ResNetBody":
+        if mode:
+            self._packed.clear()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> "ResNetBody":
+        self._packed.clear()  # of another device or dtype
+        return super()._apply(*args, **kwargs)
 
     def _is_fusable(self, x: Tensor) -> bool:
         """Whether skipping the modules' calls goes unnoticed: known modules alone, frozen norms, no hooks."""
@@ -118,28 +155,74 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _conv(x: Tensor, conv: nn.Conv2d, affine: Affine, residual: Tensor | None = None, relu: bool = True) -> Tensor:
-    return folded_conv(
-        x, conv.weight, *affine, residual, relu=relu, stride=conv.stride, padding=conv.padding,
-        dilation=conv.dilation, groups=conv.groups,
-    )  # fmt: skip
+def _conv(x: Tensor, conv: nn.Conv2d, affine: Affine, residual: Tensor | None = None, **options: Any) -> Tensor:
+    return folded_conv(x, conv.weight, *affine, residual, **_geometry(conv), **options)
 
 
-def _block(x: Tensor, block: BasicBlock | Bottleneck, affines: dict[nn.Module, Affine]) -> Tensor:
-    """A torchvision block, fused: each convolution with its norm, the last one also with residual and ReLU."""
+def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
+    return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+
+
+def _pairs(block: BasicBlock | Bottleneck) -> list[tuple[nn.Conv2d, FrozenBatchNorm2d]]:
+    """The convolutions and their norms, one after another."""
     pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
-    if type(block) is Bottleneck:
-        pairs.append((block.conv3, block.bn3))
-    last, last_norm = pairs.pop()
-    residual, (scale, bias) = x, affines[last_norm]
-    if block.downsample is not None:
-        # The last convolution adds both branches' biases at once.
-        residual_scale, residual_bias = affines[block.downsample[1]]
-        residual = _conv(x, block.downsample[0], (residual_scale, None), relu=False)
-        bias = bias + residual_bias
-    for conv, norm in pairs:
-        x = _conv(x, conv, affines[norm])
-    return _conv(x, last, (scale, bias), residual)
+    return pairs + [(block.conv3, block.bn3)] if type(block) is Bottleneck else pairs
+
+
+def _block(
+    x: Tensor,
+    block: BasicBlock | Bottleneck,
+    affines: dict[nn.Module, tuple[Tensor, Tensor]],
+    *,
+    masks_input_grad: bool,
+    grad_is_masked: bool,
+) -> Tensor:
+    """A torchvision block, fused: each convolution with its norm, the last one also with residual and ReLU.
+
+    Arguments as `folded_conv`'s, of x and of the result. Within the block each convolution masks its input's gradient.
+    """
+    (first, first_norm), *middle, (last, last_norm) = _pairs(block)
+    if x.requires_grad and torch.is_grad_enabled():
+        y, residual = forked_folded_conv(
+            x, first.weight, *affines[first_norm], **_geometry(first), masks_input_grad=masks_input_grad
+        )
+    else:
+        y, residual = _conv(x, first, affines[first_norm], grad_is_masked=True), x
+    for conv, norm in middle:
+        y = _conv(y, conv, affines[norm], masks_input_grad=True, grad_is_masked=True)
+    residual, affine = _shortcut(residual, block, affines, affines[last_norm], _conv)
+    return _conv(y, last, affine, residual, masks_input_grad=True, grad_is_masked=grad_is_masked)
+
+
+def _packed_block(
+    x: Tensor,
+    block: BasicBlock | Bottleneck,
+    affines: dict[nn.Module, tuple[Tensor, Tensor]],
+    conv: PackedConvs,
+    *,
+    overwrite: bool,
+) -> Tensor:
+    """`_block` without gradients; with `overwrite` nobody else reads x."""
+    *pairs, (last, last_norm) = _pairs(block)
+    residual, affine = _shortcut(x, block, affines, affines[last_norm], conv)
+    for convolution, norm in pairs:
+        x = conv(x, convolution, affines[norm])
+    return conv(x, last, affine, residual, overwrite=overwrite or block.downsample is not None)
+
+
+def _shortcut(
+    x: Tensor,
+    block: BasicBlock | Bottleneck,
+    affines: dict[nn.Module, tuple[Tensor, Tensor]],
+    affine: tuple[Tensor, Tensor],
+    conv: Callable[..., Tensor],
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The block's residual, and `affine` with both branches' biases, which the last convolution adds at once."""
+    if block.downsample is None:
+        return x, affine
+    residual_scale, residual_bias = affines[block.downsample[1]]
+    scale, bias = affine
+    return conv(x, block.downsample[0], (residual_scale, None), relu=False), (scale, bias + residual_bias)
 
 
 class BackboneBase(nn.Module):

@@ -10,18 +10,22 @@ convolution's input anyway.
     backward:  g = grad where out > 0;  dresidual = g;  dx = conv_backward(g, scale * W);
                dW = scale * conv_backward_weight(g, x)
 
+In a ResNet's block x has two consumers, the first convolution and the shortcut, and comes from a ReLU. Autograd would
+add the two gradients in one pass over the image and mask the sum in another. `forked_folded_conv` gets both: it adds
+and masks while the data gradient is in registers where that is a product of ours (`pointwise_conv_input_grad`), else in
+place. So the ReLU's mask is applied by who reads its output, `masks_input_grad`, and not once more by who made it,
+`grad_is_masked`.
+
 The weights are folded in float32 (float64 for float64) and rounded once to the activations' dtype. On every device the
 op runs the folded formula; `folded_conv_reference` is the unfolded one, to test against.
 """
-
-import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.ops._dispatch import refuse_transforms
-from detr_fast.ops.pointwise_conv import pointwise_conv, runs_kernel
+from detr_fast.ops.pointwise_conv import pointwise_conv, pointwise_conv_input_grad, runs_kernel
 
 Affine = tuple[Tensor, Tensor | None]
 
@@ -41,6 +45,8 @@ def folded_conv(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
+    masks_input_grad: bool = False,
+    grad_is_masked: bool = False,
 ) -> Tensor:
     """relu(conv(x, scale * weight) + bias + residual), differentiable once in x, weight and residual.
 
@@ -53,6 +59,9 @@ def folded_conv(
         residual: [B, O, h, w], like the result, or None.
         relu: False leaves the ReLU out.
         stride, padding, dilation, groups: of the convolution.
+        masks_input_grad: the gradient in x becomes zero where x is 0 or less: for an x that a ReLU made which leaves
+            that to this op.
+        grad_is_masked: leaves the mask of this op's ReLU to the result's consumers, which must all apply it.
 
     Returns:
         [B, O, h, w] in x's dtype, or in autocast's; channels-last if x is, else contiguous.
@@ -62,6 +71,34 @@ def folded_conv(
         NotImplementedError: inside `torch.vmap` or `torch.func`'s transforms, or with forward-mode tangents.
         RuntimeError: when differentiated twice.
     """
+    x, residual = _checked(x, weight, scale, bias, residual)
+    geometry = (stride, padding, dilation, groups)
+    return _folded_conv(x, weight, scale, bias, residual, relu, *geometry, masks_input_grad, grad_is_masked)
+
+
+def forked_folded_conv(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    masks_input_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`folded_conv` with a ReLU whose mask its consumers apply, and x again for a shortcut. Not for torch.compile.
+
+    The gradient in x is the sum of the convolution's and the shortcut's, with `masks_input_grad` masked as there.
+    Arguments and errors as `folded_conv`'s.
+    """
+    x, _ = _checked(x, weight, scale, bias, None)
+    return _Fork.apply(x, weight, scale, bias, stride, padding, dilation, groups, masks_input_grad)
+
+
+def _checked(x, weight, scale, bias, residual) -> tuple[Tensor, Tensor | None]:
+    """x and residual in autocast's dtype."""
     if scale.shape != weight.shape[:1] or (bias is not None and bias.shape != scale.shape):
         shapes = f"scale is {list(scale.shape)}, bias {None if bias is None else list(bias.shape)}"
         raise ValueError(f"{shapes}; expected [{weight.shape[0]}] for a weight of {list(weight.shape)}")
@@ -71,7 +108,7 @@ def folded_conv(
         x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
     differentiable = (x, weight) if residual is None else (x, weight, residual)
     refuse_transforms("folded_conv", *differentiable)
-    return _folded_conv(x, weight, scale, bias, residual, relu, stride, padding, dilation, groups)
+    return x, residual
 
 
 def folded_conv_reference(
@@ -113,7 +150,10 @@ def _fold(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return torch.mul(weight, scale[:, None, None, None], out=_empty(weight.shape, x.dtype, x))
 
 
-def _forward(x, weight, scale, bias, residual, relu, stride, padding, dilation, groups) -> Tensor:
+def _forward(
+    x, weight, scale, bias, residual, relu, stride, padding, dilation, groups,
+    masks_input_grad=False, grad_is_masked=False,
+) -> Tensor:  # fmt: skip
     with torch.no_grad():
         folded = _fold(x, weight, scale)
         return _convolve(x, folded, bias, residual, relu, stride, padding, dilation, groups)
@@ -165,15 +205,35 @@ def _has_fused_kernel(x: Tensor, folded: Tensor, groups: int) -> bool:
 
 
 def _backward(
-    grad, x, weight, scale, stride, padding, dilation, groups, x_needed, weight_needed, folded=None
+    grad, x, weight, scale, shortcut, stride, padding, dilation, groups, x_needed, weight_needed, masked
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of conv(x, scale * weight) in x and weight, each like its input; one that is not needed is empty."""
-    if folded is None:
-        folded = _fold(x, weight, scale) if x_needed else _shape_alone(x, weight.shape)
-    grad_x, grad_folded, _ = torch.ops.aten.convolution_backward(
-        grad, x, folded, None, stride, padding, dilation, False, (0, 0), groups, (x_needed, weight_needed, False)
-    )
-    grad_x = grad_x.contiguous(memory_format=_format(x)) if x_needed else _empty_gradient(x, False)
+    """Gradients of conv(x, scale * weight) in x and weight, each like its input; one that is not needed is empty.
+
+    Args:
+        shortcut: added to the gradient in x, or None.
+        masked: then set the gradient in x to zero where x is 0 or less.
+    """
+    in_product = x_needed and (masked or shortcut is not None) and _is_product(x, weight, stride, padding, groups)
+    grad_x = grad_folded = None
+    if weight_needed or not in_product:
+        convolved = x_needed and not in_product
+        folded = _fold(x, weight, scale) if convolved else _shape_alone(x, weight.shape)
+        grad_x, grad_folded, _ = torch.ops.aten.convolution_backward(
+            grad, x, folded, None, stride, padding, dilation, False, (0, 0), groups, (convolved, weight_needed, False)
+        )
+    if in_product:
+        # Folded into the transposed order, in which the product reads it.
+        folded = x.new_empty(weight.shape[1], weight.shape[0], 1, 1).transpose(0, 1)
+        torch.mul(weight, scale[:, None, None, None], out=folded)
+        grad_x = pointwise_conv_input_grad(grad, folded, shortcut, x if masked else None)
+    elif x_needed:
+        grad_x = grad_x.contiguous(memory_format=_format(x))
+        if shortcut is not None:
+            grad_x += shortcut
+        if masked:
+            torch.ops.aten.threshold_backward.grad_input(grad_x, x, 0, grad_input=grad_x)
+    else:
+        grad_x = _empty_gradient(x, False)
     grad_weight = _empty_gradient(weight, weight_needed)
     if weight_needed:
         torch.mul(grad_folded, scale[:, None, None, None], out=grad_weight)
@@ -189,28 +249,55 @@ def _shape_alone(like: Tensor, shape) -> Tensor:
     return like.new_empty(1).expand(shape)
 
 
-def _save_for_backward(ctx, inputs, output, *folded):
-    x, weight, scale, _, _, relu, *ctx.geometry = inputs
+def _save_for_backward(ctx, inputs, output):
+    x, weight, scale, _, _, relu, *ctx.geometry, ctx.masks_input_grad, grad_is_masked = inputs
+    _save(ctx, x, weight, scale, output if relu and not grad_is_masked else None)
+
+
+def _save(ctx, x, weight, scale, out) -> None:
     x_needed, weight_needed = ctx.needs_input_grad[:2]
     if not (x_needed or weight_needed):
         weight = scale = None
-    ctx.save_for_backward(x if weight_needed else None, weight, scale, output if relu else None, *folded)
+    x_read = weight_needed or (x_needed and ctx.masks_input_grad)
+    ctx.save_for_backward(x if x_read else None, weight, scale, out)
     ctx.x_shape = x.shape
 
 
-def _differentiate(backward, ctx, grad):
-    x, weight, scale, out, *folded = ctx.saved_tensors
-    x_needed, weight_needed, _, _, residual_needed = ctx.needs_input_grad[:5]
+def _gradients(ctx, grad, shortcut) -> tuple[Tensor | None, Tensor | None]:
+    """In x and weight, from the masked gradient of the result and another one of x, or None."""
+    x, weight, scale, _ = ctx.saved_tensors
+    x_needed, weight_needed = ctx.needs_input_grad[:2]
+    if not (x_needed or weight_needed):
+        return None, None
+    x = _shape_alone(grad, ctx.x_shape) if x is None else x
+    grad_x, grad_weight = _folded_conv_backward(
+        grad, x, weight, scale, shortcut, *ctx.geometry, x_needed, weight_needed, ctx.masks_input_grad
+    )
+    return grad_x if x_needed else None, grad_weight if weight_needed else None
+
+
+def _differentiate(ctx, grad):
+    out = ctx.saved_tensors[3]
     if out is not None:
         grad = torch.ops.aten.threshold_backward(grad, out, 0)
-    grad_x = grad_weight = None
-    if x_needed or weight_needed:
-        x = _shape_alone(grad, ctx.x_shape) if x is None else x
-        grad_x, grad_weight = backward(grad, x, weight, scale, *ctx.geometry, x_needed, weight_needed, *folded)
-    return (
-        grad_x if x_needed else None, grad_weight if weight_needed else None, None, None,
-        grad if residual_needed else None, *[None] * 5,
-    )  # fmt: skip
+    residual_needed = ctx.needs_input_grad[4]
+    return *_gradients(ctx, grad, None), None, None, grad if residual_needed else None, *[None] * 7
+
+
+class _Fork(torch.autograd.Function):
+    """`forked_folded_conv`. No op of the library: those may not return an input."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale, bias, stride, padding, dilation, groups, masks_input_grad):
+        ctx.geometry, ctx.masks_input_grad = (stride, padding, dilation, groups), masks_input_grad
+        _save(ctx, x, weight, scale, None)
+        out = _folded_conv(x, weight, scale, bias, None, True, stride, padding, dilation, groups, False, True)
+        return out, x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, shortcut):
+        return *_gradients(ctx, grad, shortcut), *[None] * 7
 
 
 _folded_conv = torch.library.custom_op(
@@ -218,12 +305,14 @@ _folded_conv = torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, bool relu, SymInt[2] stride, "
-    "SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
+    "SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool masks_input_grad, bool grad_is_masked) -> Tensor",
 )
 
 
 @_folded_conv.register_fake
-def _folded_conv_fake(x, weight, scale, bias, residual, relu, stride, padding, dilation, groups):
+def _folded_conv_fake(
+    x, weight, scale, bias, residual, relu, stride, padding, dilation, groups, masks_input_grad, grad_is_masked
+):
     shape = F.conv2d(x, weight.to(x.dtype), None, stride, padding, dilation, groups).shape
     return _empty(shape, x.dtype, x)
 
@@ -232,19 +321,20 @@ _folded_conv_backward = torch.library.custom_op(
     "detr_fast::folded_conv_backward",
     _backward,
     mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor weight, Tensor scale, SymInt[2] stride, SymInt[2] padding, "
-    "SymInt[2] dilation, SymInt groups, bool x_needed, bool weight_needed) -> (Tensor, Tensor)",
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor scale, Tensor? shortcut, SymInt[2] stride, "
+    "SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool x_needed, bool weight_needed, bool masked) "
+    "-> (Tensor, Tensor)",
 )
 
 
 @_folded_conv_backward.register_fake
-def _folded_conv_backward_fake(grad, x, weight, scale, stride, padding, dilation, groups, x_needed, weight_needed):
+def _folded_conv_backward_fake(
+    grad, x, weight, scale, shortcut, stride, padding, dilation, groups, x_needed, weight_needed, masked
+):
     return _empty_gradient(x, x_needed), _empty_gradient(weight, weight_needed)
 
 
-_folded_conv.register_autograd(
-    functools.partial(_differentiate, _folded_conv_backward), setup_context=_save_for_backward
-)
+_folded_conv.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
 @_folded_conv.register_vmap

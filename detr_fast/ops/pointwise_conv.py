@@ -4,6 +4,7 @@
     backward:  g = grad where out > 0;  dresidual = g;  dx = g · W;  dW = gᵀ · x;  dbias = sum of g over the pixels
 
 Of the activations only x and out are kept. The mask is applied in one pass, whose result is the residual's gradient.
+`pointwise_conv_input_grad` is dx alone, fused with what a residual block does to it next.
 """
 
 import torch
@@ -59,30 +60,60 @@ def pointwise_conv_reference(
     return (out.relu() if relu else out).to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _check(x, weight, bias, residual) -> None:
+def pointwise_conv_input_grad(
+    grad: Tensor, weight: Tensor, shortcut: Tensor | None = None, gate: Tensor | None = None
+) -> Tensor:
+    """The gradient of a 1x1 convolution in its input, plus `shortcut`; zero where `gate` is 0 or less. For a backward.
+
+    In one matrix product: the sum and the mask would read and write the gradient again each. Not differentiable.
+
+    Args:
+        grad: [B, O, H, W], the gradient of the convolution's output; channels-last is read without a copy.
+        weight: [O, C, 1, 1] in grad's dtype.
+        shortcut: [B, C, H, W] in grad's dtype, another gradient of the same input, or None.
+        gate: [B, C, H, W] in grad's dtype, the input where it comes from a ReLU whose mask is to be applied, or None.
+
+    Returns:
+        [B, C, H, W] in grad's dtype, channels-last.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device does not fit.
+    """
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[2:] != (1, 1):
+        got = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight is {got}; expected [O, C, 1, 1]")
+    _check(grad, weight.transpose(0, 1), None, shortcut, "grad", "shortcut")
+    _check(grad, weight.transpose(0, 1), None, gate, "grad", "gate")
+    return _pointwise_conv_input_grad(grad, weight, shortcut, gate)
+
+
+def _check(x, weight, bias, residual, x_name: str = "x", residual_name: str = "residual") -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x is {getattr(x, 'dtype', type(x).__name__)}; expected floating point")
-    for name, tensor in {"weight": weight, "bias": bias, "residual": residual}.items():
+        raise TypeError(f"{x_name} is {getattr(x, 'dtype', type(x).__name__)}; expected floating point")
+    others = {"weight": weight, "bias": bias, residual_name: residual}
+    for name, tensor in others.items():
         if tensor is not None or name == "weight":
             check_tensor(name, tensor)
     if x.dim() != 4:
-        raise ValueError(f"x is {list(x.shape)}; expected [B, C, H, W]")
+        raise ValueError(f"{x_name} is {list(x.shape)}; expected [B, C, H, W]")
     if weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 1, 1):
-        raise ValueError(f"weight is {list(weight.shape)}; expected [O, {x.shape[1]}, 1, 1] for x of {list(x.shape)}")
+        raise ValueError(
+            f"weight is {list(weight.shape)}; expected [O, {x.shape[1]}, 1, 1] for {x_name} of {list(x.shape)}"
+        )
     filters = weight.shape[0]
     if bias is not None and bias.shape != (filters,):
         raise ValueError(f"bias is {list(bias.shape)}; expected [{filters}]")
     expected = [x.shape[0], filters, *x.shape[2:]]
     if residual is not None and list(residual.shape) != expected:
-        raise ValueError(f"residual is {list(residual.shape)}; expected {expected}")
-    for name, tensor in {"weight": weight, "bias": bias, "residual": residual}.items():
+        raise ValueError(f"{residual_name} is {list(residual.shape)}; expected {expected}")
+    for name, tensor in others.items():
         if tensor is None:
             continue
         allowed = {x.dtype, torch.float32} if name == "bias" else {x.dtype}
         if tensor.dtype not in allowed:
             raise TypeError(f"{name} is {tensor.dtype}; expected {' or '.join(sorted(map(str, allowed)))}")
         if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+            raise ValueError(f"{name} is on {tensor.device}, {x_name} on {x.device}")
 
 
 def runs_kernel(x: Tensor) -> bool:
@@ -112,6 +143,11 @@ def _empty(x: Tensor, channels: int) -> Tensor:
 def _pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
     if not runs_kernel(x):
         return pointwise_conv_reference(x, weight, bias, residual, relu=relu)
+    return _launched(x, weight.flatten(1), bias, residual, None, relu)
+
+
+def _launched(x, weight, bias, residual, gate, relu: bool) -> Tensor:
+    """The kernel on images; weight is [N, C]."""
     from detr_fast.kernels.attention import needs_float32
     from detr_fast.kernels.pointwise_conv import pointwise_conv_forward
 
@@ -120,11 +156,12 @@ def _pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     rows = _pixels(out).to(dtype)
     pointwise_conv_forward(
         _pixels(x.to(dtype)),
-        weight.to(dtype).flatten(1).contiguous(),
+        weight.to(dtype).contiguous(),
         bias if bias is None else bias.to(torch.promote_types(bias.dtype, dtype)).contiguous(),
         None if residual is None else _pixels(residual.to(dtype)),
         relu=relu,
         out=rows,
+        gate=None if gate is None else _pixels(gate.to(dtype)),
     )
     return out if dtype == x.dtype else out.copy_(_image(rows, x.shape))
 
@@ -163,3 +200,20 @@ _pointwise_conv.register_autograd(_backward, setup_context=_setup_context)
 @_pointwise_conv.register_vmap
 def _pointwise_conv_vmap(info, in_dims, *args):
     raise NotImplementedError("pointwise_conv has no vmap rule; fold the mapped dimension into the batch")
+
+
+@torch.library.custom_op("detr_fast::pointwise_conv_input_grad", mutates_args=())
+def _pointwise_conv_input_grad(grad: Tensor, weight: Tensor, shortcut: Tensor | None, gate: Tensor | None) -> Tensor:
+    turned = weight.flatten(1).t()
+    if runs_kernel(grad):
+        return _launched(grad, turned, None, shortcut, gate, False)
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    out = pointwise_conv_reference(grad.to(dtype), turned[:, :, None, None].to(dtype), relu=False)
+    out = out if shortcut is None else out + shortcut
+    out = out if gate is None else torch.where(gate <= 0, 0.0, out)
+    return out.to(grad.dtype).contiguous(memory_format=torch.channels_last)
+
+
+@_pointwise_conv_input_grad.register_fake
+def _pointwise_conv_input_grad_fake(grad, weight, shortcut, gate):
+    return _empty(grad, weight.shape[1])

@@ -278,7 +278,7 @@ def _joint_softmax(dtype: torch.dtype, device: torch.device) -> Outputs:
 
 
 def _pointwise_conv(dtype: torch.dtype, device: torch.device) -> Outputs:
-    from detr_fast.ops.pointwise_conv import pointwise_conv
+    from detr_fast.ops.pointwise_conv import pointwise_conv, pointwise_conv_input_grad
 
     generator, results = _generator(), []
     # A ragged tile, a narrow output, whole steps: the launcher's configurations.
@@ -290,6 +290,8 @@ def _pointwise_conv(dtype: torch.dtype, device: torch.device) -> Outputs:
         # Gradients without the ReLU: rounding decides on which side of zero a sum lies.
         results += _with_gradients([pointwise_conv(*inputs, relu=False)], inputs)
         results.append(pointwise_conv(*inputs).detach().cpu())
+        gate, weight, _, grad = (t.detach() for t in inputs)
+        results.append(pointwise_conv_input_grad(grad, weight, gate.flip(3), gate).cpu())
     return results
 
 

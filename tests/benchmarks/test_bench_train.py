@@ -22,8 +22,9 @@ def test_twenty_steps_of_ours_are_twenty_steps_of_the_reference(monkeypatch):
     from detr_fast.models import backbone
 
     folded = []
-    true_conv = backbone.folded_conv
-    monkeypatch.setattr(backbone, "folded_conv", lambda *a, **k: folded.append(a[1].shape) or true_conv(*a, **k))
+    for name in ("folded_conv", "forked_folded_conv"):
+        true = getattr(backbone, name)
+        monkeypatch.setattr(backbone, name, lambda *a, _true=true, **k: folded.append(a[1].shape) or _true(*a, **k))
     losses = same_training.compare(20, image_size=(32, 40))
     assert len(losses) == 20 and len(folded) == 20 * 10  # stem, two stages of four, one downsample
     assert len({round(loss, 3) for loss, _ in losses}) > 10

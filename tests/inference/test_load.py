@@ -37,6 +37,17 @@ def test_run_folder_is_its_best_checkpoint(run_folder, tmp_path):
     same(detr_fast.load(tmp_path, device="cpu").predict(IMAGE, 0), last)
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_on_a_cpu_without_it_is_said_and_done(has, run_folder, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    model = detr_fast.load(run_folder, device="cpu", precision="bf16")
+    assert ("this CPU has no instructions for it" in capsys.readouterr().out) != has
+    scores = model.predict(IMAGE, 0).scores
+    exact = detr_fast.load(run_folder, device="cpu").predict(IMAGE, 0).scores
+    assert 0 < abs(np.sort(scores) - np.sort(exact)).max() < 0.05
+
+
 def test_boxes_are_the_models(run_folder):
     """Written out: the original's resizing, normalisation and post-processing."""
     model = detr_fast.load(run_folder, device="cpu")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from plain_detr import randomize_norms
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d
@@ -31,13 +32,14 @@ def _body(block=BasicBlock, norm=FrozenBatchNorm2d, level=1, **options):
 def folded(monkeypatch):
     """The folded convolutions that were computed, by their weight."""
     calls = []
+    for name in ("folded_conv", "forked_folded_conv"):
+        function = getattr(backbone_module, name)
 
-    def counted(x, weight, *args, **kwargs):
-        calls.append(weight)
-        return folded_conv(x, weight, *args, **kwargs)
+        def counted(x, weight, *args, _function=function, **kwargs):
+            calls.append(weight)
+            return _function(x, weight, *args, **kwargs)
 
-    folded_conv = backbone_module.folded_conv
-    monkeypatch.setattr(backbone_module, "folded_conv", counted)
+        monkeypatch.setattr(backbone_module, name, counted)
     return calls
 
 
@@ -60,8 +62,8 @@ def _products_of(body):
     blocks = [block for name, layer in body.named_children() if name.startswith("layer") for block in layer]
     convolutions = []
     for block in blocks:
-        convolutions += [block.downsample[0]] if block.downsample is not None else []
-        convolutions += [module for module in block.children() if isinstance(module, nn.Conv2d)]
+        *first, last = [module for module in block.children() if isinstance(module, nn.Conv2d)]
+        convolutions += [*first, *([] if block.downsample is None else [block.downsample[0]]), last]
     return [m.weight.shape for m in convolutions if m.kernel_size == (1, 1) and m.stride == (1, 1)]
 
 
@@ -98,6 +100,73 @@ def test_fused_body_equals_its_modules(kind, folded):
     for name, gradient in gradients.items():
         limit = 1e-9 * expected_gradients[name].abs().max().item()
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("returned", [("layer4",), ("layer2", "layer4"), ("layer1", "layer2", "layer3", "layer4")])
+@pytest.mark.parametrize("trained", ["all", "original", "layer4"])
+@pytest.mark.parametrize("kind", ["basic", "bottleneck", "bottleneck-dilated"])
+def test_gradients_of_every_parameter_whatever_is_trained_and_returned(kind, trained, returned):
+    """Each ReLU's mask is applied once, by its readers or by its maker, where the stage is returned."""
+    options = {"layers": [2, 2, 1, 2], "norm_layer": FrozenBatchNorm2d}
+    options |= {"block": BasicBlock} if kind == "basic" else NARROW
+    if kind == "bottleneck-dilated":
+        options["replace_stride_with_dilation"] = [False, False, True]
+    torch.manual_seed(0)
+    resnet = ResNet(**options)
+    body = backbone_module.ResNetBody(resnet, {stage: stage for stage in returned})
+    randomize_norms(nn.ModuleDict({"0": nn.ModuleDict({"body": body})}))
+    frozen = {"all": (), "original": ("conv1", "layer1"), "layer4": ("conv1", "layer1", "layer2", "layer3")}[trained]
+    for name, parameter in body.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    body.double()
+    x = torch.randn(1, 3, 48, 33, dtype=torch.float64, requires_grad=trained == "all")
+    results = []
+    for body.fused in (True, False):
+        body.zero_grad()
+        x.grad = None
+        out = [level for level in body(x).values() if level.requires_grad]
+        generator = torch.Generator().manual_seed(1)
+        torch.autograd.backward(out, [torch.randn(level.shape, generator=generator).double() for level in out])
+        gradients = {name: p.grad for name, p in body.named_parameters() if p.grad is not None}
+        results.append(gradients | ({} if x.grad is None else {"x": x.grad.clone()}))
+    ours, right = results
+    assert ours.keys() == right.keys() and len(ours) >= 5
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, right[name], rtol=0, atol=1e-9 * right[name].abs().max().item())
+
+
+def test_a_block_adds_and_masks_in_one_step(monkeypatch):
+    """No addition of autograd's, one product for each block's input, no mask of its own for what blocks read."""
+    called = []
+    products = folded_conv_module.pointwise_conv_input_grad
+
+    def counted(grad, weight, shortcut, gate):
+        called.append((shortcut is not None, gate is not None))
+        return products(grad, weight, shortcut, gate)
+
+    monkeypatch.setattr(folded_conv_module, "pointwise_conv_input_grad", counted)
+    monkeypatch.setattr(folded_conv_module, "runs_kernel", lambda x: True)
+    resnet = ResNet(Bottleneck, [1, 3, 2, 1], norm_layer=FrozenBatchNorm2d, width_per_group=4)
+    base = BackboneBase(resnet, True, 1, False)
+    x = torch.randn(1, 3, 40, 33).contiguous(memory_format=torch.channels_last)
+    out = base.body(x)["0"]
+    with _Operators() as operators:
+        out.backward(torch.randn_like(out))
+    # layer2 to layer4 are trained: six blocks' last convolutions, and the first ones of all blocks but layer2's.
+    assert sorted(called) == [(False, True)] * 6 + [(True, True)] * 5
+    assert operators.names.count("aten.add.Tensor") == 0
+    # The whole body's last ReLU; those before a 3x3 convolution are masked in place.
+    assert operators.names.count("aten.threshold_backward.default") == 1
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def test_fused_body_in_float32():

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from detr_fast.layers import FrozenBatchNorm2d
 from detr_fast.layers.norm import frozen_affines
 from detr_fast.ops import folded_conv as folded_conv_module
-from detr_fast.ops.folded_conv import folded_conv, folded_conv_reference
+from detr_fast.ops.folded_conv import folded_conv, folded_conv_reference, forked_folded_conv
 from detr_fast.ops.pointwise_conv import pointwise_conv
 
 CASES = {
@@ -73,6 +73,43 @@ def test_folded_conv_matches_reference(name, channels_last, dtype):
     for value, right in zip((out, *gradients), (expected, *expected_gradients), strict=True):
         assert value.dtype == dtype
         assert (value - right).abs().max() <= tolerance * right.abs().max()
+
+
+FORKS = {name: CASES[name] for name in ("1x1", "3x3-stride2", "3x3-groups", "no-bias")}
+
+
+@pytest.mark.parametrize("rectified", [False, True])
+@pytest.mark.parametrize("name", FORKS)
+def test_a_fork_is_two_readers_of_one_input(name, rectified):
+    (x, weight, scale, bias, _), options = _case(name)
+    options.pop("relu", None)
+
+    def two_readers(x, weight):
+        x = x.relu() if rectified else x * 1
+        return folded_conv(x, weight, scale, bias, **options), x.sin()
+
+    def forked(x, weight):
+        # The ReLU leaves its mask to the fork, and the fork's to who multiplies by `active`.
+        x = torch.where(x > 0, x.detach(), 0) + (x - x.detach()) if rectified else x * 1
+        out, shortcut = forked_folded_conv(x, weight, scale, bias, masks_input_grad=rectified, **options)
+        return out * (out.detach() > 0), shortcut.sin()
+
+    results = []
+    for function in (two_readers, forked):
+        out = function(x, weight)
+        cotangents = [torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).double() for o in out]
+        results.append((*out, *torch.autograd.grad(out, (x, weight), cotangents)))
+    torch.testing.assert_close(*results)
+
+
+def test_a_fork_without_gradients_gives_the_input():
+    (x, weight, scale, bias, _), options = _case("1x1", torch.float32)
+    with torch.no_grad():
+        out, shortcut = forked_folded_conv(x, weight, scale, bias, **options)
+    assert torch.equal(out, folded_conv(x, weight, scale, bias)) and shortcut.data_ptr() == x.data_ptr()
+    out, shortcut = forked_folded_conv(x.detach(), weight, scale, bias, **options)
+    out.sum().backward()
+    assert weight.grad is not None and x.grad is None
 
 
 def test_only_what_is_needed_is_kept():
@@ -158,7 +195,18 @@ def _op_arguments(name, dtype, channels_last=False):
         x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
     geometry = [options.get(key, (1, 1)) for key in ("stride", "padding", "dilation")]
     geometry[1] = options.get("padding", (0, 0))
-    return x, weight, scale, bias, residual, options.get("relu", True), *geometry, options.get("groups", 1)
+    return (
+        x,
+        weight,
+        scale,
+        bias,
+        residual,
+        options.get("relu", True),
+        *geometry,
+        options.get("groups", 1),
+        False,
+        False,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -169,8 +217,9 @@ def test_folded_conv_opcheck(name, dtype):
     x, weight, scale, *_ = (t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
     grad = torch.randn_like(torch.ops.detr_fast.folded_conv(*arguments))
     for needed in ((True, True), (True, False), (False, True)):
-        backward = (grad, x, weight, scale, *arguments[6:], *needed)
-        torch.library.opcheck(torch.ops.detr_fast.folded_conv_backward.default, backward)
+        for shortcut in (None, torch.randn_like(x)):
+            backward = (grad, x, weight, scale, shortcut, *arguments[6:10], *needed, shortcut is not None)
+            torch.library.opcheck(torch.ops.detr_fast.folded_conv_backward.default, backward)
 
 
 @pytest.mark.parametrize("name", CASES)

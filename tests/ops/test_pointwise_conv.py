@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from detr_fast.ops import pointwise_conv, pointwise_conv_reference
+from detr_fast.ops.pointwise_conv import pointwise_conv_input_grad
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 both = [pytest.param(None, id="reference", marks=pytest.mark.skipif(INTERPRET, reason="runs without the interpreter"))]
@@ -129,6 +130,84 @@ def test_pointwise_conv_grad_matches_written_out(options, dtype, _implementation
             assert ((ours.grad - right.grad).abs() <= tolerance * right.grad.abs().max()).all()
 
 
+# Whether there are a shortcut and a gate.
+INPUT_GRADS = pytest.mark.parametrize("options", [(True, True), (False, True), (True, False)], ids=str)
+
+
+def _input_grad_case(shape, options, dtype=torch.float32, device="cpu"):
+    """The gradient of the output, the weight, the shortcut's gradient and the gate, of which half is zero."""
+    x, weight, _, grad = _case(shape, "residual", dtype, device)
+    shortcut = torch.randn_like(x) if options[0] else None
+    return grad, weight, shortcut, x.relu() if options[1] else None
+
+
+def _check_input_grad(inputs):
+    grad, weight, shortcut, gate = inputs
+    out = pointwise_conv_input_grad(*inputs)
+    assert out.dtype == grad.dtype and out.is_contiguous(memory_format=torch.channels_last)
+    turned = weight.transpose(0, 1)
+    exact = _written_out(grad, turned, None, shortcut, False)
+    terms = _written_out(grad.abs(), turned.abs(), None, None if shortcut is None else shortcut.abs(), False)
+    if gate is not None:
+        assert (out[gate <= 0] == 0).all()
+        exact = exact * (gate > 0)
+    # The interpreter truncates where it casts to bfloat16.
+    unit = torch.finfo(out.dtype).eps * (2 if INTERPRET and out.dtype == torch.bfloat16 else 1)
+    assert ((out.double() - exact).abs() <= 0.51 * unit * exact.abs() + 2**-20 * terms + 1e-7).all()
+
+
+@either
+@DTYPES
+@INPUT_GRADS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pointwise_conv_input_grad_matches_written_out(shape, options, dtype, _implementation):
+    _check_input_grad(_input_grad_case(shape, options, dtype))
+
+
+@either
+def test_pointwise_conv_input_grad_is_autograds(_implementation):
+    """Of relu, then the convolution beside a shortcut; in any strides."""
+    x, weight, *_ = _case((2, 24, 40, 5, 7))
+    x.requires_grad_()
+    gate = x.relu()
+    out = F.conv2d(gate, weight)
+    grad, shortcut = torch.randn_like(out), torch.randn_like(x)
+    torch.autograd.backward([out, gate], [grad, shortcut])
+    strided = [torch.stack((t, t), dim=-1)[..., 0] for t in (grad, weight, shortcut, gate.detach())]
+    torch.testing.assert_close(pointwise_conv_input_grad(*strided), x.grad)
+
+
+@either
+def test_pointwise_conv_input_grad_where_the_gate_is_nan(_implementation):
+    grad, weight, shortcut, gate = _input_grad_case((1, 8, 3, 4, 4), (True, True))
+    gate[0, 2, 1, 3], gate[0, 3, 1, 3], grad[0, 0, 2, 2] = torch.nan, 0, torch.nan
+    out = pointwise_conv_input_grad(grad, weight, shortcut, gate)
+    plain = pointwise_conv_input_grad(grad, weight, shortcut)
+    expected = torch.ops.aten.threshold_backward(plain, gate, 0)
+    assert out[0, 2, 1, 3] == plain[0, 2, 1, 3] and out[0, 3, 1, 3] == 0
+    torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+@either
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_pointwise_conv_input_grad_opcheck(dtype, _implementation):
+    for options in ((True, True), (False, False)):
+        inputs = _input_grad_case((2, 5, 6, 3, 4), options, dtype)
+        torch.library.opcheck(torch.ops.detr_fast.pointwise_conv_input_grad.default, inputs)
+
+
+def test_pointwise_conv_input_grad_rejects():
+    grad, weight, shortcut, gate = _input_grad_case((1, 4, 6, 2, 2), (True, True))
+    with pytest.raises(ValueError, match=r"weight is \[4, 4, 1, 1\]; expected \[O, 6, 1, 1\] for grad of"):
+        pointwise_conv_input_grad(grad, weight[:4].transpose(0, 1))
+    with pytest.raises(ValueError, match=r"weight is \[6, 4, 3, 3\]; expected \[O, C, 1, 1\]"):
+        pointwise_conv_input_grad(grad, torch.zeros(6, 4, 3, 3))
+    with pytest.raises(ValueError, match=r"gate is \[1, 4, 2, 1\]; expected \[1, 4, 2, 2\]"):
+        pointwise_conv_input_grad(grad, weight, shortcut, gate[..., :1])
+    with pytest.raises(TypeError, match="shortcut is torch.float64; expected torch.float32"):
+        pointwise_conv_input_grad(grad, weight, shortcut.double())
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_pointwise_conv_gradcheck(options):
     inputs = [None if t is None else t.double().requires_grad_() for t in _case((2, 3, 4, 2, 3), options)]
@@ -205,6 +284,15 @@ def test_pointwise_conv_on_a_gpu(shape, options, dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     inputs, relu = _case(shape, options, dtype, "cuda"), OPTIONS[options][2]
     _check_errors(pointwise_conv(*inputs, relu=relu), inputs, relu)
+
+
+@pytest.mark.gpu
+@DTYPES
+@INPUT_GRADS
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 512, 256, 50, 38)], ids=str)
+def test_pointwise_conv_input_grad_on_a_gpu(shape, options, dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    _check_input_grad(_input_grad_case(shape, options, dtype, "cuda"))
 
 
 def test_plain_pytorch_rounds_once_under_autocast():
