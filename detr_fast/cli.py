@@ -157,6 +157,11 @@ def _predict_parser() -> argparse.ArgumentParser:
         "--ann", default=None, metavar="JSON", help="COCO json to take the image ids from; without it they are 1, 2, …"
     )
     parser.add_argument("--batch_size", default=1, type=int, help="images at a time, of one size once they are resized")
+    parser.add_argument(
+        "--ignore_exif",
+        action="store_true",
+        help="take the pixels as they are stored; otherwise images are turned upright as their EXIF data say",
+    )
     add_flags(parser, DataConfig, only=("image_size", "max_size"))
     add_flags(parser, RunConfig, only=("device", "precision", "compile"))
     add_flags(parser, ModelConfig, inference=True)
@@ -167,7 +172,9 @@ def _predict(args: argparse.Namespace, given: set[str]) -> int:
     config = Config.of(args)
     from detr_fast.inference.prediction import predict
 
-    failed = predict(config, args.inputs, given=given, threshold=args.threshold, ann=args.ann)
+    failed = predict(
+        config, args.inputs, given=given, threshold=args.threshold, ann=args.ann, ignore_exif=args.ignore_exif
+    )
     return 1 if failed else 0
 
 

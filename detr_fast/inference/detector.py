@@ -109,14 +109,14 @@ class Detector:
 
     @overload  # a str is an Iterable, too: the first that fits counts
     def predict(  # type: ignore[overload-overlap]
-        self, images: ImageLike, threshold: float = 0.5, *, batch_size: int = 1
+        self, images: ImageLike, threshold: float = 0.5, *, batch_size: int = 1, ignore_exif: bool = False
     ) -> Detections: ...
     @overload
     def predict(
-        self, images: Iterable[ImageLike], threshold: float = 0.5, *, batch_size: int = 1
+        self, images: Iterable[ImageLike], threshold: float = 0.5, *, batch_size: int = 1, ignore_exif: bool = False
     ) -> list[Detections]: ...
 
-    def predict(self, images, threshold=0.5, *, batch_size=1):
+    def predict(self, images, threshold=0.5, *, batch_size=1, ignore_exif=False):
         """Detects what the model knows.
 
         Args:
@@ -126,6 +126,8 @@ class Detector:
             threshold: lowest score, in 0..1.
             batch_size: the most images at a time. Only images that have one size once they are resized are computed
                 together, without padding, so that a result does not depend on the images beside it.
+            ignore_exif: take the pixels as they are stored. By default files and PIL images are turned as their EXIF
+                orientation says, and boxes are in pixels of the upright image.
 
         Returns:
             A `Detections` for a single image, a list of them for a list or a folder, in its order.
@@ -136,7 +138,7 @@ class Detector:
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be in 0..1, got {threshold}")
-        given, is_single = pictures(images)
+        given, is_single = pictures(images, upright=not ignore_exif)
         found: dict[int, Detections] = {}
         for index, detections, _ in self.stream(given, threshold, batch_size=batch_size):
             if isinstance(detections, ImageReadError):
