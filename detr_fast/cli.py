@@ -250,6 +250,11 @@ def _export(args: argparse.Namespace, given: set[str]) -> int:
 def _check_data_parser() -> argparse.ArgumentParser:
     parser = command_parser("check-data", "Reads annotations and all images, and lists what is wrong with them.")
     parser.add_argument("--coco_path", metavar="DIR", help="folder in COCO's layout: both sets are checked")
+    parser.add_argument(
+        "--coco_panoptic_path",
+        metavar="DIR",
+        help="with --coco_path, whose images they are of: check panoptic segments, and the boxes of the validation set",
+    )
     for name, text in (("train", "training"), ("val", "validation")):
         parser.add_argument(f"--{name}_ann", metavar="JSON", help=f"own data: annotations of the {text} images")
         parser.add_argument(
@@ -257,6 +262,7 @@ def _check_data_parser() -> argparse.ArgumentParser:
             metavar="DIR",
             help=f"own data: folder of the {text} images; without it only the json is read",
         )
+    add_flags(parser, DataConfig, only=("allow_outside",))
     parser.add_argument(
         "--fix",
         metavar="OUT.json",
@@ -266,13 +272,15 @@ def _check_data_parser() -> argparse.ArgumentParser:
 
 
 def _check_data(args: argparse.Namespace, given: set[str]) -> int:
-    from detr_fast.data import check_coco, mend_file
+    from detr_fast.data import check_coco, check_panoptic, mend_file
 
     pairs = []
+    if args.coco_panoptic_path and not args.coco_path:
+        raise UsageError("--coco_panoptic_path needs --coco_path, the folder of the images")
     if args.coco_path:
-        if given - {"fix"} != {"coco_path"}:
+        if given - {"fix", "allow_outside", "coco_panoptic_path"} != {"coco_path"}:
             raise UsageError("give either --coco_path or the folders and jsons of own data, not both")
-        for name in ("train", "val"):
+        for name in ("val",) if args.coco_panoptic_path else ("train", "val"):
             pairs.append((f"{args.coco_path}/{name}2017", f"{args.coco_path}/annotations/instances_{name}2017.json"))
     for name in ("train", "val"):
         images, annotations = getattr(args, f"{name}_images"), getattr(args, f"{name}_ann")
@@ -283,7 +291,7 @@ def _check_data(args: argparse.Namespace, given: set[str]) -> int:
     if not pairs:
         raise UsageError("nothing to check: give --coco_path, or --train_images and --train_ann (or val)")
     if args.fix:
-        if len(pairs) > 1:
+        if len(pairs) > 1 or args.coco_panoptic_path:
             raise UsageError("--fix mends one file: give the folder and json of one set")
         images, annotations = pairs[0]
         if not images:
@@ -295,9 +303,17 @@ def _check_data(args: argparse.Namespace, given: set[str]) -> int:
     for images, annotations in pairs:
         # The second file, of validation, is judged by the classes of the first.
         categories = reports[0].categories if reports else None
-        reports.append(check_coco(images, annotations, categories=categories))
+        reports.append(check_coco(images, annotations, categories=categories, allow_outside=args.allow_outside))
         print(reports[-1])
         print()
+    for name in ("train", "val") if args.coco_panoptic_path else ():
+        root = args.coco_panoptic_path
+        paths = f"{root}/panoptic_{name}2017", f"{root}/annotations/panoptic_{name}2017.json"
+        reports.append(check_panoptic(f"{args.coco_path}/{name}2017", *paths, allow_outside=args.allow_outside))
+        print(reports[-1])
+        print()
+    if len(reports) > 1:
+        print("\n".join(f"{report.ann_file}: {report.verdict}" for report in reports))
     return max(report.exit_code for report in reports)
 
 

@@ -267,6 +267,7 @@ class DataConfig(Part):
     )
     val_ann: str | None = flag(None, "own data: annotations of the validation images", metavar="JSON")
     val_images: str | None = flag(None, "own data: folder of the validation images", metavar="DIR")
+    allow_outside: bool = flag(False, "take images whose file_name leads out of their folder (../, absolute paths)")
     image_size: int | None = flag(
         None,
         "short side of the images in pixels, while training the largest one (default: a checkpoint's own, or 800; "

@@ -44,8 +44,8 @@ _LOADING = (*MODEL_SETTINGS, "dataset_file", "compile")
 # What a checkpoint that `Detector.save` writes says of itself.
 _SAVED = (*MODEL_SETTINGS, *LOSS_SETTINGS, "dataset_file", "num_classes", "thing_classes")
 _EVALUATION = (
-    "coco_path", "coco_panoptic_path", "val_ann", "val_images", "image_size", "max_size", "batch_size", "num_workers",
-    "group_by_size", "output_dir", "print_freq",
+    "coco_path", "coco_panoptic_path", "val_ann", "val_images", "allow_outside", "image_size", "max_size", "batch_size",
+    "num_workers", "group_by_size", "output_dir", "print_freq",
 )  # fmt: skip
 
 
