@@ -72,7 +72,8 @@ class DatasetReport:
                 lines += [f"  {message}" for message in messages[:_SHOWN]]
                 if len(messages) > _SHOWN:
                     lines.append(f"  … and {len(messages) - _SHOWN} more")
-        return "\n".join([*lines, self.verdict])
+        # A json can hold names that no terminal can print: lone halves of a surrogate pair.
+        return "\n".join([*lines, self.verdict]).encode("utf-8", "backslashreplace").decode()
 
 
 def check_coco(

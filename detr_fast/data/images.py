@@ -109,8 +109,16 @@ def to_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of an image that is turned as its EXIF orientation says, without decoding it."""
-    return image.size[::-1] if _orientation(image) >= 5 else image.size
+    """(width, height) of an image that is turned as its EXIF orientation says, from the header."""
+    size = stored_size(image)
+    return size[::-1] if _orientation(image) >= 5 else size
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) that decoding gives. Of a TIFF file that PIL will turn, older versions state the other one."""
+    if image.format == "TIFF" and image.getexif().get(_ORIENTATION, 1) >= 5:
+        image.load()
+    return image.size
 
 
 def _orientation(image: Image.Image) -> int:
@@ -222,8 +230,9 @@ def header_size(path: str | os.PathLike, stated: tuple[int, int] | None = None) 
     """(width, height) of ``load_image(path, size=stated)``, from the file's header; None if it cannot be read."""
     try:
         with Image.open(path) as image:
-            turned = stated is not None and _is_turned(image.size, _orientation(image), stated)
-            return image.size[::-1] if turned else image.size
+            size = stored_size(image)
+            turned = stated is not None and _is_turned(size, _orientation(image), stated)
+            return size[::-1] if turned else size
     except Exception:  # reading the whole file says what is wrong
         return None
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detr_fast.data.images import CorruptImageError, ImageReadError, load_image, to_rgb, upright_size
+from detr_fast.data.images import CorruptImageError, ImageReadError, load_image, stored_size, to_rgb, upright_size
 from detr_fast.data.packed import PackedCollate
 from detr_fast.data.transforms import Compose
 from detr_fast.errors import UsageError
@@ -58,13 +58,13 @@ class Picture:
     def size(self) -> tuple[int, int] | None:
         """(width, height) of what `read` gives; None where the image cannot be read, which `read` reports."""
         if self._image is not None:
-            return upright_size(self._image) if self.upright else self._image.size
+            return upright_size(self._image) if self.upright else stored_size(self._image)
         assert self.path is not None
         try:
             if _is_address(self.path):
                 return self.read().size
             with Image.open(self.path) as file:
-                return upright_size(file) if self.upright else file.size
+                return upright_size(file) if self.upright else stored_size(file)
         except Exception:  # what a decoder raises on damaged data differs from format to format
             return None
 
