@@ -37,6 +37,7 @@ from detr_fast.tasks.base import Result
 from detr_fast.training.checkpoint import save_checkpoint
 from detr_fast.training.engine import PRECISIONS, outputs_of
 from detr_fast.training.setup import packed_collate
+from detr_fast.training.step_errors import step_errors
 from detr_fast.training.trainer import train
 
 # What `load` takes besides the source.
@@ -170,7 +171,8 @@ class Detector:
             if not known:
                 continue
             orig_sizes, sizes = (torch.tensor([image[key] for image in known]) for key in ("orig_size", "size"))
-            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+            with step_errors(samples, "a batch"), torch.no_grad(), autocast:
                 outputs = outputs_of(self.model, samples)
             padded_size = samples.tensors.shape[-2:]
             results = task.postprocess(self._loaded.postprocessors, outputs, orig_sizes, sizes, padded_size)

@@ -19,6 +19,7 @@ from detr_fast.tasks import Task, task_of_postprocessors
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.log import Metrics, Progress
 from detr_fast.training.nonfinite import FiniteWatch, explain_gradients, explain_non_finite
+from detr_fast.training.step_errors import step_errors
 
 # The names are `detr_fast.config.PRECISIONS`.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,7 +108,7 @@ def train_one_epoch(
 
         # Gradients are exchanged between processes once per optimiser step.
         wait = not is_last_of_group and isinstance(model, nn.parallel.DistributedDataParallel)
-        with model.no_sync() if wait else torch.enable_grad():
+        with model.no_sync() if wait else torch.enable_grad(), step_errors(samples):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 outputs = outputs_of(model, samples)
             try:
@@ -124,7 +125,8 @@ def train_one_epoch(
 
         finite = torch.isfinite(loss.detach())
         if is_last_of_group:
-            finite = finite & _optimizer_step(model, optimizer, max_norm, scaler)
+            with step_errors(samples, "the optimiser's step after a batch"):
+                finite = finite & _optimizer_step(model, optimizer, max_norm, scaler)
             if step_scheduler is not None:
                 step_scheduler.step()
             if ema is not None:
@@ -185,9 +187,10 @@ def evaluate(
     for samples, targets in Progress(Prefetcher(data_loader, device), "Test:", metrics, print_freq, device):
         image_ids = torch.cat([target["image_id"] for target in targets]).tolist()
         original_sizes, sizes = (torch.stack([target[key] for target in targets]) for key in ("orig_size", "size"))
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            outputs = outputs_of(model, samples)
-        loss_dict = criterion(outputs, targets)
+        with step_errors(samples, "the evaluation of a batch"):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                outputs = outputs_of(model, samples)
+            loss_dict = criterion(outputs, targets)
         loss = _weighted_sum(loss_dict, criterion.weight_dict)
         metrics.update(_named_losses(loss_dict, loss, criterion.weight_dict, samples))
 
