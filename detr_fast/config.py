@@ -330,6 +330,12 @@ class RunConfig(Part):
     sample_images: int = flag(
         4, "pictures per evaluation in output_dir/samples", check=_NOT_NEGATIVE, idle=_NO_TRAINING
     )
+    probe_memory: str = flag(
+        "auto",
+        "compute the largest batch once before training starts, to see whether it fits; auto: on a GPU",
+        choices=("auto", "on", "off"),
+        idle=_NO_TRAINING,
+    )
     tensorboard: bool = flag(False, "write event files to output_dir/tensorboard", idle=_NO_TRAINING)
     world_size: int = flag(1, "number of processes, checked against torchrun's", check=_POSITIVE)
     dist_url: str = flag("env://", "where torchrun's processes meet; refused without torchrun")

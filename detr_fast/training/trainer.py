@@ -40,6 +40,7 @@ from detr_fast.training.engine import evaluate, train_one_epoch
 from detr_fast.training.folder import check_space, is_full, locked, megabytes, remove_left_overs, size_of, space_needed
 from detr_fast.training.interrupt import GO_ON, SAVE, Interruption, ignore_signals, signal_of
 from detr_fast.training.log import Metrics, RunLog
+from detr_fast.training.memory import probe_memory
 from detr_fast.training.optim import build_optimizer, build_scheduler, load_optimizer, steps_every
 from detr_fast.training.regions import compile_regions
 from detr_fast.training.setup import build, loader_for, size_divisor, start, with_norm
@@ -139,6 +140,9 @@ class Trainer:
                 say(warning)
             self.log = RunLog(self.output_dir, self.epoch - (self._unevaluated is not None), config.tensorboard)
 
+        if config.probe_memory == "on" or (config.probe_memory == "auto" and device.type == "cuda"):
+            batch = (self.loader_train, self.optimizer, device, config.precision, self.epoch)
+            say(probe_memory(self.model, self.criterion, *batch))
         if config.compile:
             compile_regions(self.model, say)
         self.wrapped = self.model
@@ -498,6 +502,7 @@ def _check_same_run(config: Config, checkpoint: Mapping, categories: Categories)
         "device",
         "checkpoint_every",
         "loader_timeout",
+        "probe_memory",
     }
     changed = [name for name in differing if name not in own and name not in MODEL_SETTINGS]
     for name in changed:
