@@ -52,7 +52,7 @@ def own(folder, *sets):
     "flag, change",
     [
         pytest.param("--allow_outside", lambda folder, name: f"../{name}", id="up"),
-        pytest.param("--allow-outside", lambda folder, name: f"{folder}/{name}", id="absolute"),
+        pytest.param("--allow-outside", lambda folder, name: f"{folder}/{name}", id="absolute", marks=pytest.mark.slow),
     ],
 )
 def test_files_outside_their_folder_are_refused_unless_allowed(data, capsys, change, flag):
@@ -227,3 +227,12 @@ def test_panoptic_through_the_command_line(tmp_path, capsys):
     assert main(flags) == 1 and "missing segments" in capsys.readouterr().out
     assert main(["check-data", "--coco_panoptic_path", str(tmp_path)]) == 2
     assert main([*flags, "--fix", str(tmp_path / "x.json")]) == 2
+
+
+def test_names_that_no_terminal_can_print(data, capsys):
+    content = json.loads((data / "ann.json").read_text())
+    content["images"][0]["file_name"] = "\ud800.png"
+    content["categories"][0]["name"] = "\udfff"
+    (data / "ann.json").write_text(json.dumps(content))
+    assert main(["check-data", *own(data, "train")]) == 1
+    assert "\\ud800.png" in capsys.readouterr().out

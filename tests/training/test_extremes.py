@@ -146,7 +146,7 @@ def data_of(folder, sizes):
 @pytest.mark.parametrize(
     "sizes",
     [
-        pytest.param([(1, 1)] * 2, id="1x1"),
+        pytest.param([(1, 1)] * 2, id="1x1", marks=pytest.mark.slow),
         pytest.param([(1, 4000), (1, 3000)], id="1x4000", marks=pytest.mark.slow),
         pytest.param([(4000, 1), (3000, 1)], id="4000x1", marks=pytest.mark.slow),
         pytest.param([(1, 1), (1, 4000), (4000, 1), (30, 20)], id="mixed", marks=pytest.mark.slow),

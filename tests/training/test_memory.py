@@ -66,6 +66,7 @@ def test_training_is_the_same_whether_the_largest_batch_is_tried_or_not(tiny_fla
     """Dropout, batch norm's statistics, averaged weights, augmentation: bit for bit."""
     for choice in ("on", "off"):
         argv = ["train", *tiny_flags, *FLAGS, "--backbone_norm", "batch", "--probe_memory", choice]
+        argv += ["--epochs", "1", "--max_steps", "2"]
         assert main([*argv, "--output_dir", str(tmp_path / choice)]) == 0
         said = capsys.readouterr().out
         assert len(re.findall(r"the largest batch fits: 1 image, padded to \d+x\d+ pixels", said)) == (choice == "on")
