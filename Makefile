@@ -12,7 +12,7 @@ else
 endif
 BASE_PYTHON ?= python3
 
-.PHONY: test test-all fuzz gate demo gpu clean
+.PHONY: test test-all fuzz check-wheel gate demo gpu clean
 
 $(VENV)/ready: setup.py pyproject.toml
 	@echo "installing into $(VENV); torch is large, this takes minutes the first time"
@@ -37,6 +37,11 @@ test test-all: $(READY)
 fuzz: $(READY)
 	DETR_FAST_FUZZ=full $(PYTEST) -m "not interpret and not gpu" tests/fuzz
 
+# The source distribution and the wheel that is built from it: installed beside nothing of this repository, all modules are
+# imported, and the command line detects.
+check-wheel: $(READY)
+	$(PYTEST) -n 0 tests/test_wheel.py
+
 # Every kernel, with every configuration that its launcher can choose, compiled for sm_75, sm_80, sm_90 and sm_100 and
 # held to their limits of registers and shared memory, each where it is used. Needs no GPU; ten minutes on two cores, then cached.
 # `make test` does the same for DETR's own shapes on sm_90.
@@ -49,7 +54,7 @@ demo: $(READY)
 # What only a GPU can tell, thirteen minutes at most: the doctor, cuDNN's convolutions, the GPU tests, the training step, every
 # benchmark suite. Goes on after a failure; every result is printed and saved when it is there, under benchmarks/results/<gpu>/.
 # QUICK=1: under three minutes. PART="probe step" runs these alone, PART=same six comparisons of 300 training steps with the
-# reference path's, PART=tune times other tile sizes. BUDGET=seconds. `python -m benchmarks.gpu --list` shows the parts.
+# reference path's, PART=tune times other tile sizes, PART=sanitize runs every kernel under compute-sanitizer and 100 times over. BUDGET=seconds. `python -m benchmarks.gpu --list` shows the parts.
 gpu: $(READY)
 	@$(PY) -m benchmarks.gpu $(if $(filter-out 0,$(QUICK)),--quick) $(if $(PART),--part $(PART)) $(if $(BUDGET),--budget $(BUDGET))
 

@@ -50,11 +50,11 @@ setup(
         "torch>=2.11",
         "torchvision>=0.26",
         "triton>=3.6; platform_system == 'Linux'",
-        "numpy",
+        "numpy>=1.24",
         "pycocotools>=2.0.7",
         "scipy>=1.10",
         "tqdm>=4.60",
-        "pillow",
+        "pillow>=10.1",
         "pyyaml>=6",
     ],
     extras_require={

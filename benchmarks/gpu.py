@@ -48,6 +48,7 @@ def parts(folder: Path, jobs: int) -> dict[str, Part]:
         "tests": Part((*pytest, "--deselect", "tests/ops/test_attention_gpu.py"), 150, 0, may_run_out=True),
         "ops": Part((*bench, "all", "--budget", "{seconds}"), 180, 0),
         "tune": Part((*bench, "tune", "--budget", "{seconds}"), 300, 30, is_asked_for=True),
+        "sanitize": Part(("-m", "benchmarks.studies.sanitize", "--budget", "{seconds}"), 300, 0, is_asked_for=True),
         "same-float64": Part((*same, "--dtype", "float64"), 60, 0, is_asked_for=True),
         "same-resync": Part((*same, "--resync"), 60, 0, is_asked_for=True),
         "same-bf16": Part((*same, "--resync", "--bf16"), 60, 0, is_asked_for=True),

@@ -172,6 +172,11 @@ def _predict_parser() -> argparse.ArgumentParser:
         "--ann", default=None, metavar="JSON", help="COCO json to take the image ids from; without it they are 1, 2, …"
     )
     parser.add_argument("--batch_size", default=1, type=int, help="images at a time, of one size once they are resized")
+    parser.add_argument(
+        "--ignore_exif",
+        action="store_true",
+        help="take the pixels as they are stored; otherwise images are turned upright as their EXIF data say",
+    )
     add_flags(parser, DataConfig, only=("image_size", "max_size"))
     add_flags(parser, RunConfig, only=("device", "precision", "compile"))
     add_flags(parser, ModelConfig, inference=True)
@@ -182,7 +187,9 @@ def _predict(args: argparse.Namespace, given: set[str]) -> int:
     config = Config.of(args)
     from detr_fast.inference.prediction import predict
 
-    failed = predict(config, args.inputs, given=given, threshold=args.threshold, ann=args.ann)
+    failed = predict(
+        config, args.inputs, given=given, threshold=args.threshold, ann=args.ann, ignore_exif=args.ignore_exif
+    )
     return 1 if failed else 0
 
 
@@ -263,6 +270,11 @@ def _check_data_parser() -> argparse.ArgumentParser:
         help="folder in COCO's, Roboflow's, YOLO's or Pascal VOC's layout: both sets are checked",
     )
     parser.add_argument("--coco_path", metavar="DIR", help="folder in COCO's layout: both sets are checked")
+    parser.add_argument(
+        "--coco_panoptic_path",
+        metavar="DIR",
+        help="with --coco_path, whose images they are of: check panoptic segments, and the boxes of the validation set",
+    )
     for name, text in (("train", "training"), ("val", "validation")):
         parser.add_argument(f"--{name}_ann", metavar="JSON", help=f"own data: annotations of the {text} images")
         parser.add_argument(
@@ -270,6 +282,7 @@ def _check_data_parser() -> argparse.ArgumentParser:
             metavar="DIR",
             help=f"own data: folder of the {text} images; without it only the json is read",
         )
+    add_flags(parser, DataConfig, only=("allow_outside",))
     parser.add_argument(
         "--fix",
         metavar="OUT.json",
@@ -279,22 +292,24 @@ def _check_data_parser() -> argparse.ArgumentParser:
 
 
 def _check_data(args: argparse.Namespace, given: set[str]) -> int:
-    from detr_fast.data import check_coco, mend_file
+    from detr_fast.data import check_coco, check_panoptic, mend_file
 
+    if args.coco_panoptic_path and not args.coco_path:
+        raise UsageError("--coco_panoptic_path needs --coco_path, the folder of the images")
     pairs: list[tuple[Any, Any]] = []
     if args.data:
         from detr_fast.data.layouts import find_layout
 
-        if given - {"fix"} != {"data"}:
+        if given - {"fix", "allow_outside"} != {"data"}:
             raise UsageError("give either --data or the other folders and jsons, not both")
         with usage_errors():
             layout = find_layout(args.data)
         print("\n".join([*layout.lines, ""]))
         pairs = [(split.images, split.annotations) for split in layout.splits.values()]
     if args.coco_path:
-        if given - {"fix"} != {"coco_path"}:
+        if given - {"fix", "allow_outside", "coco_panoptic_path"} != {"coco_path"}:
             raise UsageError("give either --coco_path or the folders and jsons of own data, not both")
-        for name in ("train", "val"):
+        for name in ("val",) if args.coco_panoptic_path else ("train", "val"):
             pairs.append((f"{args.coco_path}/{name}2017", f"{args.coco_path}/annotations/instances_{name}2017.json"))
     for name in ("train", "val"):
         images, annotations = getattr(args, f"{name}_images"), getattr(args, f"{name}_ann")
@@ -305,7 +320,7 @@ def _check_data(args: argparse.Namespace, given: set[str]) -> int:
     if not pairs:
         raise UsageError("nothing to check: give --data, --coco_path, or --train_images and --train_ann (or val)")
     if args.fix:
-        if len(pairs) > 1:
+        if len(pairs) > 1 or args.coco_panoptic_path:
             raise UsageError("--fix mends one file: give the folder and json of one set")
         images, annotations = pairs[0]
         if not images:
@@ -317,9 +332,17 @@ def _check_data(args: argparse.Namespace, given: set[str]) -> int:
     for images, annotations in pairs:
         # The second file, of validation, is judged by the classes of the first.
         categories = reports[0].categories if reports else None
-        reports.append(check_coco(images, annotations, categories=categories))
+        reports.append(check_coco(images, annotations, categories=categories, allow_outside=args.allow_outside))
         print(reports[-1])
         print()
+    for name in ("train", "val") if args.coco_panoptic_path else ():
+        root = args.coco_panoptic_path
+        paths = f"{root}/panoptic_{name}2017", f"{root}/annotations/panoptic_{name}2017.json"
+        reports.append(check_panoptic(f"{args.coco_path}/{name}2017", *paths, allow_outside=args.allow_outside))
+        print(reports[-1])
+        print()
+    if len(reports) > 1:
+        print("\n".join(f"{report.ann_file}: {report.verdict}" for report in reports))
     return max(report.exit_code for report in reports)
 
 

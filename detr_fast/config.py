@@ -315,6 +315,7 @@ class DataConfig(Part):
     )
     val_ann: str | None = flag(None, "own data: annotations of the validation images", metavar="JSON")
     val_images: str | None = flag(None, "own data: folder of the validation images", metavar="DIR")
+    allow_outside: bool = flag(False, "take images whose file_name leads out of their folder (../, absolute paths)")
     image_size: int | None = flag(
         None,
         "short side of the images in pixels, while training the largest one (default: a checkpoint's own, or 800; "
@@ -412,6 +413,12 @@ class RunConfig(Part):
     print_freq: int = flag(10, "batches between progress lines", check=_POSITIVE)
     sample_images: int = flag(
         4, "pictures per evaluation in output_dir/samples", check=_NOT_NEGATIVE, idle=_NO_TRAINING
+    )
+    probe_memory: str = flag(
+        "auto",
+        "compute the largest batch once before training starts, to see whether it fits; auto: on a GPU",
+        choices=("auto", "on", "off"),
+        idle=_NO_TRAINING,
     )
     tensorboard: bool = flag(False, "write event files to output_dir/tensorboard", idle=_NO_TRAINING)
     log_to: str = flag(

@@ -142,6 +142,12 @@ def join_processes(device: str = "cuda", dist_url: str = "env://") -> Processes:
     dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=world_size)
     dist.barrier()
     say(f"distributed: {world_size} processes, backend {backend}")
+    # One store serves all of torchrun's restarts then, with the addresses that dead processes have left in it.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":
+        say(
+            "torchrun may restart these processes: without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment new "
+            "processes may wait for dead ones"
+        )
     return Processes(rank, world_size, local_rank, backend)
 
 

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from detr_fast.distributed import join_processes
 from detr_fast.training import (
     all_gather,
     barrier,
@@ -75,3 +76,22 @@ def test_two_processes(tmp_path):
         assert {k: v.item() for k, v in state["mean"].items()} == {"a": 1.5, "b": 5.0}
         assert {k: v.item() for k, v in state["sum"].items()} == {"a": 3.0, "b": 10.0}
         assert list(state["mean"]) == ["a", "b"][:: -1 if rank else 1]
+
+
+@pytest.mark.parametrize(
+    "variables, is_said",
+    [
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}, True),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "0"}, False),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "False", "TORCHELASTIC_MAX_RESTARTS": "3"}, False),
+        ({}, False),
+    ],
+)
+def test_restarts_that_would_meet_dead_processes_are_said(monkeypatch, tmp_path, capsys, variables, is_said):
+    for name, value in {**dict(zip(VARIABLES, "010", strict=True)), **variables}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        join_processes("cpu", f"file://{tmp_path}/store")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().out) == is_said

@@ -3,7 +3,7 @@
 from detr_fast import _moved
 from detr_fast.data.annotations import read_annotations, read_panoptic
 from detr_fast.data.categories import Categories
-from detr_fast.data.check import DatasetReport, check_coco
+from detr_fast.data.check import DatasetReport, check_coco, check_panoptic
 from detr_fast.data.coco import CocoDetection, get_coco_api_from_dataset
 from detr_fast.data.collates import DetectionCollate, DropMissing, SkipUnreadable
 from detr_fast.data.generate import make_lines_dataset, make_shapes_dataset
@@ -50,6 +50,7 @@ __all__ = [
     "UnpaddedDistributedSampler",
     "build_loader",
     "check_coco",
+    "check_panoptic",
     "find_layout",
     "get_coco_api_from_dataset",
     "load_image",

@@ -8,11 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from detr_fast.data.annotations import add_line_boxes, check_content, read_json
-from detr_fast.data.categories import Categories
-from detr_fast.data.images import ImageReadError, MissingImageError, load_image
-from detr_fast.data.validation import Findings, stated_size, validate
+import numpy as np
 
+from detr_fast.data.annotations import add_line_boxes, check_content, read_json, read_panoptic
+from detr_fast.data.categories import Categories
+from detr_fast.data.images import ImageReadError, MissingImageError, load_image, load_segment_ids
+from detr_fast.data.validation import Findings, outside_problem, stated_size, validate
+
+_UNLABELLED = 0  # the id of pixels that belong to no segment
 _SHOWN = 10  # examples printed for each kind of problem
 
 
@@ -45,6 +48,12 @@ class DatasetReport:
         return not self.errors
 
     @property
+    def verdict(self) -> str:
+        """ "ok", or the number of errors."""
+        count = sum(map(len, self.errors.values()))
+        return "ok" if self.ok else f"{count} error{'s' * (count > 1)}"
+
+    @property
     def exit_code(self) -> int:
         """0 if ok, else 1."""
         return 0 if self.ok else 1
@@ -63,9 +72,8 @@ class DatasetReport:
                 lines += [f"  {message}" for message in messages[:_SHOWN]]
                 if len(messages) > _SHOWN:
                     lines.append(f"  … and {len(messages) - _SHOWN} more")
-        count = sum(map(len, self.errors.values()))
-        lines.append("ok" if self.ok else f"{count} error{'s' * (count > 1)}")
-        return "\n".join(lines)
+        # A json can hold names that no terminal can print: lone halves of a surrogate pair.
+        return "\n".join([*lines, self.verdict]).encode("utf-8", "backslashreplace").decode()
 
 
 def check_coco(
@@ -74,12 +82,13 @@ def check_coco(
     *,
     num_threads: int = 8,
     categories: Categories | None = None,
+    allow_outside: bool = False,
 ) -> DatasetReport:
     """Reads the json and decodes every image; the rules are those of training, see ``detr_fast.data.validation``.
 
-    Errors: a json or image folder that is missing or malformed; image files that are missing or corrupt; annotations
-    that are malformed, not finite, of an unknown category or image; segmentations that are none; repeated ids;
-    categories that differ from those given.
+    Errors: a json or image folder that is missing or malformed; image files that are missing, corrupt or outside the
+    folder (these are not opened); annotations that are malformed, not finite, of an unknown category or image;
+    segmentations that are none; repeated ids; categories that differ from those given.
 
     Warnings: boxes outside their image or of no extent (training clamps or drops them), or that look like another
     format's; sizes that differ between json and file (the file counts); areas, crowd marks and segmentations that are
@@ -91,6 +100,7 @@ def check_coco(
         ann_file: COCO json. One whose annotations have a ``line`` and no ``bbox`` is read as one of line segments.
         num_threads: images decoded at a time.
         categories: classes with which those of the json must agree, for instance the training set's.
+        allow_outside: take file names that lead out of ``images_dir``.
 
     Returns:
         a ``DatasetReport``; nothing is raised for what is wrong with the data.
@@ -113,7 +123,11 @@ def check_coco(
     if report.images_dir is not None and not report.images_dir.is_dir():
         found.error("image folder", f"{images_dir} does not exist")
     elif report.images_dir is not None:
-        sizes = _check_images(report.images_dir, content["images"], num_threads, found)
+        outside = {} if allow_outside else _outside(report.images_dir, content["images"])
+        for problem in outside.values():
+            found.error("image outside the folder", problem)
+        inside = [entry for entry in content["images"] if entry["id"] not in outside]
+        sizes = _check_images(report.images_dir, inside, num_threads, found)
     if content["categories"]:
         report.categories = Categories.from_coco(content["categories"])
         names = dict(zip(report.categories.ids, report.categories.names, strict=True))
@@ -129,10 +143,120 @@ def check_coco(
     return report
 
 
+def check_panoptic(
+    images_dir: str | os.PathLike,
+    segments_dir: str | os.PathLike,
+    ann_file: str | os.PathLike,
+    *,
+    num_threads: int = 8,
+    allow_outside: bool = False,
+) -> DatasetReport:
+    """Reads a COCO panoptic json and decodes every image and every PNG of segments, as ``CocoPanoptic`` will.
+
+    Errors: a json or folder that is missing or malformed; files that are missing, corrupt or outside their folder; a
+    PNG of another size than its image, or without a segment that the json lists; a segment that is listed twice.
+
+    Warnings: a PNG with segments that the json does not list (they count as unlabelled); sizes that differ between json
+    and file.
+
+    Args:
+        images_dir, segments_dir: folders to which the ``file_name`` of images and annotations are relative.
+        ann_file: COCO panoptic json.
+        num_threads: images decoded at a time.
+        allow_outside: take file names that lead out of their folder.
+
+    Returns:
+        a ``DatasetReport`` in which segments are counted as annotations; nothing is raised for what is wrong with the
+        data.
+    """
+    report = DatasetReport(Path(images_dir), Path(ann_file))
+    found = Findings()
+    report.errors, report.warnings = found.errors, found.warnings
+    try:
+        content = read_panoptic(ann_file)
+    except (OSError, ValueError) as error:
+        found.error("annotation file", str(error))
+        return report
+    images, annotations = content["images"], content.get("annotations", [])
+    report.categories = Categories.from_coco(content["categories"])
+    names = dict(zip(report.categories.ids, report.categories.names, strict=True))
+    segments = [segment for annotation in annotations for segment in annotation["segments_info"]]
+    report.num_images, report.num_annotations = len(images), len(segments)
+    report.num_crowd = sum(segment["iscrowd"] for segment in segments)
+    report.num_without_annotations = len(images) - sum(bool(entry["segments_info"]) for entry in annotations)
+    counts = Counter(segment["category_id"] for segment in segments)
+    report.class_counts = {names[i]: n for i, n in sorted(counts.items())}
+    if not images:
+        found.error("annotation file", "there are no images")
+    folders = {"image folder": Path(images_dir), "folder of segments": Path(segments_dir)}
+    absent = {kind: folder for kind, folder in folders.items() if not folder.is_dir()}
+    for kind, folder in absent.items():
+        found.error(kind, f"{folder} does not exist")
+    if absent:
+        return report
+
+    outside = {} if allow_outside else _outside(folders["image folder"], images)
+    sizes = _check_images(folders["image folder"], [e for e in images if e["id"] not in outside], num_threads, found)
+    for image in images:
+        size, stated = sizes.get(image["id"]), (image["width"], image["height"])
+        if size not in (None, stated):
+            found.warn(
+                "image size (the file's counts)",
+                f"image {image['file_name']} (image id {image['id']}) is {size[0]}x{size[1]} pixels, the json says "
+                f"{stated[0]}x{stated[1]}",
+            )
+    for annotation in annotations:
+        problem = None if allow_outside else outside_problem(folders["folder of segments"], annotation)
+        if problem is not None:
+            outside[("segments", annotation["image_id"])] = problem
+    for problem in outside.values():
+        found.error("image outside the folder", problem)
+    inside = [entry for entry in annotations if ("segments", entry["image_id"]) not in outside]
+
+    def judge(annotation: dict) -> Findings:
+        return _judged_segments(folders["folder of segments"], annotation, sizes.get(annotation["image_id"]))
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        for judged in pool.map(judge, inside):
+            found = found.joined(judged)
+    report.errors, report.warnings = found.errors, found.warnings
+    return report
+
+
+def _judged_segments(folder: Path, annotation: dict, size: tuple[int, int] | None) -> Findings:
+    """Compares one PNG with the list of its segments; ``size``: (width, height) of its image, if that is known."""
+    found, path = Findings(), folder / annotation["file_name"]
+    try:
+        pixels = load_segment_ids(path)
+    except ImageReadError as error:
+        found.error(f"{'missing' if isinstance(error, MissingImageError) else 'corrupt'} segments", str(error))
+        return found
+    which = f"{path} (image id {annotation['image_id']})"
+    own = pixels.shape[1], pixels.shape[0]
+    if size not in (None, own):
+        found.error("size of segments", f"{which} has {own[0]}x{own[1]} pixels, its image {size[0]}x{size[1]}")
+    listed = Counter(segment["id"] for segment in annotation["segments_info"])
+    drawn = set(np.unique(pixels).tolist())
+    for i, n in listed.items():
+        if n > 1:
+            found.error("repeated segment", f"{which}: segment {i} is listed {n} times")
+        if i not in drawn:
+            found.error("segment without pixels", f"{which} has no pixel of segment {i}, which the json lists")
+    for i in sorted(drawn - set(listed) - {_UNLABELLED}):
+        found.warn("segment that is not listed (counts as unlabelled)", f"{which}: segment {i}")
+    return found
+
+
 def _is_of_lines(content: dict) -> bool:
     annotations = content.get("annotations")
     first = annotations[0] if isinstance(annotations, list) and annotations else None
     return isinstance(first, dict) and "line" in first and "bbox" not in first
+
+
+def _outside(folder: Path, images: list[dict]) -> dict[int, str]:
+    """Image id → what is wrong with its file name, of those outside the folder."""
+    problems = ((entry["id"], outside_problem(folder, entry)) for entry in images)
+    return {number: problem for number, problem in problems if problem is not None}
 
 
 def _check_images(folder: Path, images: list[dict], num_threads: int, found: Findings) -> dict[int, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from detr_fast.geometry.segment_ids import rgb2id
 
@@ -18,8 +19,17 @@ try:
 except ImportError:  # torchvision 0.29 announces that it will go; then PIL decodes everything
     decode_jpeg = None
 
-_JPEG_MAGIC = [0xFF, 0xD8]
-_ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 are the values that swap width and height
+_ORIENTATION = 0x0112  # the EXIF tag
+# What makes an image of each orientation upright; 5 to 8 swap width and height.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # grey, with more than 8 bits
 
 
@@ -47,31 +57,38 @@ class CorruptImageError(ImageReadError):
 
 
 def load_image(
-    path: str | os.PathLike, image_id: int | None = None, *, size: tuple[int, int] | None = None
+    path: str | os.PathLike,
+    image_id: int | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    upright: bool = False,
 ) -> Image.Image:
     """Reads an image file completely, as RGB. Grey, palette and CMYK images are converted, 16-bit and float ones
     scaled.
 
     EXIF rotation is ignored, as in the original, unless only the turned image has the size that the annotations state.
+    (TIFF files are always upright: PIL turns them itself.)
 
     Args:
         path: the file.
         image_id: for messages.
         size: (width, height) that the annotations state.
+        upright: turn the image as its EXIF orientation says, whatever its size.
 
     Raises:
         MissingImageError: no such file; the message names the one that is probably meant.
-        CorruptImageError: truncated, not an image, too large for PIL's limit on decompressed size, or float or 32-bit
-            pixels that are no brightness (negative, not finite, above 65535).
+        CorruptImageError: truncated, not an image, of more pixels than twice ``PIL.Image.MAX_IMAGE_PIXELS`` (179
+            million in all), or float or 32-bit pixels that are no brightness (negative, not finite, above 65535).
     """
     which = f"image {path}" if image_id is None else f"image {path} (image id {image_id})"
     try:
         with open(path, "rb") as file:
             image = Image.open(file)
+            orientation = _orientation(image)
             if image.mode in _WIDE_MODES:
                 image = _to_8_bits(image)
-            if size is not None and _is_turned(image, size):
-                image = ImageOps.exif_transpose(image)
+            if upright or (size is not None and _is_turned(image.size, orientation, size)):
+                return _turned(image.convert("RGB"), orientation)
             return image.convert("RGB")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         meant = probable_file(path)
@@ -82,18 +99,65 @@ def load_image(
     except MemoryError:
         raise
     except Exception as error:  # what a decoder raises on damaged data differs from format to format
-        why = "the file is no image" if isinstance(error, UnidentifiedImageError) else error
-        raise CorruptImageError(f"{which} cannot be decoded: {why}", str(path), image_id) from error
+        raise CorruptImageError(f"{which} cannot be decoded: {_reason(error)}", str(path), image_id) from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
     """As `load_image` gives it: 16-bit and float pixels are scaled, where PIL itself would clip them to white."""
-    return (_to_8_bits(image) if image.mode in _WIDE_MODES else image).convert("RGB")
+    orientation = _orientation(image) if upright else 1
+    return _turned((_to_8_bits(image) if image.mode in _WIDE_MODES else image).convert("RGB"), orientation)
 
 
-def _is_turned(image: Image.Image, size: tuple[int, int]) -> bool:
-    """Whether the EXIF orientation, and nothing else, gives the image that size."""
-    return image.size != size and image.size == size[::-1] and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of an image that is turned as its EXIF orientation says, from the header."""
+    size = stored_size(image)
+    return size[::-1] if _orientation(image) >= 5 else size
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) that decoding gives. Of a TIFF file that PIL will turn, older versions state the other one."""
+    if image.format == "TIFF" and image.getexif().get(_ORIENTATION, 1) >= 5:
+        image.load()
+    return image.size
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1, upright, where there is none or it cannot be read.
+
+    Of a TIFF file 1: PIL turns it when it decodes it, and gives the turned size.
+    """
+    try:
+        value = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # EXIF data can be damaged in as many ways as an image
+        return 1
+    return value if value in _UPRIGHT else 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    if orientation == 1:
+        return image
+    # Not ImageOps.exif_transpose: it also writes the EXIF data anew, and fails where they are damaged.
+    image = image.transpose(_UPRIGHT[orientation])
+    image.info = {}  # the orientation is among them, in more than one form; nobody shall turn it again
+    return image
+
+
+def _is_turned(own: tuple[int, int], orientation: int, size: tuple[int, int]) -> bool:
+    """Whether the EXIF orientation, and nothing else, gives an image of that size the other one."""
+    return own != size and own == size[::-1] and orientation >= 5
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "the file is no image"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {_most_pixels()} pixels, the limit against files that would fill the memory"
+    return str(error) or type(error).__name__
+
+
+def _most_pixels() -> float:
+    """PIL warns of images above its limit and reads none above twice that."""
+    return 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -112,9 +176,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         white = 1.0
     else:
         white = 255.0 if high <= 255 else 65535.0
-    grey = Image.fromarray(np.rint(pixels * (255.0 / white)).astype(np.uint8))
-    grey.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)  # for exif_transpose
-    return grey
+    return Image.fromarray(np.rint(pixels * (255.0 / white)).astype(np.uint8))
 
 
 def probable_file(path: str | os.PathLike) -> str | None:
@@ -168,7 +230,9 @@ def header_size(path: str | os.PathLike, stated: tuple[int, int] | None = None) 
     """(width, height) of ``load_image(path, size=stated)``, from the file's header; None if it cannot be read."""
     try:
         with Image.open(path) as image:
-            return stated if stated is not None and _is_turned(image, stated) else image.size
+            size = stored_size(image)
+            turned = stated is not None and _is_turned(size, _orientation(image), stated)
+            return size[::-1] if turned else size
     except Exception:  # reading the whole file says what is wrong
         return None
 
@@ -181,6 +245,25 @@ def header_sizes(
     with ThreadPoolExecutor(num_threads) as pool:
         sizes = pool.map(lambda i: header_size(paths[i], stated.get(i)), ids)
     return {i: size for i, size in zip(ids, sizes, strict=True) if size is not None}
+
+
+def is_turned(path: str | os.PathLike, stated: tuple[int, int]) -> bool:
+    """Whether ``load_image(path, size=stated)`` turns the image."""
+    return header_size(path, stated) != header_size(path)
+
+
+def leaves_folder(folder: str | os.PathLike, name: str) -> bool:
+    """Whether a file name leads out of the folder that it is relative to, by ``..`` or by being absolute.
+
+    Judged as text, with ``\\`` for ``/`` as well: links are not followed, as data sets are often made of links to files
+    elsewhere.
+    """
+    name = name.replace("\\", "/")
+    if ".." not in name and not os.path.isabs(name):
+        return False
+    folder = os.path.abspath(folder)
+    path = os.path.normpath(os.path.join(folder, name))
+    return path != folder and not path.startswith(os.path.join(folder, ""))
 
 
 def missing_files(paths: Iterable[str]) -> list[str]:
@@ -212,7 +295,7 @@ def load_image_tensor(
     """
     try:
         data = np.fromfile(path, dtype=np.uint8)
-        if decode_jpeg is not None and data[:2].tolist() == _JPEG_MAGIC:
+        if decode_jpeg is not None and 0 < _jpeg_pixels(data) <= _most_pixels():
             image = decode_jpeg(torch.from_numpy(data), ImageReadMode.UNCHANGED)
             # Grey or RGB; CMYK is converted as PIL does it. What may have to be turned is PIL's, too.
             may_turn = size is not None and image.shape[-2:] == size and size[0] != size[1]
@@ -221,6 +304,25 @@ def load_image_tensor(
     except (OSError, RuntimeError):
         pass  # PIL has the last word on what cannot be read, and names it
     return torch.from_numpy(np.array(load_image(path, image_id, size=size))).permute(2, 0, 1)
+
+
+def _jpeg_pixels(data: np.ndarray) -> int:
+    """Number of pixels that a JPEG file's header states, before anything is allocated for them; 0 if it is no JPEG.
+
+    Args:
+        data: uint8, the file.
+    """
+    place = 2
+    if bytes(data[:2]) != b"\xff\xd8":
+        return 0
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = int(data[place + 1])
+        # Start of a frame: the length's two bytes, one for the precision, height, width.
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = (256 * int(data[place + i]) + int(data[place + i + 1]) for i in (5, 7))
+            return height * width
+        place += 1 if marker == 0xFF else 2 + 256 * int(data[place + 2]) + int(data[place + 3])
+    return 0
 
 
 def load_segment_ids(path: str | os.PathLike) -> np.ndarray:
@@ -234,5 +336,7 @@ def load_segment_ids(path: str | os.PathLike) -> np.ndarray:
             return rgb2id(np.asarray(file.convert("RGB")))
     except FileNotFoundError as error:
         raise MissingImageError(f"segments {path} do not exist", str(path)) from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise CorruptImageError(f"segments {path} cannot be decoded: {error}", str(path)) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # see load_image
+        raise CorruptImageError(f"segments {path} cannot be decoded: {_reason(error)}", str(path)) from error

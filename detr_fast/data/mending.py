@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from detr_fast.data.annotations import is_id, is_number, read_json
-from detr_fast.data.images import header_size, probable_file
+from detr_fast.data.images import header_size, leaves_folder, probable_file
 from detr_fast.data.validation import crowd_of, stated_size
 
 
@@ -102,7 +102,7 @@ def _file_of(image: dict, folder: Path) -> Path | None:
         return None
     path = folder / name
     if path.is_file():
-        return path
+        return None if leaves_folder(folder, name) else path
     meant = probable_file(path)
     # Another extension would be a guess: nothing says that both show the same.
     if meant is None or Path(meant).suffix.lower() != path.suffix.lower() or not Path(meant).is_relative_to(folder):

@@ -8,9 +8,10 @@ judged as arrays, and only what stands out is looked at singly.
 from __future__ import annotations
 
 import math
+import os
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 
 from detr_fast.data.annotations import annotation_problem, is_integer, is_number
 from detr_fast.data.categories import Categories
+from detr_fast.data.images import leaves_folder
 
 _SLACK = 1.0  # pixels that a box may reach beyond its image: rounding, not a mistake
 _LARGEST = 1e15  # of a number that stands for pixels
@@ -73,6 +75,26 @@ class Findings:
         """A line for each kind of warning: how many, and the first."""
         for kind, messages in self.warnings.items():
             yield f"{ann_file}: warning: {kind} ({len(messages)}), the first: {messages[0]}"
+
+
+def outside_problem(folder: str | os.PathLike, image: Mapping) -> str | None:
+    """What is wrong with an image's ``file_name`` if it leads out of the folder of the images, else None."""
+    name = image["file_name"]
+    if not leaves_folder(folder, name):
+        return None
+    number = image["image_id"] if "segments_info" in image else image["id"]
+    return (
+        f"image id {number} has file_name {name!r:.200}, which leads out of the folder {folder}; --allow_outside takes "
+        "such names"
+    )
+
+
+def refuse_outside(folder: str | os.PathLike, images: Iterable[Mapping], ann_file) -> None:
+    """Raises ValueError, naming the first, if a ``file_name`` of the images leads out of their folder."""
+    for image in images:
+        problem = outside_problem(folder, image)
+        if problem is not None:
+            raise ValueError(f"{ann_file}: {problem}")
 
 
 def stated_size(image: Mapping) -> Size | None:

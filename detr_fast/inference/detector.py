@@ -42,6 +42,7 @@ from detr_fast.training.callbacks import Callback
 from detr_fast.training.checkpoint import save_checkpoint
 from detr_fast.training.setup import packed_collate
 from detr_fast.training.step import PRECISIONS, outputs_of
+from detr_fast.training.step_errors import step_errors
 from detr_fast.training.trainer import train
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ _LOADING = (*MODEL_SETTINGS, "dataset_file", "compile")
 # What a checkpoint that `Detector.save` writes says of itself.
 _SAVED = (*MODEL_SETTINGS, *LOSS_SETTINGS, "dataset_file", "num_classes", "thing_classes")
 _EVALUATION = (
-    "data", "coco_path", "coco_panoptic_path", "val_ann", "val_images", "image_size", "max_size", "batch_size",
-    "num_workers", "group_by_size", "output_dir", "print_freq", "eval_backend",
+    "data", "coco_path", "coco_panoptic_path", "val_ann", "val_images", "allow_outside", "image_size", "max_size",
+    "batch_size", "num_workers", "group_by_size", "output_dir", "print_freq", "eval_backend",
 )  # fmt: skip
 
 
@@ -140,14 +141,14 @@ class Detector:
 
     @overload  # a str is an Iterable, too: the first that fits counts
     def predict(  # type: ignore[overload-overlap]
-        self, images: ImageLike, threshold: float = 0.5, *, batch_size: int = 1
+        self, images: ImageLike, threshold: float = 0.5, *, batch_size: int = 1, ignore_exif: bool = False
     ) -> Detections: ...
     @overload
     def predict(
-        self, images: Iterable[ImageLike], threshold: float = 0.5, *, batch_size: int = 1
+        self, images: Iterable[ImageLike], threshold: float = 0.5, *, batch_size: int = 1, ignore_exif: bool = False
     ) -> list[Detections]: ...
 
-    def predict(self, images, threshold=0.5, *, batch_size=1):
+    def predict(self, images, threshold=0.5, *, batch_size=1, ignore_exif=False):
         """Detects what the model knows.
 
         Args:
@@ -157,6 +158,8 @@ class Detector:
             threshold: lowest score, in 0..1.
             batch_size: the most images at a time. Only images that have one size once they are resized are computed
                 together, without padding, so that a result does not depend on the images beside it.
+            ignore_exif: take the pixels as they are stored. By default files and PIL images are turned as their EXIF
+                orientation says, and boxes are in pixels of the upright image.
 
         Returns:
             A `Detections` for a single image, a list of them for a list or a folder, in its order.
@@ -167,7 +170,7 @@ class Detector:
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be in 0..1, got {threshold}")
-        given, is_single = pictures(images)
+        given, is_single = pictures(images, upright=not ignore_exif)
         found: dict[int, Detections] = {}
         for index, detections, _ in self.stream(given, threshold, batch_size=batch_size):
             if isinstance(detections, ImageReadError):
@@ -199,7 +202,8 @@ class Detector:
             if not known:
                 continue
             orig_sizes, sizes = (torch.tensor([image[key] for image in known]) for key in ("orig_size", "size"))
-            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+            with step_errors(samples, "a batch"), torch.no_grad(), autocast:
                 results = self._results(samples, orig_sizes, sizes)
             for image, result in zip(known, results, strict=True):
                 yield image["index"], self._detections(result, images[image["index"]], image, threshold), image["image"]

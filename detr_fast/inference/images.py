@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detr_fast.data.images import CorruptImageError, ImageReadError, load_image, to_rgb
+from detr_fast.data.images import CorruptImageError, ImageReadError, load_image, stored_size, to_rgb, upright_size
 from detr_fast.data.layouts import IMAGE_SUFFIXES
 from detr_fast.data.packed import PackedCollate
 from detr_fast.data.transforms import Compose
@@ -31,6 +31,7 @@ class Picture:
         image: a file's path or its http(s) address; a PIL image; an array [H, W], [H, W, 1] or [H, W, 3] (RGB), or a
             tensor [1, H, W] or [3, H, W] on any device, uint8 or floats in 0..1. Floats are rounded to 256 levels, on
             which images are resized, as in training.
+        upright: turn a file's or PIL image as its EXIF orientation says.
 
     Attributes:
         path: the file's path or address; None for an image from memory.
@@ -40,7 +41,8 @@ class Picture:
         ValueError: another shape, or floats outside 0..1.
     """
 
-    def __init__(self, image: ImageLike):
+    def __init__(self, image: ImageLike, *, upright: bool = True):
+        self.upright = upright
         self.path: str | None = None
         self._image: Image.Image | None = None
         if isinstance(image, (str, os.PathLike)):
@@ -53,15 +55,15 @@ class Picture:
             raise TypeError(f"an image is a {type(image).__name__}; expected {_KINDS}")
 
     def size(self) -> tuple[int, int] | None:
-        """(width, height); None where the image cannot be read, which `read` reports."""
+        """(width, height) of what `read` gives; None where the image cannot be read, which `read` reports."""
         if self._image is not None:
-            return self._image.size
+            return upright_size(self._image) if self.upright else stored_size(self._image)
         assert self.path is not None
         try:
             if _is_address(self.path):
                 return self.read().size
             with Image.open(self.path) as file:
-                return file.size
+                return upright_size(file) if self.upright else stored_size(file)
         except Exception:  # what a decoder raises on damaged data differs from format to format
             return None
 
@@ -73,7 +75,7 @@ class Picture:
         """
         if self._image is not None:
             try:
-                return to_rgb(self._image)
+                return to_rgb(self._image, upright=self.upright)
             except MemoryError:
                 raise
             except Exception as error:  # of a lazily opened file: what a decoder raises differs from format to format
@@ -81,31 +83,32 @@ class Picture:
                 raise CorruptImageError(f"the PIL image {name} cannot be decoded: {error}", name) from error
         assert self.path is not None
         if not _is_address(self.path):
-            return load_image(self.path)
-        self._image = _fetch(self.path)
+            return load_image(self.path, upright=self.upright)
+        self._image = _fetch(self.path, self.upright)
         return self._image
 
 
-def pictures(images: ImageLike | Iterable[ImageLike]) -> tuple[list[Picture], bool]:
+def pictures(images: ImageLike | Iterable[ImageLike], *, upright: bool = True) -> tuple[list[Picture], bool]:
     """All the images in `images`, and whether that was a single one, which is no list.
 
     Args:
         images: see `Picture`; a folder, which is searched for image files; or a list of images and folders.
+        upright: see `Picture`.
 
     Raises:
         TypeError, ValueError: see `Picture`. UsageError: there is no image in a folder.
     """
     if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
-        return _expanded(images), not (isinstance(images, (str, os.PathLike)) and _is_folder(images))
+        return _expanded(images, upright), not (isinstance(images, (str, os.PathLike)) and _is_folder(images))
     if not isinstance(images, Iterable):
         raise TypeError(f"images is a {type(images).__name__}; expected {_KINDS}")
-    return [picture for image in images for picture in _expanded(image)], False
+    return [picture for image in images for picture in _expanded(image, upright)], False
 
 
-def _expanded(image: ImageLike) -> list[Picture]:
+def _expanded(image: ImageLike, upright: bool) -> list[Picture]:
     if isinstance(image, (str, os.PathLike)) and _is_folder(image):
-        return [Picture(path) for path, _ in find_images([os.fspath(image)])]
-    return [Picture(image)]
+        return [Picture(path, upright=upright) for path, _ in find_images([os.fspath(image)])]
+    return [Picture(image, upright=upright)]
 
 
 def _is_folder(path: str | os.PathLike) -> bool:
@@ -228,7 +231,7 @@ def _from_array(image: np.ndarray | Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3))))
 
 
-def _fetch(address: str) -> Image.Image:
+def _fetch(address: str, upright: bool) -> Image.Image:
     request = urllib.request.Request(address, headers={"User-Agent": "detr_fast"})
     try:
         with urllib.request.urlopen(request, timeout=_SECONDS) as response:
@@ -239,7 +242,7 @@ def _fetch(address: str) -> Image.Image:
             f"could not get {address}: {reason}. Download it elsewhere and give the file's path", address
         ) from error
     try:
-        return to_rgb(Image.open(io.BytesIO(data)))
+        return to_rgb(Image.open(io.BytesIO(data)), upright=upright)
     except MemoryError:
         raise
     except Exception as error:  # what a decoder raises on damaged data differs from format to format

@@ -1,12 +1,13 @@
 """Detection on image files: a picture for each, and a json in COCO's results format."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from detr_fast.config import Config, choose_device, known_precision, make_output_dir, usage_errors
 from detr_fast.data.annotations import read_annotations
-from detr_fast.data.images import ImageReadError
+from detr_fast.data.images import ImageReadError, is_turned
+from detr_fast.data.validation import stated_size
 from detr_fast.errors import UsageError
 from detr_fast.inference.detector import Detector, open_detector
 from detr_fast.inference.images import Picture, find_images
@@ -19,6 +20,7 @@ def predict(
     given: Collection[str] = (),
     threshold: float = 0.5,
     ann: str | None = None,
+    ignore_exif: bool = False,
 ) -> int:
     """Detects what the model knows in image files and writes to `config.output_dir`.
 
@@ -36,6 +38,8 @@ def predict(
         given: names of the settings that the user chose, see `load_for_inference`.
         threshold: lowest score, in 0..1.
         ann: a COCO json to take the image ids from. None: images are numbered from 1.
+        ignore_exif: take the pixels as they are stored. By default images are turned as their EXIF orientation says;
+            with `ann` only where that gives them the size that it states, as in training.
 
     Returns:
         How many images could not be read; each is named in a printed line and left out.
@@ -49,17 +53,28 @@ def predict(
             raise UsageError(f"--threshold must be in 0..1, got {threshold}")
         choose_device(config.device, known_precision(config.precision))  # before anything is written
         files = list(find_images(inputs))
-        ids = _image_ids([name for _, name in files], ann)
+        known = None if ann is None else {image["file_name"]: image for image in read_annotations(ann)["images"]}
+        ids = _image_ids([name for _, name in files], known, ann)
         pictures = _pictures(files, Path(config.output_dir))
         output_dir = make_output_dir(config.output_dir)
         detector = open_detector(config, given, config.weights)
-        return _predict(detector, files, ids, pictures, output_dir, threshold, config.batch_size or 1)
+        images = [Picture(path, upright=not ignore_exif and _is_upright(path, name, known)) for path, name in files]
+        return _predict(detector, files, images, ids, pictures, output_dir, threshold, config.batch_size or 1)
 
 
-def _predict(detector: Detector, files, ids, pictures, output_dir: Path, threshold: float, batch_size: int) -> int:
+def _is_upright(path: Path, name: str, known: Mapping[str, Mapping] | None) -> bool:
+    """Whether detections are to be in pixels of the upright image: with annotations, where theirs are."""
+    if known is None:
+        return True
+    stated = stated_size(known[name])
+    return stated is not None and is_turned(path, stated)
+
+
+def _predict(
+    detector: Detector, files, images, ids, pictures, output_dir: Path, threshold: float, batch_size: int
+) -> int:
     entries: dict[int, list[dict]] = {}
     described: dict[int, dict] = {}
-    images = [Picture(path) for path, _ in files]
     for index, found, image in detector.stream(images, threshold, batch_size=batch_size):
         if isinstance(found, ImageReadError):
             print(f"left out: {found}", flush=True)
@@ -82,17 +97,16 @@ def _predict(detector: Detector, files, ids, pictures, output_dir: Path, thresho
     return len(files) - len(described)
 
 
-def _image_ids(names: Sequence[str], ann_file: str | None) -> dict[str, int]:
+def _image_ids(names: Sequence[str], known: Mapping[str, Mapping] | None, ann_file: str | None) -> dict[str, int]:
     repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if repeated:
         raise UsageError(f"more than one input image is called {repeated[0]!r}; give them in separate runs")
-    if ann_file is None:
+    if known is None:
         return {name: number for number, name in enumerate(names, 1)}
-    known = {image["file_name"]: image["id"] for image in read_annotations(ann_file)["images"]}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UsageError(f"{len(unknown)} images are not in {ann_file}, the first is {unknown[0]!r}")
-    return {name: known[name] for name in names}
+    return {name: known[name]["id"] for name in names}
 
 
 def _pictures(files: Sequence[tuple[Path, str]], output_dir: Path) -> dict[Path, Path]:

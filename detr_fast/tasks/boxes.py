@@ -17,6 +17,7 @@ from detr_fast.data.annotations import read_annotations
 from detr_fast.data.categories import Categories
 from detr_fast.data.coco import CocoDetection
 from detr_fast.data.transforms import Compose, make_coco_transforms
+from detr_fast.data.validation import refuse_outside
 from detr_fast.errors import UsageError
 from detr_fast.evaluation import CocoEvaluator, Evaluator
 from detr_fast.evaluation.coco_page import coco_page
@@ -119,6 +120,8 @@ class Boxes(Task):
         )
         if not dataset.ids:
             raise ValueError(f"{annotations}: there are no images")
+        if not config.allow_outside:
+            refuse_outside(images, dataset.coco.imgs.values(), annotations)
         dataset.check_files()
         return dataset
 

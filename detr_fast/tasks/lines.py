@@ -15,6 +15,7 @@ from detr_fast.criterion.lines import HungarianMatcher_Line, PostProcess_Line, S
 from detr_fast.data.categories import Categories
 from detr_fast.data.lines import LINES_MEAN, LINES_STD, LineDetection, make_line_transforms
 from detr_fast.data.transforms import Compose
+from detr_fast.data.validation import refuse_outside
 from detr_fast.errors import UsageError
 from detr_fast.evaluation import Evaluator, LineEvaluator
 from detr_fast.evaluation.lines_page import lines_page
@@ -109,6 +110,8 @@ class Lines(Task):
         dataset = LineDetection(
             images, annotations, transforms, categories=categories, tensor_images=uint8 and image_set == "train"
         )
+        if not config.allow_outside:
+            refuse_outside(images, dataset.coco.imgs.values(), annotations)
         dataset.check_files()
         return dataset
 

@@ -16,6 +16,7 @@ from detr_fast.criterion import PostProcessPanoptic
 from detr_fast.data.categories import Categories
 from detr_fast.data.coco import CocoDetection
 from detr_fast.data.panoptic import CocoPanoptic
+from detr_fast.data.validation import refuse_outside
 from detr_fast.errors import UsageError
 from detr_fast.evaluation import CocoEvaluator, Evaluator, PanopticEvaluator
 from detr_fast.evaluation.report import Page, Table
@@ -58,9 +59,13 @@ class _PanopticData:
         images, segments = Path(str(config.coco_path)) / f"{image_set}2017", root / f"panoptic_{image_set}2017"
         annotations = root / "annotations" / f"panoptic_{image_set}2017.json"
         require(image_set, {"image folder": images, "segments": segments}, {"annotation file": annotations})
-        return CocoPanoptic(
+        dataset = CocoPanoptic(
             images, segments, annotations, transforms, config.masks, tensor_images=uint8 and image_set == "train"
         )
+        if not config.allow_outside:
+            refuse_outside(images, dataset.coco["images"], annotations)
+            refuse_outside(segments, dataset.coco.get("annotations", []), annotations)
+        return dataset
 
     def classes(self, dataset: CocoPanoptic) -> dict[str, Any]:
         found = super().classes(dataset) | {"thing_classes": dataset.thing_classes}

@@ -22,6 +22,7 @@ from detr_fast.training.log import Metrics, Progress
 from detr_fast.training.nonfinite import FiniteWatch, explain_gradients, explain_non_finite
 from detr_fast.training.step import LossSum, TrainingStep, autocast_dtype, outputs_of
 from detr_fast.training.step import optimizer_step as _optimizer_step
+from detr_fast.training.step_errors import step_errors
 
 
 def train_one_epoch(
@@ -137,7 +138,7 @@ def run_epoch(
 
         # Gradients are exchanged between processes once per optimiser step.
         wait = not is_last_of_group and isinstance(model, nn.parallel.DistributedDataParallel)
-        with model.no_sync() if wait else torch.enable_grad():
+        with model.no_sync() if wait else torch.enable_grad(), step_errors(samples):
             outputs = step.outputs(samples)
             try:
                 losses = step.losses(outputs, targets)
@@ -152,7 +153,8 @@ def run_epoch(
 
         finite = torch.isfinite(losses.total.detach())
         if is_last_of_group:
-            finite = finite & _optimizer_step(step)
+            with step_errors(samples, "the optimiser's step after a batch"):
+                finite = finite & _optimizer_step(step)
             if step_scheduler is not None:
                 step_scheduler.step()
             if ema is not None:
@@ -218,9 +220,11 @@ def evaluate(
     for samples, targets, padding in Progress(prefetcher, "Test:", metrics, print_freq, device):
         image_ids = torch.cat([target["image_id"] for target in targets]).tolist()
         original_sizes, sizes = (torch.stack([target[key] for target in targets]) for key in ("orig_size", "size"))
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            outputs = outputs_of(model, samples)
-        metrics.update({**sum_of(criterion(outputs, targets)).for_log(), "padding": padding})
+        with step_errors(samples, "the evaluation of a batch"):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                outputs = outputs_of(model, samples)
+            losses = sum_of(criterion(outputs, targets))
+        metrics.update({**losses.for_log(), "padding": padding})
 
         results = task.postprocess(postprocessors, outputs, original_sizes, sizes, samples.tensors.shape[-2:])
         if categories is not None:

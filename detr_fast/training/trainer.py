@@ -50,6 +50,7 @@ from detr_fast.training.folder import (
 )
 from detr_fast.training.interrupt import GO_ON, SAVE, Interruption, ignore_signals, signal_of
 from detr_fast.training.log import Metrics, RunLog
+from detr_fast.training.memory import probe_memory
 from detr_fast.training.optim import build_scheduler, load_optimizer, steps_every
 from detr_fast.training.report import write_report
 from detr_fast.training.setup import build, chosen_for_gpu, loader_for, size_divisor, start, with_norm
@@ -202,6 +203,8 @@ class Trainer:
                 say(warning)
             self.log = RunLog(self.output_dir, self.epoch - (self._unevaluated is not None), config.tensorboard)
 
+        if config.probe_memory == "on" or (config.probe_memory == "auto" and device.type == "cuda"):
+            say(probe_memory(self.step, self.loader_train, self.epoch))
         if is_dist_avail_and_initialized():
             distributed(self.step)
             # The wrapper has given all processes the first one's weights; the average was made of each one's own.
@@ -580,6 +583,7 @@ def _check_same_run(config: Config, checkpoint: Mapping, categories: Categories)
         "device",
         "checkpoint_every",
         "loader_timeout",
+        "probe_memory",
     }
     changed = [name for name in differing if name not in own and name not in MODEL_SETTINGS]
     for name in changed:

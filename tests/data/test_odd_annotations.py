@@ -27,7 +27,7 @@ from detr_fast.data import (
     read_panoptic,
 )
 from detr_fast.data.images import ImageReadError, probable_file
-from detr_fast.data.validation import _compressed_total
+from detr_fast.data.validation import _compressed_total, refuse_outside
 from detr_fast.evaluation import CocoEvaluator
 
 WIDTH, HEIGHT = 96, 72
@@ -201,6 +201,7 @@ def opened(images, ann_file, **options):
     dataset = CocoDetection(images, ann_file, None, True, **options)
     if not dataset.ids:
         raise ValueError(f"{ann_file}: there are no images")
+    refuse_outside(images, dataset.coco.imgs.values(), ann_file)
     dataset.check_files()
     return dataset
 

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 import detr_fast
@@ -254,3 +254,23 @@ def test_a_lazily_opened_file_that_is_cut_off_is_named(model, images, tmp_path):
     (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
     with Image.open(tmp_path / "cut.jpg") as image, pytest.raises(ImageReadError, match="cut.jpg cannot be decoded"):
         model.predict(image)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_upright_by_exif(model, images, tmp_path, orientation):
+    """A photo that is stored sideways has the detections of the upright one, in its pixels, from wherever it comes."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "photo.png"
+    images[0].save(path, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(path))
+    expected = model.predict(upright, 0)
+    assert expected.size == ((90, 70) if orientation > 4 else (70, 90))
+    with Image.open(path) as opened:
+        # In one batch with an image of the upright size: what is grouped by size is the upright size.
+        found = [*model.predict([path, opened, upright], 0, batch_size=3), model.predict(path, 0)]
+    for one in found:
+        same(one, expected)
+    assert found[0].plot().size == found[2].plot().size
+    for image in (path, Image.open(path)):
+        same(model.predict(image, 0, ignore_exif=True), model.predict(images[0], 0))

@@ -58,3 +58,30 @@ def test_classes_without_a_name_have_none(folder, tmp_path):
     del state["categories"]
     torch.save(state, tmp_path / "seven.pth")
     assert "category_name" not in predict(folder, tmp_path / "seven.pth", tmp_path / "out")[0]
+
+
+def test_images_are_upright_unless_told_or_the_annotations_say_otherwise(folder, run_folder, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "images").mkdir()
+    Image.open(folder / "0.png").save(tmp_path / "images" / "0.png", exif=exif)
+    for number, (flags, stated, size) in enumerate([
+        ([], None, (70, 90)),
+        (["--ignore_exif"], None, (90, 70)),
+        ([], (90, 70), (90, 70)),  # the annotations are of the pixels as they are stored
+        ([], (70, 90), (70, 90)),
+    ]):  # fmt: skip
+        if stated is not None:
+            image = {"id": 7, "file_name": "0.png", "width": stated[0], "height": stated[1]}
+            ann = tmp_path / "ann.json"
+            ann.write_text(json.dumps({"images": [image], "annotations": [], "categories": []}))
+            flags = ["--ann", str(ann)]
+        output = tmp_path / str(number)
+        written = predict(tmp_path / "images", run_folder, output, *flags)
+        (image,) = json.loads((output / "images.json").read_text())
+        assert (image["width"], image["height"]) == size and image["id"] == (7 if stated else 1)
+        with Image.open(output / "0.jpg") as picture:
+            assert (picture.width < picture.height) == (size[0] < size[1])
+        if size == (90, 70):  # as without EXIF data
+            expected = [e for e in predict(folder, run_folder, tmp_path / "plain") if e["file_name"] == "0.png"]
+            assert [e["bbox"] for e in written] == [e["bbox"] for e in expected]

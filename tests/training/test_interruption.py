@@ -266,7 +266,7 @@ sys.exit(cli.main(argv))
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_torchrun_restarts_after_a_killed_rank_and_the_weights_are_the_same(flags, tmp_path, nodes):
     (tmp_path / "worker.py").write_text(ELASTIC)
-    outputs = []
+    outputs, environment = [], {**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     for name, victim in (("undisturbed", "none"), ("killed", "1")):
         outputs.append(tmp_path / name)
         argv = ["train", *flags, "--output_dir", str(outputs[-1]), "--checkpoint_every", "1", "--resume", "auto"]
@@ -276,7 +276,7 @@ def test_torchrun_restarts_after_a_killed_rank_and_the_weights_are_the_same(flag
                     "--rdzv-endpoint", f"127.0.0.1:{port}"]  # fmt: skip
         worker = [str(tmp_path / "worker.py"), str(tmp_path / f"{name}.died"), victim, *argv]
         agents = [
-            subprocess.Popen([*torchrun, *worker], env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.PIPE,
+            subprocess.Popen([*torchrun, *worker], env=environment, cwd=tmp_path, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, text=True)
             for _ in range(nodes)
         ]  # fmt: skip
