@@ -18,6 +18,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from detr_fast.data import columns
 from detr_fast.data.annotations import read_annotations
 from detr_fast.data.categories import Categories
 from detr_fast.data.columns import OddAnnotations
@@ -115,8 +116,10 @@ class CocoDetection(torchvision.datasets.CocoDetection):
 
     @cached_property
     def coco(self) -> COCO:
-        from pycocotools.coco import COCO
-
+        try:
+            from pycocotools.coco import COCO
+        except ImportError as error:
+            raise ImportError("dataset.coco is pycocotools' object (pip install pycocotools)") from error
         coco = COCO()
         is_held = isinstance(self._store, Listed)
         coco.dataset = self._store.content if is_held else self._read_whole(self.categories)[0]
@@ -204,6 +207,14 @@ class CocoDetection(torchvision.datasets.CocoDetection):
 
     def _path(self, index: int) -> str:
         return os.path.join(self.root, self._store.file_name(index))
+
+
+def read_categories(ann_file: str | os.PathLike) -> list[dict]:
+    """The list ``categories`` of a COCO json; errors as of `read_annotations`."""
+    try:
+        return columns.read_categories(ann_file)
+    except (OddAnnotations, OSError):
+        return read_annotations(ann_file)["categories"]
 
 
 def _file_sizes(folder: str | os.PathLike, images: Sequence[dict]) -> dict[int, tuple[int, int]]:
