@@ -37,6 +37,7 @@ _FOOTER = struct.Struct("<QQI8s")  # where the directory starts, its bytes, its 
 _DTYPES = {"uint8", "int32", "int64", "float64"}
 _PAGE = 4096
 _WHOLE = 1 << 20  # bytes up to which an array's checksum is of all of it; beyond, of pages spread over it
+_KEPT = 4  # images whose pages a process keeps mapped
 SAMPLED = 1000  # files whose size is compared with the json's before training
 
 
@@ -97,12 +98,20 @@ class Mapped:
     Args:
         arrays, meta: of the columns, with "polygons" float64 among the arrays.
         ann_file: the json, from which messages are made.
-        cache: the file that the arrays are mapped from; None: they are in memory.
+        cache, mapping: the file that the arrays are mapped from, and its map; None: they are in memory.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], meta: dict[str, Any], ann_file: str, cache: str | None = None):
-        self.arrays, self.meta, self.ann_file, self.cache = arrays, meta, ann_file, cache
+    def __init__(
+        self,
+        arrays: dict[str, np.ndarray],
+        meta: dict[str, Any],
+        ann_file: str,
+        cache: str | None = None,
+        mapping: mmap.mmap | None = None,
+    ):
+        self.arrays, self.meta, self.ann_file, self.cache, self.mapping = arrays, meta, ann_file, cache, mapping
         self.sizes = arrays["stated"]
+        self._read = 0  # images whose annotations have been asked for
 
     def __reduce__(self):
         # Another process maps the file itself.
@@ -130,6 +139,10 @@ class Mapped:
 
     def annotations(self, index: int, *, segmentations: bool = True) -> list[dict]:
         arrays = self.arrays
+        self._read += 1
+        if self.mapping is not None and self._read % _KEPT == 0 and hasattr(mmap, "MADV_DONTNEED"):
+            # Else every process would hold, in time, all pages that it has ever looked at. The kernel keeps them.
+            self.mapping.madvise(mmap.MADV_DONTNEED)
         start, end = arrays["offsets"][index : index + 2].tolist()
         rows = slice(start, end)
         image_id = self.image_id(index)
@@ -459,7 +472,7 @@ def _mapped(cache: str | os.PathLike, key: dict[str, Any] | None, ann_file: str)
         name: np.frombuffer(data, entry["dtype"], int(np.prod(entry["shape"])), entry["offset"]).reshape(entry["shape"])
         for name, entry in directory["arrays"].items()
     }
-    return Mapped(arrays, directory["meta"], ann_file, os.fspath(cache))
+    return Mapped(arrays, directory["meta"], ann_file, os.fspath(cache), data)
 
 
 def _mapped_again(cache: str, ann_file: str, sizes: np.ndarray | None) -> Mapped:
