@@ -95,6 +95,7 @@ def opened(folder: Path, ann_file: Path, masks: bool, workers: int) -> dict:
         row["growth of a worker"] = max(growths.get() for _ in processes)
         for process in processes:
             process.join()
+    print(f"  {row}", flush=True)
     return row
 
 

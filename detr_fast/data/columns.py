@@ -9,6 +9,7 @@ whole and judged by `detr_fast.data.validation`, whose messages name it.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from array import array
@@ -74,6 +75,8 @@ def read_columns(path: str | os.PathLike, keep_polygons: Callable[[np.ndarray], 
         OddAnnotations: see there.
         OSError: the file cannot be read.
     """
+    collects = gc.isenabled()
+    gc.disable()  # nothing here refers to itself, and each collection would look at every entry
     try:
         pieces, rest = _layout(path)
         content = {"images": [], "annotations": [], **rest}
@@ -87,6 +90,9 @@ def read_columns(path: str | os.PathLike, keep_polygons: Callable[[np.ndarray], 
         annotations.finish(columns)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         raise OddAnnotations(str(error)) from error
+    finally:
+        if collects:
+            gc.enable()
     return columns
 
 
