@@ -51,6 +51,7 @@ setup(
         "torchvision>=0.26",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.24",
+        "orjson>=3.9",
         "pycocotools>=2.0.7",
         "scipy>=1.10",
         "tqdm>=4.60",

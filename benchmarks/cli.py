@@ -1,6 +1,7 @@
 """The command line: `python -m benchmarks` and `detr-fast bench`. Imports nothing heavy until something runs."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from . import PRECISIONS, SUITES
@@ -59,8 +60,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["annotations"]:  # it has options of its own
+        from .studies import annotations
+
+        return annotations.main(argv[1:])
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", allow_abbrev=False, description="Microbenchmarks of the fused ops."
+        prog="python -m benchmarks",
+        allow_abbrev=False,
+        description="Microbenchmarks of the fused ops. `annotations` measures how a large json is opened.",
     )
     add_arguments(parser)
     args = parser.parse_args(argv)

@@ -340,6 +340,12 @@ class DataConfig(Part):
         metavar="N|auto",
         auto=2,
     )
+    cache_dir: str | None = flag(
+        None,
+        "where the columns of a large json are kept for all processes to share (default: beside the json, or "
+        "~/.cache/detr_fast where nothing can be written there)",
+        metavar="DIR",
+    )
     loader_timeout: float = flag(
         600,
         "seconds after which a loader process that gives no batch ends the run, with the names of its images; 0: never",

@@ -25,6 +25,21 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+def _skipped_without_pycocotools(item):
+    """Evaluation needs it, and on a bare machine it may be absent."""
+    try:
+        return (yield)
+    except ImportError as error:
+        missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__
+        if isinstance(missing, ModuleNotFoundError) and (missing.name or "").startswith("pycocotools"):
+            pytest.skip("needs pycocotools")
+        raise
+
+
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(_skipped_without_pycocotools)
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(_skipped_without_pycocotools)
+
+
 def pytest_sessionfinish(session, exitstatus):
     # Interrupted with failures is failed: pytest alone says 2 either way.
     if exitstatus == pytest.ExitCode.INTERRUPTED and session.testsfailed:

@@ -6,7 +6,6 @@ Source: Carion et al. 2020, equation 1; facebookresearch/detr ``models/matcher.p
 from collections.abc import Mapping, Sequence
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from detr_fast.criterion.packing import Indices, PackedTargets, Pairs, pack_targets, pairs_from_queries
@@ -63,6 +62,8 @@ class HungarianMatcher(nn.Module):
                 a target's width or height negative, or a value not finite (says which).
             TypeError: if an argument is of another kind, predictions are not floating point or labels not integer.
         """
+        from scipy.optimize import linear_sum_assignment  # half a second
+
         check_predictions(outputs, self.geometry)
         check_targets(outputs, targets, self.geometry)
         logits, boxes = outputs["pred_logits"], outputs[f"pred_{self.geometry}"]

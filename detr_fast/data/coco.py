@@ -9,24 +9,27 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
 
+from detr_fast.data import columns
 from detr_fast.data.annotations import read_annotations
 from detr_fast.data.categories import Categories
+from detr_fast.data.columns import OddAnnotations
 from detr_fast.data.images import header_sizes, load_image, load_image_tensor, missing_files
+from detr_fast.data.store import SAMPLED, Listed, Store, open_store
 from detr_fast.data.transforms import Img, can_draw, image_size
-from detr_fast.data.validation import stated_size, validate
+from detr_fast.data.validation import Findings, stated_size, validate
 from detr_fast.distributed import say
 
-_SAMPLED = 1000  # files whose size is compared with the json's before training
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 
 class CocoDetection(torchvision.datasets.CocoDetection):
@@ -50,9 +53,11 @@ class CocoDetection(torchvision.datasets.CocoDetection):
             ``ann_file``, ids used as labels.
         tensor_images: images are uint8 tensors [3, H, W] from the start, in place of PIL images: decoding and resizing
             take a third of the time (see ``detr_fast.data.transforms`` for how close the pixels are).
+        cache_dir: where the columns of a large json are kept, see ``detr_fast.data.store``.
 
     Attributes:
-        coco: the ``pycocotools`` object; ids: the images' ids, ascending; categories; class_names: label → name.
+        coco: the ``pycocotools`` object, made of the json when it is first asked for; ids: the images' ids, ascending;
+        categories; class_names: label → name.
 
     Raises:
         FileNotFoundError: no such folder or json.
@@ -73,33 +78,65 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         *,
         categories: Categories | None = None,
         tensor_images: bool = False,
+        cache_dir: str | os.PathLike | None = None,
     ):
         if not Path(img_folder).is_dir():
             raise FileNotFoundError(f"image folder {img_folder} does not exist")
-        content = self._read(ann_file)
-        if not content["categories"]:
-            raise ValueError(f"{ann_file}: there are no categories")
-        own = Categories.from_coco(content["categories"])
-        self.categories = own if categories is None else categories
-        sizes = _file_sizes(img_folder, content["images"])
-        found = validate(content, self.categories, sizes, masks=return_masks, lines=self._lines)
-        found.raise_errors(ann_file)
-        for line in found.lines(ann_file):
-            say(line)
-        for image in content["images"]:
-            if image["id"] in sizes:
-                image["width"], image["height"] = sizes[image["id"]]
-
         # torchvision's own constructor would read the file again and print.
         super(torchvision.datasets.CocoDetection, self).__init__(img_folder)
-        self.coco = COCO()
-        self.coco.dataset = content
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.coco.createIndex()
-        self.ids = sorted(self.coco.imgs)
+        self.ann_file = ann_file
+        self.return_masks = return_masks
+        self._store: Store
+        try:
+            self._store, self.categories, found = open_store(
+                ann_file, img_folder, lines=self._lines, categories=categories, masks=return_masks, cache_dir=cache_dir
+            )
+        except OddAnnotations:
+            content, self.categories, found = self._read_whole(categories)
+            self._store = Listed(content)
+        for line in found.lines(ann_file):
+            say(line)
         self.prepare = ConvertCocoPolysToMask(return_masks)
         self._transforms = transforms
         self._load = load_image_tensor if tensor_images else load_image
+
+    def _read_whole(self, categories: Categories | None) -> tuple[dict[str, Any], Categories, Findings]:
+        """The json's content, judged and mended."""
+        content = self._read(self.ann_file)
+        if not content["categories"]:
+            raise ValueError(f"{self.ann_file}: there are no categories")
+        categories = Categories.from_coco(content["categories"]) if categories is None else categories
+        sizes = _file_sizes(self.root, content["images"])
+        found = validate(content, categories, sizes, masks=self.return_masks, lines=self._lines)
+        found.raise_errors(self.ann_file)
+        for image in content["images"]:
+            if image["id"] in sizes:
+                image["width"], image["height"] = sizes[image["id"]]
+        return content, categories, found
+
+    @cached_property
+    def coco(self) -> COCO:
+        try:
+            from pycocotools.coco import COCO
+        except ImportError as error:
+            raise ImportError("dataset.coco is pycocotools' object (pip install pycocotools)") from error
+        coco = COCO()
+        is_held = isinstance(self._store, Listed)
+        coco.dataset = self._store.content if is_held else self._read_whole(self.categories)[0]
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
+
+    @cached_property
+    def ids(self) -> list[int]:
+        return self._store.image_ids()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process makes these itself, if it needs them.
+        return {name: value for name, value in self.__dict__.items() if name not in ("coco", "ids")}
+
+    def __len__(self) -> int:
+        return len(self._store)
 
     @property
     def img_folder(self) -> str:
@@ -112,9 +149,9 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         return self.categories.label_names
 
     def __getitem__(self, index: int):
-        image_id = self.ids[index]
-        image = self._load(self._path(image_id), image_id, size=stated_size(self.coco.imgs[image_id]))
-        annotations = self.coco.imgToAnns.get(image_id, [])
+        image_id = self._store.image_id(index)
+        image = self._load(self._path(index), image_id, size=self._store.size(index))
+        annotations = self._store.annotations(index, segmentations=getattr(self.prepare, "return_masks", True))
         image, target = self.prepare(image, {"image_id": image_id, "annotations": annotations})
         if self.categories.contiguous:
             labels = [self.categories.label_of[i] for i in target["labels"].tolist()]
@@ -129,16 +166,19 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         Raises:
             MissingImageError, CorruptImageError: the file has to be asked and cannot be read.
         """
-        image_id = self.ids[index]
-        stated = stated_size(self.coco.imgs[image_id])
+        stated = self._store.size(index)
         if stated is not None:
             return stated
-        path = self._path(image_id)
+        path = self._path(index)
         try:
             with Image.open(path) as image:
                 return image.size
         except OSError:
-            return load_image(path, image_id).size  # names what is wrong
+            return load_image(path, self._store.image_id(index)).size  # names what is wrong
+
+    def file_name(self, index: int) -> str:
+        """The json's ``file_name`` of an image."""
+        return self._store.file_name(index)
 
     @property
     def can_plan(self) -> bool:
@@ -160,12 +200,21 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         Raises:
             MissingImageError: one of the files does not exist.
         """
-        paths = {self._path(image_id): image_id for image_id in self.ids}
+        paths = {self._path(index): index for index in range(len(self))}
         for path in missing_files(paths):
-            load_image(path, paths[path])  # names what is wrong, and the file that is probably meant
+            # Names what is wrong, and the file that is probably meant.
+            load_image(path, self._store.image_id(paths[path]))
 
-    def _path(self, image_id: int) -> str:
-        return os.path.join(self.root, self.coco.imgs[image_id]["file_name"])
+    def _path(self, index: int) -> str:
+        return os.path.join(self.root, self._store.file_name(index))
+
+
+def read_categories(ann_file: str | os.PathLike) -> list[dict]:
+    """The list ``categories`` of a COCO json; errors as of `read_annotations`."""
+    try:
+        return columns.read_categories(ann_file)
+    except (OddAnnotations, OSError):
+        return read_annotations(ann_file)["categories"]
 
 
 def _file_sizes(folder: str | os.PathLike, images: Sequence[dict]) -> dict[int, tuple[int, int]]:
@@ -173,7 +222,7 @@ def _file_sizes(folder: str | os.PathLike, images: Sequence[dict]) -> dict[int, 
     the others; of all, where one of the sample differs from the json."""
     stated = {image["id"]: stated_size(image) for image in images}
     paths = {image["id"]: os.path.join(folder, image["file_name"]) for image in images}
-    step = -(-len(images) // _SAMPLED) or 1
+    step = -(-len(images) // SAMPLED) or 1
     first = {i: path for n, (i, path) in enumerate(paths.items()) if stated[i] is None or n % step == 0}
     sizes = header_sizes(first, stated)
     if any(stated[i] not in (None, size) for i, size in sizes.items()):
@@ -182,7 +231,15 @@ def _file_sizes(folder: str | os.PathLike, images: Sequence[dict]) -> dict[int, 
 
 
 def segmentation_to_mask(segmentation: list | dict, height: int, width: int) -> torch.Tensor:
-    """uint8 [height, width], 1 inside, of polygons ([[x, y, x, y, …], …]) or of a run-length encoding."""
+    """uint8 [height, width], 1 inside, of polygons ([[x, y, x, y, …], …]) or of a run-length encoding.
+
+    Raises:
+        ImportError: pycocotools, whose rasteriser this is, is not installed.
+    """
+    try:
+        from pycocotools import mask as coco_mask
+    except ImportError as error:
+        raise ImportError("masks need pycocotools (pip install pycocotools)") from error
     if isinstance(segmentation, dict):
         compressed = isinstance(segmentation["counts"], (str, bytes))
         rles = [segmentation if compressed else coco_mask.frPyObjects(segmentation, height, width)]

@@ -52,7 +52,7 @@ class LineDetection(CocoDetection):
     float32 [N] and ``iscrowd`` int64 [N], ``orig_size`` and ``size`` int64 [2].
 
     Args:
-        img_folder, ann_file, transforms, categories, tensor_images: see `CocoDetection`.
+        img_folder, ann_file, transforms, categories, tensor_images, cache_dir: see `CocoDetection`.
 
     Raises:
         FileNotFoundError: no such folder or json.
@@ -71,8 +71,11 @@ class LineDetection(CocoDetection):
         *,
         categories: Categories | None = None,
         tensor_images: bool = False,
+        cache_dir: str | os.PathLike | None = None,
     ):
-        super().__init__(img_folder, ann_file, transforms, categories=categories, tensor_images=tensor_images)
+        super().__init__(
+            img_folder, ann_file, transforms, categories=categories, tensor_images=tensor_images, cache_dir=cache_dir
+        )
         self.prepare = ConvertLines()
 
 

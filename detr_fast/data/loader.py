@@ -157,9 +157,7 @@ def _name_of(dataset, index: int) -> str:
     while isinstance(dataset, Subset):
         dataset, index = dataset.dataset, dataset.indices[index]
     try:
-        if isinstance(dataset.coco, dict):  # panoptic
-            return str(dataset.coco["images"][index]["file_name"])
-        return str(dataset.coco.imgs[dataset.ids[index]]["file_name"])
+        return str(dataset.file_name(index))
     except (AttributeError, KeyError, TypeError):
         return f"sample {index}"
 

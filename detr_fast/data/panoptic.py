@@ -110,6 +110,10 @@ class CocoPanoptic(Dataset):
             target[name] = torch.tensor([segment[name] for segment in segments], dtype=torch.int64)
         return target
 
+    def file_name(self, index: int) -> str:
+        """The json's ``file_name`` of an image."""
+        return self.coco["images"][index]["file_name"]
+
     def get_height_and_width(self, index: int) -> tuple[int, int]:
         """(height, width) of an image in pixels, from the json."""
         entry = self.coco["images"][index]

@@ -22,7 +22,7 @@ from detr_fast.data.categories import Categories
 from detr_fast.data.images import leaves_folder
 
 _SLACK = 1.0  # pixels that a box may reach beyond its image: rounding, not a mistake
-_LARGEST = 1e15  # of a number that stands for pixels
+LARGEST = 1e15  # of a number that stands for pixels
 _NUMBERS = {int, float}
 _CHUNK = 20_000  # annotations whose polygons are judged at a time
 # pycocotools walks along a polygon in fifths of a pixel and keeps every step, 16 bytes each.
@@ -270,10 +270,33 @@ def _check_boxes(
         what = f"line {entry['line']}" if lines else f"bbox {entry['bbox']}"
         return f"annotation {entry['id']} (image {entry['image_id']}), {what:.200}"
 
-    finite = (np.abs(boxes) < _LARGEST).all(axis=1)
+    finite = (np.abs(boxes) < LARGEST).all(axis=1)
     for row in np.flatnonzero(~finite):
         found.error("line not finite" if lines else "box not finite", which(row), positions[row])
     boxes[~finite] = 0  # judged already
+    odd, looks = judge_boxes(boxes, extent, finite, lines=lines)
+    for kind, rows, with_size in odd:
+        for row in rows:
+            width, height = image_sizes[annotations[positions[row]]["image_id"]] or ("?", "?")
+            found.warn(kind, which(row) + (f", image {width}x{height}" if with_size else ""))
+    for kind, message in looks:
+        found.warn(kind, message)
+    return [position for position, good in zip(positions, finite, strict=True) if good]
+
+
+def judge_boxes(
+    boxes: np.ndarray, extent: np.ndarray, finite: np.ndarray, *, lines: bool
+) -> tuple[list[tuple[str, np.ndarray, bool]], list[tuple[str, str]]]:
+    """What is odd about boxes, or about the boxes around lines.
+
+    Args:
+        boxes: float64 [N, 4] x, y, width, height in pixels; extent: float64 [N, 2] width and height of their images,
+            inf where not known; finite: bool [N], those to be judged.
+
+    Returns:
+        (kind, rows, whether the image's size belongs to the message) of each kind of warning about single boxes, and
+        (kind, message) of those about all of them.
+    """
     first, last = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     empty = (boxes[:, 2:] <= 0).any(axis=1) & finite & (not lines)
     # A level line on the border has no height.
@@ -282,33 +305,28 @@ def _check_boxes(
     partly = ((first < -_SLACK) | (last > extent + _SLACK)).any(axis=1) & finite & ~empty & ~outside
     dealt = ("clamped", "clamped") if lines else ("dropped", "clamped")
     what = "line" if lines else "box"
-    for row in np.flatnonzero(empty):
-        found.warn("box without extent (dropped in training)", which(row))
-    for kind, rows in (
-        (f"{what} wholly outside its image ({dealt[0]} in training)", outside),
-        (f"{what} partly outside its image ({dealt[1]} in training)", partly),
-    ):
-        for row in np.flatnonzero(rows):
-            width, height = image_sizes[annotations[positions[row]]["image_id"]] or ("?", "?")
-            found.warn(kind, f"{which(row)}, image {width}x{height}")
+    odd = [
+        ("box without extent (dropped in training)", np.flatnonzero(empty), False),
+        (f"{what} wholly outside its image ({dealt[0]} in training)", np.flatnonzero(outside), True),
+        (f"{what} partly outside its image ({dealt[1]} in training)", np.flatnonzero(partly), True),
+    ]
     judged = finite & ~empty
-    if not lines and judged.any():
-        _guess_format(boxes[judged], extent[judged], float((outside | partly)[judged].mean()), found)
-    return [position for position, good in zip(positions, finite, strict=True) if good]
+    if lines or not judged.any():
+        return odd, []
+    return odd, _guess_format(boxes[judged], extent[judged], float((outside | partly)[judged].mean()))
 
 
-def _guess_format(boxes: np.ndarray, extent: np.ndarray, share_outside: float, found: Findings) -> None:
+def _guess_format(boxes: np.ndarray, extent: np.ndarray, share_outside: float) -> list[tuple[str, str]]:
     if boxes.max() <= 1 and extent[np.isfinite(extent)].min(initial=np.inf) > 8:
-        found.warn(
-            "boxes look normalised",
-            f"no number of the {len(boxes)} boxes is above 1, as if in shares of the image; expected pixels",
-        )
-    elif share_outside > 0.1 and (boxes[:, 2:] > boxes[:, :2]).all() and (boxes[:, 2:] <= extent + _SLACK).all():
-        found.warn(
-            "boxes look like [x0, y0, x1, y1]",
+        message = f"no number of the {len(boxes)} boxes is above 1, as if in shares of the image; expected pixels"
+        return [("boxes look normalised", message)]
+    if share_outside > 0.1 and (boxes[:, 2:] > boxes[:, :2]).all() and (boxes[:, 2:] <= extent + _SLACK).all():
+        message = (
             f"read as [x, y, width, height], {share_outside:.0%} of the {len(boxes)} boxes leave their image; "
-            "read as two corners, none does",
+            "read as two corners, none does"
         )
+        return [("boxes look like [x0, y0, x1, y1]", message)]
+    return []
 
 
 def _floats(rows: list[list]) -> np.ndarray:
@@ -339,7 +357,7 @@ def _check_fields(annotations: list[dict], positions: list[int], found: Findings
             found.warn("iscrowd is not 0 or 1, but can be understood", f"{which}, taken as {understood}")
             entry["iscrowd"] = understood
         area = entry.get("area", 0)
-        if "area" in entry and type(area) in _NUMBERS and 0 <= area < _LARGEST:
+        if "area" in entry and type(area) in _NUMBERS and 0 <= area < LARGEST:
             continue
         width, height = entry["bbox"][2:]
         if "area" in entry:
@@ -373,7 +391,7 @@ def _check_keypoints(annotations: list[dict], positions: list[int], found: Findi
             del entry["keypoints"]
         elif not isinstance(points, list) or len(points) % 3 or not all(map(is_number, points)):
             found.error("keypoints", f"{which}; expected [x, y, visibility, …], finite numbers", position)
-        elif any(abs(value) >= _LARGEST for value in points):
+        elif any(abs(value) >= LARGEST for value in points):
             found.error("keypoints", f"{which}; expected pixels", position)
 
 
@@ -405,23 +423,30 @@ def _not_plain(annotations: list[dict], positions: list[int], image_sizes: Mappi
         except (TypeError, OverflowError):  # no list, or of something else than numbers
             odd.append(position)
         size = image_sizes[annotations[position]["image_id"]]
-        reach += [_reach(size)] * (len(owner) - len(reach))
+        reach += [reach_of(size)] * (len(owner) - len(reach))
     if not owner:
         return odd
-    counts = np.array(lengths)
-    bad = (counts < 6) | (counts % 2 != 0)
-    full = counts > 0
-    values = np.frombuffer(numbers, dtype=np.float64)
-    starts = (np.cumsum(counts) - counts)[full]
-    low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
-    limits = np.array(reach)[full]
-    # Comparisons with NaN are false.
-    with np.errstate(invalid="ignore"):
-        bad[full] |= ~((low >= -limits) & (high <= limits) & ((high - low) * counts[full] < _LONGEST_POLYGON))
+    low, high, bad = judge_polygons(np.frombuffer(numbers, dtype=np.float64), np.array(lengths))
+    limits = np.array(reach)
+    bad |= ~((low >= -limits) & (high <= limits))  # comparisons with NaN are false
     return sorted({*odd, *np.array(owner)[bad].tolist()})
 
 
-def _reach(size: Size | None) -> float:
+def judge_polygons(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of polygons, one after another in ``values``, ``counts`` numbers each: the lowest and the highest number of each,
+    and whether it is to be looked at singly, being none or perhaps too long."""
+    bad = (counts < 6) | (counts % 2 != 0)
+    low, high = np.zeros(len(counts)), np.zeros(len(counts))
+    full = counts > 0
+    if full.any():
+        starts = (np.cumsum(counts) - counts)[full]
+        low[full], high[full] = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
+        with np.errstate(invalid="ignore"):
+            bad |= ~((high - low) * counts < _LONGEST_POLYGON)
+    return low, high, bad
+
+
+def reach_of(size: Size | None) -> float:
     """How far from 0 a coordinate may be, in pixels: far enough for any slip of an annotator."""
     return 1e5 if size is None else 1000.0 + 10 * max(size)
 
@@ -431,7 +456,7 @@ def _check_segmentation(position: int, entry: dict, image_sizes: Mapping, found:
     which = f"annotation {entry['id']} (image {entry['image_id']})"
     segmentation = entry["segmentation"]
     if isinstance(segmentation, list) and not (segmentation and all(isinstance(part, dict) for part in segmentation)):
-        problem = next((p for p in (_polygon_problem(polygon, size) for polygon in segmentation) if p), None)
+        problem = next((p for p in (polygon_problem(polygon, size) for polygon in segmentation) if p), None)
         if problem is None and len(segmentation) > 2 and all(len(polygon) == 2 for polygon in segmentation):
             problem = f"{segmentation!r:.60}; expected a list of polygons [x, y, x, y, …], not a list of points"
         kept = [polygon for polygon in segmentation if isinstance(polygon, list) and len(polygon) >= 6]
@@ -444,7 +469,7 @@ def _check_segmentation(position: int, entry: dict, image_sizes: Mapping, found:
     else:
         parts = segmentation if isinstance(segmentation, list) else [segmentation]
         kept = segmentation
-        problem = next((p for p in (_rle_problem(part, size) for part in parts) if p), None)
+        problem = next((p for p in (rle_problem(part, size) for part in parts) if p), None)
         if (
             problem is None
             and isinstance(segmentation, list)
@@ -462,7 +487,7 @@ def _check_segmentation(position: int, entry: dict, image_sizes: Mapping, found:
         entry["segmentation"] = {"size": [height, width], "counts": [height * width]} if size else []
 
 
-def _polygon_problem(polygon, size: Size | None) -> str | None:
+def polygon_problem(polygon, size: Size | None) -> str | None:
     expected = "expected a list of polygons [x, y, x, y, …]"
     if not isinstance(polygon, list):
         return f"a list with {polygon!r:.60}; {expected}"
@@ -474,7 +499,7 @@ def _polygon_problem(polygon, size: Size | None) -> str | None:
     if len(polygon) % 2:
         return f"a polygon of {len(polygon)} numbers; {expected}, an even count"
     where = f"an image of {size[0]}x{size[1]} pixels" if size else "any image"
-    if polygon and max(map(abs, polygon)) > _reach(size):
+    if polygon and max(map(abs, polygon)) > reach_of(size):
         reach = f"from {_float(min(polygon)):.6g} to {_float(max(polygon)):.6g}"
         return f"a polygon that reaches {reach}; that is far from {where}"
     if len(polygon) < 6:
@@ -486,7 +511,7 @@ def _polygon_problem(polygon, size: Size | None) -> str | None:
     return None
 
 
-def _rle_problem(rle, size: Size | None) -> str | None:
+def rle_problem(rle, size: Size | None) -> str | None:
     if not isinstance(rle, dict):
         return f"{rle!r:.60}; expected polygons [[x, y, x, y, …], …] or a run-length encoding {{size, counts}}"
     own, counts = rle.get("size"), rle.get("counts")

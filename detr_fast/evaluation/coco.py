@@ -9,6 +9,8 @@ pycocotools' 1 - 2e-16, so that means may differ in the last digit; and it count
 Source: facebookresearch/detr ``datasets/coco_eval.py``, whose numbers this equals.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import importlib.util
@@ -16,16 +18,18 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from pycocotools import mask as mask_utils
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from detr_fast.distributed import all_gather, is_main_process
 from detr_fast.evaluation import rust
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
 IOU_TYPES = ("bbox", "segm")
 BACKENDS = ("auto", "pycocotools", "faster_coco_eval", "hotcoco")
@@ -50,7 +54,7 @@ class CocoEvaluator:
     Raises:
         TypeError: if ``iou_types`` is not a list or tuple.
         ValueError: if an IoU type or backend is unknown.
-        ImportError: if the backend is not installed.
+        ImportError: if the backend is not installed, or pycocotools, which both need.
     """
 
     def __init__(self, coco_gt: COCO, iou_types: Sequence[str], *, backend: str = "auto"):
@@ -59,6 +63,10 @@ class CocoEvaluator:
         unknown = [t for t in iou_types if t not in IOU_TYPES]
         if unknown or not iou_types:
             raise ValueError(f"iou_types must be taken from {IOU_TYPES}, got {list(iou_types)}")
+        try:
+            from pycocotools.cocoeval import COCOeval
+        except ImportError as error:
+            raise ImportError("evaluation needs pycocotools (pip install pycocotools)") from error
         self.iou_types = list(iou_types)
         self.backend = _resolved(backend)
         self.coco_gt = copy.deepcopy(coco_gt)
@@ -248,6 +256,8 @@ class CocoEvaluator:
                 f"masks of image {image_id!r} must be [{count}, 1, {size[0]}, {size[1]}], the size of the original "
                 f"image, got shape {tuple(masks.shape)}"
             )
+        from pycocotools import mask as mask_utils
+
         pixels = (masks.detach().reshape(count, *size) > 0.5).to(torch.uint8).cpu().numpy()
         return [mask_utils.encode(np.asfortranarray(mask)) for mask in pixels]
 
@@ -265,6 +275,8 @@ def _resolved(backend: str) -> str:
 
 
 def _by_pycocotools(coco_eval: COCOeval, coco_gt: COCO, results: list[dict]) -> dict:
+    from pycocotools.coco import COCO
+
     # loadRes cannot take an empty list.
     coco_eval.cocoDt = coco_gt.loadRes(results) if results else COCO()
     coco_eval.evaluate()

@@ -8,15 +8,19 @@ Source: Zhou et al. 2019, "End-to-End Wireframe Parsing" (L-CNN), section 4.4, a
 evaluation/eval-sAP-wireframe.py and lcnn/metric.py, whose numbers (in percent there) this equals.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detr_fast.distributed import all_gather, is_main_process
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 GRID = 128
 THRESHOLDS = (5, 10, 15)
@@ -199,5 +203,7 @@ def _squares(predicted: np.ndarray, annotated: np.ndarray) -> tuple[np.ndarray, 
 
 def _matched_distances(predicted: np.ndarray, annotated: np.ndarray) -> np.ndarray:
     """Mean distance of the two ends of each matched pair."""
+    from scipy.optimize import linear_sum_assignment  # half a second
+
     distance = np.minimum(*(np.sqrt(square).mean(axis=-1) for square in _squares(predicted, annotated)))
     return distance[linear_sum_assignment(distance)]

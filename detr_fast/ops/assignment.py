@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from detr_fast.ops._checks import check_tensor, is_integer
 from detr_fast.ops._dispatch import use_kernel
@@ -87,6 +86,8 @@ def _check(cost, offsets, largest) -> None:
 
 
 def _reference(cost, offsets, largest):
+    from scipy.optimize import linear_sum_assignment  # half a second
+
     layers, _, num_queries = cost.shape
     costs, bounds = cost.detach().cpu().numpy(), offsets.tolist()
     query = np.full(costs.shape[:2], -1, dtype=np.int64)

@@ -3,19 +3,19 @@
 Source: facebookresearch/detr, `build` in models/detr.py and in datasets/coco.py, and engine.py.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from pycocotools.coco import COCO
 from torch import Tensor, nn
 
 from detr_fast.config import Config, default_of
 from detr_fast.criterion import HungarianMatcher, PostProcess, SetCriterion
-from detr_fast.data.annotations import read_annotations
 from detr_fast.data.categories import Categories
-from detr_fast.data.coco import CocoDetection
+from detr_fast.data.coco import CocoDetection, read_categories
 from detr_fast.data.transforms import Compose, make_coco_transforms
 from detr_fast.data.validation import refuse_outside
 from detr_fast.errors import UsageError
@@ -28,6 +28,9 @@ from detr_fast.tasks.parts import build_backbone, build_transformer, criterion_d
 from detr_fast.tasks.paths import dataset_paths
 from detr_fast.tasks.pictures import best_detections, best_masks, draw_detections, run_lengths
 from detr_fast.tasks.registry import register
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 # The original's numbers of classes; any other data set has 20 there.
 _NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}
@@ -109,7 +112,7 @@ class Boxes(Task):
         images, annotations = dataset_paths(image_set, config)
         if categories is None and not config.coco_path:
             source = config.train_ann or annotations
-            categories = Categories.from_coco(read_annotations(source)["categories"], contiguous=True)
+            categories = Categories.from_coco(read_categories(source), contiguous=True)
         dataset = CocoDetection(
             images,
             annotations,
@@ -117,6 +120,7 @@ class Boxes(Task):
             config.masks,
             categories=categories,
             tensor_images=uint8 and image_set == "train",
+            cache_dir=config.cache_dir,
         )
         if not dataset.ids:
             raise ValueError(f"{annotations}: there are no images")
@@ -127,7 +131,7 @@ class Boxes(Task):
 
     def bare_categories(self, config: Config) -> Categories | None:
         # Weights of the original: labels are category ids, also with own data.
-        return Categories.from_coco(read_annotations(config.val_ann)["categories"]) if config.val_ann else None
+        return Categories.from_coco(read_categories(config.val_ann)) if config.val_ann else None
 
     def resize(self, config: Config, *, uint8: bool = False) -> Compose:
         return make_coco_transforms("val", scales=config.image_size, max_size=config.max_size, uint8=uint8)

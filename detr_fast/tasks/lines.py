@@ -3,11 +3,12 @@
 Source: mlpc-ucsd/LETR, src/models/letr.py and src/engine.py.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from pycocotools.coco import COCO
 from torch import Tensor, nn
 
 from detr_fast.config import Config, default_of
@@ -26,6 +27,9 @@ from detr_fast.tasks.parts import build_backbone, build_transformer, criterion_d
 from detr_fast.tasks.paths import dataset_paths
 from detr_fast.tasks.pictures import best_lines, draw_lines
 from detr_fast.tasks.registry import register
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 _SECOND_STAGE = (
     "second_enc_layers", "second_dec_layers", "second_dim_feedforward", "second_hidden_dim", "second_dropout",
@@ -108,7 +112,12 @@ class Lines(Task):
         transforms = self.transforms(image_set, config, uint8=uint8)
         images, annotations = dataset_paths(image_set, config, "lines")
         dataset = LineDetection(
-            images, annotations, transforms, categories=categories, tensor_images=uint8 and image_set == "train"
+            images,
+            annotations,
+            transforms,
+            categories=categories,
+            tensor_images=uint8 and image_set == "train",
+            cache_dir=config.cache_dir,
         )
         if not config.allow_outside:
             refuse_outside(images, dataset.coco.imgs.values(), annotations)

@@ -3,10 +3,11 @@
 Source: facebookresearch/detr, models/detr.py and models/segmentation.py.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
-from pycocotools.coco import COCO
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor, nn
 
 from detr_fast.config import Config
@@ -18,6 +19,9 @@ from detr_fast.models.weights import DETECTOR, load_model
 from detr_fast.tasks.base import Result
 from detr_fast.tasks.boxes import Boxes
 from detr_fast.tasks.registry import register
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 
 class Masks(Boxes):

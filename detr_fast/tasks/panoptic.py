@@ -3,12 +3,13 @@
 Source: facebookresearch/detr, datasets/coco_panoptic.py and engine.py.
 """
 
+from __future__ import annotations
+
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pycocotools.coco import COCO
 from torch import Tensor, nn
 
 from detr_fast.config import Config
@@ -26,6 +27,9 @@ from detr_fast.tasks.boxes import Boxes
 from detr_fast.tasks.masks import Masks
 from detr_fast.tasks.paths import dataset_paths, require
 from detr_fast.tasks.registry import register
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 # COCO's panoptic ids end at 200; the original's models, and so its checkpoints, have this many classes.
 _COCO_CLASSES = 250
@@ -76,7 +80,7 @@ class _PanopticData:
     def annotations(self, dataset: CocoPanoptic, config: Config) -> COCO:
         """Those of boxes and masks: of ``coco_path``'s instances."""
         images, annotations = dataset_paths("val", config)
-        return CocoDetection(images, annotations, None).coco
+        return CocoDetection(images, annotations, None, cache_dir=config.cache_dir).coco
 
 
 class PanopticBoxes(_PanopticData, Boxes):

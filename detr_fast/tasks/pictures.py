@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from pycocotools import mask as mask_utils
 
 # Smaller images are enlarged for drawing, so that captions can be read.
 _SHORTEST_LONG_SIDE = 480
@@ -168,6 +167,8 @@ def best_masks(result: Mapping[str, torch.Tensor], count: int) -> list[np.ndarra
 
 def run_lengths(mask: np.ndarray) -> dict:
     """COCO's compressed run-length encoding of a mask [H, W], as json takes it."""
+    from pycocotools import mask as mask_utils
+
     encoded = mask_utils.encode(np.asfortranarray(mask))
     return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, TiffImagePlugin
-from pycocotools import mask as coco_mask
 
 from detr_fast.cli import main
 from detr_fast.data import (
@@ -29,6 +28,8 @@ from detr_fast.data import (
 from detr_fast.data.images import ImageReadError, probable_file
 from detr_fast.data.validation import _compressed_total, refuse_outside
 from detr_fast.evaluation import CocoEvaluator
+
+coco_mask = pytest.importorskip("pycocotools.mask")
 
 WIDTH, HEIGHT = 96, 72
 NAN, INF = float("nan"), float("inf")

@@ -9,11 +9,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from detr_fast.evaluation import CocoEvaluator, rust
 from detr_fast.evaluation import coco as coco_module
+
+COCO = pytest.importorskip("pycocotools.coco").COCO
+COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 9, "name": "bird"}]
 # One object per image: (image id, category, box x, y, w, h). The boxes are exact in float32.

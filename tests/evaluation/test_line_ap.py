@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from pycocotools.coco import COCO
 
 from detr_fast.evaluation.lines import LineEvaluator, average_precision, match_lines
+
+COCO = pytest.importorskip("pycocotools.coco").COCO
 
 
 def annotations(per_image, size=(256, 128)):

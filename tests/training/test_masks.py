@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as mask_utils
-from pycocotools.coco import COCO
 
 from detr_fast.cli import main
 from detr_fast.criterion import HungarianMatcher, PostProcess, PostProcessPanoptic, PostProcessSegm, SetCriterion
@@ -17,6 +15,9 @@ from detr_fast.data import CocoPanoptic, build_loader, make_shapes_dataset
 from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Compose, Normalize, ToTensor
 from detr_fast.training.checkpoint import read_checkpoint
 from detr_fast.training.engine import evaluate
+
+mask_utils = pytest.importorskip("pycocotools.mask")
+COCO = pytest.importorskip("pycocotools.coco").COCO
 
 TINY = [
     "--backbone", "resnet18", "--backbone_weights", "none", "--backbone_level", "1", "--hidden_dim", "128",

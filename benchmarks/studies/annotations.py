@@ -1,0 +1,178 @@
+"""Seconds and memory of opening a large json: `python -m benchmarks annotations`.
+
+A json of COCO's size is made (118 287 images, 803 000 annotations with a polygon each, 447 MB), and a folder without
+images. Then each in a process of its own: reading it for the first time, opening it again from the cache, and an epoch
+over all targets in forked workers. Memory is that of the process above what it has after the imports: the largest
+resident set, and what is private to it. `--boxes` leaves the polygons out; `--images 2000000 --annotations 20000000
+--boxes` is Objects365's size.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+CLASSES = 80
+_AT_A_TIME = 20_000
+
+
+def generate(path: Path, images: int, annotations: int, *, polygons: bool, seed: int) -> None:
+    """Writes a json with numbers to two decimals, as COCO's; about one annotation in a hundred is a crowd's RLE. The
+    polygons are drawn from ten thousand random ones."""
+    rng = np.random.default_rng(seed)
+    shapes = []
+    for many in rng.integers(8, 43, 10_000 if polygons else 0).tolist():
+        ring = (rng.random((many, 2)) * (60, 60) + rng.uniform(0, 400, 2)).round(2).ravel().tolist()
+        shapes.append(f'"segmentation": [{ring}], ')
+    with open(path, "w", encoding="utf-8") as file:
+        file.write('{"info": {"description": "random"}, "images": [')
+        for start in range(0, images, _AT_A_TIME):
+            count = min(_AT_A_TIME, images - start)
+            file.write(", " * (start > 0))
+            file.write(", ".join(
+                f'{{"license": 3, "file_name": "{i:012d}.jpg", "coco_url": "http://images/{i:012d}.jpg", '
+                f'"height": 480, "width": 640, "date_captured": "2013-11-14 11:18:45", "id": {i}}}'
+                for i in range(start + 1, start + count + 1)
+            ))  # fmt: skip
+        file.write('], "annotations": [')
+        for start in range(0, annotations, _AT_A_TIME):
+            count = min(_AT_A_TIME, annotations - start)
+            corners = rng.uniform(0, (500, 380), (count, 2)).round(2)
+            sizes = rng.uniform(8, 90, (count, 2)).round(2)
+            owners, labels = rng.integers(1, images + 1, count), rng.integers(1, CLASSES + 1, count)
+            which, crowd = rng.integers(0, 10_000, count), rng.random(count) < 0.01
+            rows = []
+            numbers = zip(corners.tolist(), sizes.tolist(), owners.tolist(), labels.tolist(), which.tolist(),
+                          crowd.tolist(), strict=True)  # fmt: skip
+            for i, ((x, y), (w, h), owner, label, shape_of, is_crowd) in enumerate(numbers, start + 1):
+                shape = ""
+                if polygons and is_crowd:
+                    shape = '"segmentation": {"counts": [1000, 500, 305700], "size": [480, 640]}, '
+                elif polygons:
+                    shape = shapes[shape_of]
+                rows.append(
+                    f'{{{shape}"area": {w * h:.4f}, "iscrowd": {int(is_crowd)}, "image_id": {owner}, '
+                    f'"bbox": [{x}, {y}, {w}, {h}], "category_id": {label}, "id": {i}}}'
+                )
+            file.write(", " * (start > 0) + ", ".join(rows))
+        file.write('], "categories": ')
+        categories = [{"supercategory": "thing", "id": i, "name": f"class {i}"} for i in range(1, CLASSES + 1)]
+        file.write(json.dumps(categories) + "}")
+
+
+def private() -> float:
+    """MB that belong to this process alone."""
+    fields = Path("/proc/self/smaps_rollup").read_text().split("\n")
+    return sum(int(line.split()[1]) for line in fields if line.startswith("Private_")) / 1e3
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def opened(folder: Path, ann_file: Path, masks: bool, workers: int) -> dict:
+    """Seconds and MB of one opening; with ``workers``, of an epoch as well."""
+    from detr_fast.data import CocoDetection
+
+    before, private_before = _peak(), private()
+    began, cpu = time.perf_counter(), time.process_time()
+    dataset = CocoDetection(folder, ann_file, None, masks, cache_dir=folder)
+    row = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+    row |= {"peak": _peak() - before, "private": private() - private_before}
+    if workers:
+        context = multiprocessing.get_context("fork")
+        growths = context.SimpleQueue()
+        processes = [context.Process(target=_epoch, args=(dataset, n, workers, growths)) for n in range(workers)]
+        for process in processes:
+            process.start()
+        row["growth of a worker"] = max(growths.get() for _ in processes)
+        for process in processes:
+            process.join()
+    print(f"  {row}", flush=True)
+    return row
+
+
+def _epoch(dataset, first: int, step: int, growths) -> None:
+    """Every target of a worker's share, in random order, without the pixels that nobody has; masks of the first 500."""
+    from PIL import Image
+
+    indices = np.random.default_rng(first).permutation(np.arange(first, len(dataset), step)).tolist()
+    image = Image.new("RGB", (640, 480))
+    dataset._load = lambda *_, **__: image
+    for index in indices[:100]:  # what the first items make once is no growth
+        dataset[index]
+    before = private()
+    dataset.prepare.return_masks, masks = False, dataset.prepare.return_masks
+    for number, index in enumerate(indices):
+        dataset.prepare.return_masks = masks and number < 500
+        dataset[index]
+        if masks:
+            dataset._store.annotations(index)
+    growths.put(private() - before)
+
+
+def _alone(function, *arguments):
+    """In a process of its own, whose peak memory is nobody else's."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_imports) as pool:  # not daemonic: it may fork
+        return pool.submit(function, *arguments).result()
+
+
+def _imports() -> None:
+    import detr_fast.data  # noqa: F401
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks annotations", description=__doc__.split("\n")[0])
+    parser.add_argument("--images", type=int, default=118_287)
+    parser.add_argument("--annotations", type=int, default=803_000)
+    parser.add_argument("--boxes", action="store_true", help="no polygons and no masks")
+    parser.add_argument("--workers", type=int, default=2, help="forked processes that share an epoch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="keep the json there, and use it if it is there already")
+    parser.add_argument("--output", type=Path, help="also write the rows there, as JSON")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        kind = "boxes" if args.boxes else "polygons"
+        ann_file = folder / f"{kind}-{args.images}-{args.annotations}-{args.seed}.json"
+        if not ann_file.is_file():
+            _alone(_generate, ann_file, args.images, args.annotations, not args.boxes, args.seed)
+        with tempfile.TemporaryDirectory(dir=folder) as cache:
+            rows = {
+                "first time": _alone(opened, Path(cache), ann_file, False, 0),
+                "mapped": _alone(opened, Path(cache), ann_file, False, args.workers),
+            }
+            if not args.boxes:
+                rows["mapped, with masks"] = _alone(opened, Path(cache), ann_file, True, args.workers)
+        size = os.path.getsize(ann_file) / 1e6
+    print(f"{args.images} images, {args.annotations} annotations, {size:.0f} MB of json\n")
+    print(
+        "| | seconds | of the CPU | MB at the peak | MB private | MB that a worker grows |\n|---|---|---|---|---|---|"
+    )
+    for name, row in rows.items():
+        numbers = [f"{row['seconds']:.2f}", f"{row['cpu']:.2f}", f"{row['peak']:.0f}", f"{row['private']:.0f}"]
+        growth = f"{row['growth of a worker']:.1f}" if "growth of a worker" in row else ""
+        print(f"| {' | '.join([name, *numbers, growth])} |")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps({"json_mb": size, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _generate(path: Path, images: int, annotations: int, polygons: bool, seed: int) -> None:
+    part = path.with_suffix(".part")
+    generate(part, images, annotations, polygons=polygons, seed=seed)
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

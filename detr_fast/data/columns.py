@@ -1,0 +1,447 @@
+"""A COCO json as numpy columns, read a few megabytes at a time.
+
+The file is gone through twice: once for where its lists and their entries end, which numpy finds, and once to decode
+the entries, a few thousand at a time. So no more than one such piece is ever held as Python objects.
+
+Only what is as it should be becomes columns. Whatever else there is, `OddAnnotations` is raised, and the file is read
+whole and judged by `detr_fast.data.validation`, whose messages name it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from detr_fast.data.annotations import add_line_boxes, check_content, file_name_problem
+from detr_fast.data.validation import LARGEST, judge_polygons, polygon_problem, rle_problem, stated_size
+
+try:
+    import orjson
+except ImportError:  # json takes three times as long
+    orjson = None
+
+_BLOCK = 4 << 20  # bytes of json that are decoded at a time
+_LONGEST_REST = 64 << 20  # bytes of what is neither an image nor an annotation
+
+# How a segmentation is kept.
+NO_SEGMENTATION, POLYGONS, COMPRESSED, RUNS = range(4)
+
+
+class OddAnnotations(Exception):
+    """Something is wrong, or unusual, that the columns do not take."""
+
+
+@dataclass
+class Columns:
+    """What a file has, one row for each image and annotation.
+
+    Images are in the order of their ids, annotations in that of their images and, of one image, in the file's.
+
+    Attributes:
+        arrays: by name. Of N images: "image_ids" int64 [N], "image_positions" int64 [N] (in the file's list), "stated"
+            int64 [N, 2] (width, height; 0 where none is stated), "names" uint8 and "name_ends" int64 [N + 1], "offsets"
+            int64 [N + 1] (an image's first annotation). Of M annotations: "ids", "category_ids", "positions" int64 [M],
+            "boxes" float64 [M, 4], "areas" float64 [M], "crowd" uint8 [M]; with lines "lines" float64 [M, 4]. With
+            segmentations "kinds" uint8 [M], "shapes" int64 [M] (first ring, or number of the run-length encoding),
+            "rings" int32 [M] (how many), "reach" float64 [M] (the largest coordinate), "ring_ends" int64 [R + 1],
+            "rle_sizes" int64 [K, 2] (height, width), "rle_ends" int64 [K + 1], "rle_data" uint8. With keypoints
+            "point_starts" int64 and "point_counts" int32 [M] (-1: none), "points" float64.
+        meta: what json can hold: "categories", the list as it stands; "counts", of the annotations by category;
+            "pieces", where in the file images and annotations stand; "twice", file names listed more than once.
+    """
+
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def read_columns(path: str | os.PathLike, keep_polygons: Callable[[np.ndarray], None], *, lines: bool) -> Columns:
+    """Reads a json.
+
+    Args:
+        path: of the json.
+        keep_polygons: gets the coordinates of all polygons, float64, as they come; "ring_ends" says where each ends.
+        lines: the annotations are of lines; boxes are made from them.
+
+    Raises:
+        OddAnnotations: see there.
+        OSError: the file cannot be read.
+    """
+    collects = gc.isenabled()
+    gc.disable()  # nothing here refers to itself, and each collection would look at every entry
+    try:
+        pieces, rest = _layout(path)
+        content = {"images": [], "annotations": [], **rest}
+        (add_line_boxes if lines else check_content)(content, path)
+        images = _read_images(path, pieces["images"])
+        annotations = _Annotations(keep_polygons, lines)
+        for entries in _decoded(path, pieces["annotations"]):
+            annotations.add(entries)
+        columns = Columns(meta={"categories": rest["categories"], "pieces": pieces})
+        columns.arrays, columns.meta["twice"] = images
+        annotations.finish(columns)
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
+        raise OddAnnotations(str(error)) from error
+    finally:
+        if collects:
+            gc.enable()
+    return columns
+
+
+def read_categories(path: str | os.PathLike) -> list[dict]:
+    """The categories of a json, without its images and annotations, which are not looked at.
+
+    Raises:
+        OddAnnotations: see there.
+    """
+    try:
+        rest = _layout(path)[1]
+        check_content({"images": [], "annotations": [], "categories": rest["categories"]}, path)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise OddAnnotations(str(error)) from error
+    return rest["categories"]
+
+
+def entry_at(path: str | os.PathLike, pieces: list[list[int]], position: int) -> dict:
+    """The entry of a list as it stands in the file. ``pieces``: of the list, from "pieces"."""
+    firsts = [first for first, _, _ in pieces]
+    piece = int(np.searchsorted(firsts, position, side="right")) - 1
+    with open(path, "rb") as file:
+        text = _text(file, *pieces[piece][1:]).removeprefix(b",")
+    return json.loads(b"[" + text + b"]")[position - firsts[piece]]
+
+
+# Where things stand
+
+
+def _layout(path: str | os.PathLike) -> tuple[dict[str, list[list[int]]], dict[str, Any]]:
+    """Where images and annotations stand, and all that is in the file beside them.
+
+    Returns:
+        key → [[0, first byte, last byte + 1], …] of the two lists, cut between entries (the number of each piece's
+        first entry is filled in later), and the other values by key.
+    """
+    rest, cuts = bytearray(), []
+    depth, in_string, opened = 0, False, False
+    with open(path, "rb", buffering=0) as file:
+        base = 0
+        while block := _block(file):
+            data = np.frombuffer(block, dtype=np.uint8)
+            folded = data | 0x20  # [ and {, ] and } differ in this bit alone
+            marks = np.flatnonzero((data == ord('"')) | (folded == ord("{")) | (folded == ord("}")))
+            quotes = data[marks] == ord('"')
+            if b"\\" in block:
+                escaped = np.array([_is_escaped(block, at) for at in marks[quotes].tolist()], dtype=bool)
+                keep = np.ones(len(marks), dtype=bool)
+                keep[np.flatnonzero(quotes)[escaped]] = False
+                marks, quotes = marks[keep], quotes[keep]
+            inside = (np.cumsum(quotes) + in_string) % 2 == 1
+            steps = np.where(folded[marks] == ord("{"), 1, -1)
+            steps[quotes | inside] = 0
+            depths = depth + np.cumsum(steps)
+            # Of a list in the top object: what opens it (depth 2 from then on) and what closes it.
+            edges = marks[((steps == 1) & (depths == 2)) | ((steps == -1) & (depths == 1))].tolist()
+            ends = marks[(steps == -1) & (depths == 2)]
+            done = 0
+            for at in edges:
+                if block[at : at + 1] == b"[":
+                    rest += block[done : at + 1] + str(len(cuts)).encode()
+                    cuts.append([base + at + 1])
+                    opened = True
+                elif opened:
+                    cuts[-1].append(base + at)
+                    done, opened = at, False
+            if not opened:
+                rest += block[done:]
+            elif len(ends) and base + int(ends[-1]) >= cuts[-1][-1]:
+                cuts[-1].append(base + int(ends[-1]) + 1)
+            if len(rest) > _LONGEST_REST:
+                raise OddAnnotations("too much beside images and annotations")
+            depth = int(depths[-1]) if len(depths) else depth
+            in_string = bool(inside[-1]) if len(inside) else in_string
+            base += len(block)
+    pieces, others = {}, {}
+    with open(path, "rb") as file:
+        for key, value in json.loads(bytes(rest)).items():
+            if not isinstance(value, list):
+                others[key] = value
+                continue
+            (number,) = value
+            found = [[0, *pair] for pair in zip(cuts[number][:-1], cuts[number][1:], strict=True)]
+            if key in ("images", "annotations"):
+                pieces[key] = found
+            else:
+                others[key] = json.loads(b"[" + _text(file, found[0][1], found[-1][2]) + b"]")
+    return pieces, others
+
+
+def _block(file) -> bytes:
+    """The next bytes, not ended by a backslash, which belongs to what comes after it."""
+    block = file.read(_BLOCK)
+    while block.endswith(b"\\") and (more := file.read(1)):
+        block += more
+    return block
+
+
+def _is_escaped(block: bytes, at: int) -> bool:
+    first = at
+    while first and block[first - 1] == ord("\\"):
+        first -= 1
+    return (at - first) % 2 == 1
+
+
+def _text(file, start: int, end: int) -> bytes:
+    """What stands there, without the space around it."""
+    file.seek(start)
+    return file.read(end - start).strip()
+
+
+def _decoded(path: str | os.PathLike, pieces: list[list[int]]) -> Iterator[list]:
+    """The entries of each piece; fills in the number of its first one."""
+    count = 0
+    with open(path, "rb") as file:
+        for number, piece in enumerate(pieces):
+            text = _text(file, *piece[1:])
+            if number and text:
+                if not text.startswith(b",") or not text[1:].strip():
+                    raise OddAnnotations("commas")
+                text = text[1:]
+            elif number and number < len(pieces) - 1:
+                raise OddAnnotations("commas")
+            entries = _loads(b"[" + text + b"]")
+            piece[0] = count
+            count += len(entries)
+            yield entries
+
+
+def _loads(text: bytes) -> Any:
+    if orjson is not None:
+        return orjson.loads(text)
+    return json.loads(text, parse_constant=_refuse)
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(name)
+
+
+# Images
+
+
+def _read_images(path, pieces: list[list[int]]) -> tuple[dict[str, np.ndarray], list]:
+    ids, names, sizes = [], [], []
+    for entries in _decoded(path, pieces):
+        ids += [entry["id"] for entry in entries]
+        names += [entry["file_name"] for entry in entries]
+        sizes += [stated_size(entry) or (0, 0) for entry in entries]
+    if any(file_name_problem(name) is not None for name in names):
+        raise OddAnnotations("file_name")
+    image_ids = _integers(ids)
+    order = np.argsort(image_ids, kind="stable")
+    image_ids = image_ids[order]
+    _all(np.diff(image_ids) > 0)
+    several = [[name, n] for name, n in Counter(names).items() if n > 1] if len(set(names)) < len(names) else []
+    encoded = [names[n].encode() for n in order.tolist()]
+    return {
+        "image_ids": image_ids,
+        "image_positions": order,
+        "stated": np.array(sizes, dtype=np.int64).reshape(-1, 2)[order],
+        "names": np.frombuffer(b"".join(encoded), dtype=np.uint8),
+        "name_ends": _ends([len(name) for name in encoded]),
+    }, [len(several), *several[:1]]
+
+
+# Annotations
+
+
+class _Annotations:
+    """Collects the columns of the pieces."""
+
+    def __init__(self, keep_polygons: Callable[[np.ndarray], None], lines: bool):
+        self.keep_polygons = keep_polygons
+        self.lines = lines
+        self.parts: dict[str, list[np.ndarray]] = {}
+        self.num_rings = self.num_rles = self.num_points = 0
+        self.has_segmentations = self.has_keypoints = False
+
+    def add(self, entries: list[dict]) -> None:
+        if not entries:
+            return
+        found = {name: _integers([entry[key] for entry in entries]) for name, key in
+                 (("ids", "id"), ("image_ids", "image_id"), ("category_ids", "category_id"))}  # fmt: skip
+        boxes = _rows([entry["line" if self.lines else "bbox"] for entry in entries], 4)
+        _all(np.abs(boxes) < LARGEST)
+        if self.lines:
+            found["lines"] = boxes
+            first, extent = boxes[:, :2], boxes[:, 2:]
+            boxes = np.hstack((np.minimum(first, first + extent), np.abs(extent)))
+        found["boxes"] = boxes
+        crowd = [entry.get("iscrowd", 0) for entry in entries]
+        _only(crowd, int)
+        if not set(crowd) <= {0, 1}:
+            raise OddAnnotations("iscrowd")
+        found["crowd"] = np.array(crowd, dtype=np.uint8)
+        found["areas"] = _areas(entries, boxes)
+        found |= self._segmentations(entries)
+        found |= self._keypoints(entries)
+        for name, values in found.items():
+            self.parts.setdefault(name, []).append(values)
+
+    def _segmentations(self, entries: list[dict]) -> dict[str, np.ndarray]:
+        count = len(entries)
+        kinds, shapes = np.zeros(count, dtype=np.uint8), np.zeros(count, dtype=np.int64)
+        numbers, lengths, owners = array("d"), [], []
+        rle_sizes, rle_lengths, rle_data = [], [], []
+        for row, entry in enumerate(entries):
+            if "segmentation" not in entry:
+                continue
+            segmentation = entry["segmentation"]
+            self.has_segmentations = True
+            if type(segmentation) is list and segmentation:
+                kinds[row], shapes[row] = POLYGONS, self.num_rings + len(lengths)
+                for ring in segmentation:
+                    numbers.fromlist(ring)  # TypeError: no list, or of something else than numbers
+                    lengths.append(len(ring))
+                    owners.append(row)
+            elif type(segmentation) is dict:
+                if rle_problem(segmentation, None) is not None:
+                    raise OddAnnotations("run-length encoding")
+                counts = segmentation["counts"]
+                kinds[row] = COMPRESSED if isinstance(counts, str) else RUNS
+                shapes[row] = self.num_rles + len(rle_sizes)
+                rle_sizes.append(segmentation["size"])
+                rle_data.append(counts.encode() if isinstance(counts, str) else np.array(counts, np.int64).tobytes())
+                rle_lengths.append(len(rle_data[-1]))
+            else:
+                raise OddAnnotations("segmentation")
+        values, counts = np.frombuffer(numbers, dtype=np.float64), np.array(lengths, dtype=np.int64)
+        reach = np.zeros(count)
+        if len(counts):
+            low, high, bad = judge_polygons(values, counts)
+            for ring in np.flatnonzero(bad & (counts >= 6)).tolist():
+                # The quick bound on its length is exceeded; the length itself may not be.
+                end = int(counts[: ring + 1].sum())
+                bad[ring] = polygon_problem(values[end - counts[ring] : end].tolist(), None) is not None
+            _all(~bad)
+            np.maximum.at(reach, owners, np.maximum(-low, high))
+            self.keep_polygons(values)
+        self.num_rings += len(lengths)
+        self.num_rles += len(rle_sizes)
+        return {
+            "kinds": kinds,
+            "shapes": shapes,
+            "rings": np.bincount(owners, minlength=count).astype(np.int32),
+            "reach": reach,
+            "ring_lengths": counts,
+            "rle_sizes": np.array(rle_sizes, dtype=np.int64).reshape(-1, 2),
+            "rle_lengths": np.array(rle_lengths, dtype=np.int64),
+            "rle_data": np.frombuffer(b"".join(rle_data), dtype=np.uint8),
+        }
+
+    def _keypoints(self, entries: list[dict]) -> dict[str, np.ndarray]:
+        having = [(row, entry["keypoints"]) for row, entry in enumerate(entries) if "keypoints" in entry]
+        counts = np.full(len(entries), -1, dtype=np.int32)
+        lists = [points for _, points in having]
+        _only(lists, list)
+        numbers = list(chain.from_iterable(lists))
+        _only(numbers, int, float)
+        counts[[row for row, _ in having]] = [len(points) for points in lists]
+        _all((counts % 3 == 0) | (counts == -1))
+        points = np.array(numbers, dtype=np.float64)
+        _all(np.abs(points) < LARGEST)
+        used = np.maximum(counts, 0)
+        starts = self.num_points + np.cumsum(used) - used
+        self.num_points += len(points)
+        self.has_keypoints |= bool(having)
+        return {"point_counts": counts, "point_starts": starts, "points": points}
+
+    def finish(self, columns: Columns) -> None:
+        """Adds the arrays of all annotations, in their order."""
+        arrays = columns.arrays
+        if not self.parts:
+            self.parts = {name: [values] for name, values in self._nothing().items()}
+        images = self._taken("image_ids")
+        index = np.searchsorted(arrays["image_ids"], images)
+        _all(index < len(arrays["image_ids"]))
+        _all(arrays["image_ids"][index] == images)
+        ids = np.sort(np.concatenate(self.parts["ids"]))
+        _all(np.diff(ids) > 0)
+        order = np.argsort(index, kind="stable")
+        arrays["offsets"] = _ends(np.bincount(index, minlength=len(arrays["image_ids"])))
+        arrays["positions"] = order
+        ring_lengths, rle_lengths = self._taken("ring_lengths"), self._taken("rle_lengths")
+        alone = ["points", "rle_sizes", "rle_data"]  # not one row for each annotation
+        skipped = [] if self.has_segmentations else ["kinds", "shapes", "rings", "reach", "rle_sizes", "rle_data"]
+        skipped += [] if self.has_keypoints else ["point_counts", "point_starts", "points"]
+        for name in list(self.parts):
+            values = self._taken(name)
+            if name not in skipped:
+                arrays[name] = values if name in alone else values[order]
+        if self.has_segmentations:
+            arrays["ring_ends"], arrays["rle_ends"] = _ends(ring_lengths), _ends(rle_lengths)
+        used, counts = np.unique(arrays["category_ids"], return_counts=True)
+        columns.meta["counts"] = list(zip(used.tolist(), counts.tolist(), strict=True))
+        columns.meta["has_id_0"] = bool(len(ids) and (ids == 0).any())
+        objects = arrays["crowd"] == 0
+        without = objects if not self.has_segmentations else objects & (arrays["kinds"] == NO_SEGMENTATION)
+        columns.meta["without_segmentation"] = bool(without.any())
+
+    def _taken(self, name: str) -> np.ndarray:
+        return np.concatenate(self.parts.pop(name))
+
+    def _nothing(self) -> dict[str, np.ndarray]:
+        whole = {name: np.zeros(0, dtype=np.int64) for name in ("ids", "image_ids", "category_ids")}
+        boxes = {name: np.zeros((0, 4)) for name in ("boxes", *(["lines"] if self.lines else []))}
+        rest = {"areas": np.zeros(0), "crowd": np.zeros(0, dtype=np.uint8)}
+        return whole | boxes | rest | self._segmentations([]) | self._keypoints([])
+
+
+def _areas(entries: list[dict], boxes: np.ndarray) -> np.ndarray:
+    missing = [row for row, entry in enumerate(entries) if "area" not in entry]
+    values = [entry.get("area", 0) for entry in entries]
+    _only(values, int, float)
+    areas = np.array(values, dtype=np.float64)
+    _all((areas >= 0) & (areas < LARGEST))
+    if missing:
+        made = np.maximum(boxes[missing, 2:], 0).prod(axis=1)
+        _all(made < 1 << 53)  # as exact as with integers
+        areas[missing] = made
+    return areas
+
+
+def _integers(values: list) -> np.ndarray:
+    _only(values, int)
+    return np.array(values, dtype=np.int64)
+
+
+def _rows(rows: list, width: int) -> np.ndarray:
+    _only(rows, list)
+    if not set(map(len, rows)) <= {width}:
+        raise OddAnnotations("length")
+    numbers = list(chain.from_iterable(rows))
+    _only(numbers, int, float)
+    return np.array(numbers, dtype=np.float64).reshape(-1, width)
+
+
+def _only(values: Iterable, *types: type) -> None:
+    if not set(map(type, values)) <= set(types):
+        raise OddAnnotations("type")
+
+
+def _all(good: np.ndarray) -> None:
+    if not good.all():
+        raise OddAnnotations("value")
+
+
+def _ends(lengths) -> np.ndarray:
+    """int64 [N + 1]: where each part starts, and where the last one ends."""
+    ends = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=ends[1:])
+    return ends
