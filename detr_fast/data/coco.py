@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,6 +179,11 @@ class CocoDetection(torchvision.datasets.CocoDetection):
     def file_name(self, index: int) -> str:
         """The json's ``file_name`` of an image."""
         return self._store.file_name(index)
+
+    def named(self) -> Iterator[dict[str, Any]]:
+        """Every image's "id" and "file_name"."""
+        for index in range(len(self)):
+            yield {"id": self._store.image_id(index), "file_name": self._store.file_name(index)}
 
     @property
     def can_plan(self) -> bool:

@@ -219,6 +219,8 @@ class CocoEvaluator:
         }
         if "segm" in self.iou_types:
             image = self.coco_gt.imgs[image_id]
+            from pycocotools import mask as mask_utils
+
             masks = [torch.from_numpy(mask_utils.decode(rle)) for rle in kept["rles"]]
             size = (image["height"], image["width"])
             result["masks"] = torch.stack(masks)[:, None] if masks else torch.zeros((0, 1, *size), dtype=torch.uint8)

@@ -125,7 +125,7 @@ class Boxes(Task):
         if not dataset.ids:
             raise ValueError(f"{annotations}: there are no images")
         if not config.allow_outside:
-            refuse_outside(images, dataset.coco.imgs.values(), annotations)
+            refuse_outside(images, dataset.named(), annotations)
         dataset.check_files()
         return dataset
 

@@ -120,7 +120,7 @@ class Lines(Task):
             cache_dir=config.cache_dir,
         )
         if not config.allow_outside:
-            refuse_outside(images, dataset.coco.imgs.values(), annotations)
+            refuse_outside(images, dataset.named(), annotations)
         dataset.check_files()
         return dataset
 
