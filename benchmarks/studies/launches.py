@@ -37,6 +37,7 @@ from detr_fast.criterion import HungarianMatcher
 from detr_fast.data import PackedBatch
 from detr_fast.data.prefetch import copy_batch
 from detr_fast.models import build_model
+from detr_fast.nested_tensor import NestedTensor
 from detr_fast.training import engine
 from detr_fast.training.log import Metrics
 from detr_fast.training.step import PRECISIONS, build_step
@@ -57,7 +58,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "launches.json"
 # Kernels of an operator where they are more than one.
 _KERNELS = {
     "detr_fast::attention_backward": 2,
-    "detr_fast::folded_conv_backward": 2,
+    "detr_fast::folded_conv": 2,  # the folded weight, and one kernel for the rest
+    "detr_fast::folded_conv_backward": 4,  # the folded weight, two gradients, and the unfolded weight's
     "aten::native_layer_norm_backward": 2,
     "aten::convolution_backward": 2,
 }
@@ -314,6 +316,33 @@ def count(shape: BatchShape, precision: str = "bf16", flags: tuple[str, ...] = (
         with counter:
             engine.run_epoch(step, loader, 0, print_freq=10**6)
     return counter
+
+
+def kept_per_pixel(config: Config, size: tuple[int, int]) -> float:
+    """Bytes that autograd keeps of a forward pass, per pixel of another image of `size` (height, width)."""
+    device, kept = torch.device("cuda"), []
+    with pretended_gpu():
+        with device:
+            model, _, _ = build_model(config)
+        own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        for batch in (1, 2):
+            storages = {}
+
+            def keep(tensor: Tensor, storages=storages) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in own:
+                    storages[storage._cdata] = storage
+                return tensor
+
+            images = torch.empty(batch, 3, *size, dtype=PRECISIONS[config.precision], device=device)
+            samples = NestedTensor(images, torch.empty(batch, *size, dtype=torch.bool, device=device))
+            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+            enabled = config.precision != "fp32"
+            with hooks, torch.autocast("cuda", PRECISIONS[config.precision], enabled=enabled):
+                out = model.train()(samples)
+            kept.append(sum(storage.nbytes() for storage in storages.values()))
+            del out
+    return (kept[1] - kept[0]) / (size[0] * size[1])
 
 
 def totals(counter: Counter) -> dict[str, dict[str, int]]:

@@ -46,8 +46,8 @@ class ModelEma:
         self._copy_buffers(model.state_dict())
 
     def _copy_buffers(self, current: Mapping[str, Tensor]) -> None:
-        for name in self._copied:
-            self.values[name].copy_(current[name])
+        if self._copied:
+            torch._foreach_copy_([self.values[name] for name in self._copied], [current[name] for name in self._copied])
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:

@@ -39,6 +39,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping) -> None:
     # torch takes these settings from the state dict and moves the step counters accordingly.
     groups = [dict(group, fused=True, foreach=None) for group in state["param_groups"]]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    # The fused step wants averages laid out as their parameters, which the machine that saved them may not have had.
+    for parameter, averages in optimizer.state.items():
+        for name, value in averages.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                averages[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimisationConfig, steps_per_epoch: int) -> LRScheduler:

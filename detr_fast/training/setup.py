@@ -5,7 +5,9 @@ Source: facebookresearch/detr, main.py.
 
 import os
 import random
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +34,10 @@ def start(config: Config, training: bool = False) -> tuple[Config, torch.device]
 
     Args:
         config: of the run.
-        training: choose for a GPU's training what is left to be chosen; otherwise as it is without a GPU.
+        training: leave open, for `chosen_for_gpu`, what depends on a GPU that trains; otherwise it is chosen here.
 
     Returns:
-        The configuration with the device and everything else that was chosen, and that device.
+        The configuration with the device and what else was chosen, and that device.
 
     Raises:
         UsageError: a device or number of processes that there is not.
@@ -64,13 +66,27 @@ def start(config: Config, training: bool = False) -> tuple[Config, torch.device]
     random.seed(seed)
     if config.preset:
         say(say_preset(config))
-    config = chosen_for_gpu(config, device) if training and device.type == "cuda" else without_auto(config)
-    say(f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, {config.precision}")
+    if not training or device.type == "cpu":
+        config = without_auto(config)
+    name_of_device = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    say(f"device: {name_of_device}" + ("" if config.precision == "auto" else f", {config.precision}"))
     return replace(config, device=name), device
 
 
-def chosen_for_gpu(config: Config, device: torch.device) -> Config:
-    """What is left to be chosen ("auto"), for training on the GPU `device`; each choice is said with its flag."""
+def chosen_for_gpu(config: Config, device: torch.device, earlier: Mapping[str, Any]) -> Config:
+    """What is left to be chosen ("auto"), for training on the GPU `device`; each choice is said with its flag.
+
+    Args:
+        config: of the run.
+        device: a GPU.
+        earlier: settings of the checkpoint that the run continues, whose precision and batch size stay.
+    """
+    if config.precision == "auto" and "precision" in earlier:
+        config = replace(config, precision=earlier["precision"])
+        say(f"precision: {config.precision}, as before (--precision)")
+    if config.batch_size is None and "batch_size" in earlier:
+        config = replace(config, batch_size=earlier["batch_size"])
+        say(f"batch: {config.batch_size} images per process, as before (--batch_size)")
     if config.precision == "auto":
         config = replace(config, precision="bf16" if torch.cuda.is_bf16_supported() else "fp32")
         say(f"precision: {config.precision}, which this GPU computes in (--precision)")
@@ -106,7 +122,7 @@ def batch_size_for(config: Config, memory: int) -> int:
 def kept_per_pixel(config: Config) -> float:
     """About the bytes that a step keeps for its backward pass, per pixel of the batch.
 
-    Counted on tensors without values, in bf16 at 832 x 1344, as what autograd saves; tests/training/test_chosen.py
+    Counted on tensors without values, in bf16 at 832 x 1344, as what autograd saves; tests/training/test_step.py
     counts again.
     """
     kept = _KEPT.get(config.backbone, max(_KEPT.values()))

@@ -17,7 +17,7 @@ from detr_fast.training.regions import compile_regions
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass
+@dataclass(eq=False)
 class TrainingStep:
     """All that a step needs. `losses` and a backward pass, then `optimizer_step`.
 

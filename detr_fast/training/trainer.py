@@ -40,7 +40,7 @@ from detr_fast.training.folder import check_space, is_full, locked, megabytes, r
 from detr_fast.training.interrupt import GO_ON, SAVE, Interruption, ignore_signals, signal_of
 from detr_fast.training.log import Metrics, RunLog
 from detr_fast.training.optim import build_scheduler, load_optimizer, steps_every
-from detr_fast.training.setup import build, loader_for, size_divisor, start, with_norm
+from detr_fast.training.setup import build, chosen_for_gpu, loader_for, size_divisor, start, with_norm
 from detr_fast.training.step import build_step, distributed
 
 _SAMPLE_THRESHOLD = 0.5  # lowest score of what is drawn in samples/
@@ -94,10 +94,10 @@ class Trainer:
         self.dataset_val: Any = self.task.build_dataset("val", config, categories=self.categories, uint8=True)
         self.annotations = self.task.annotations(self.dataset_val, config)
         config = replace(config, **self.task.classes(self.dataset_train))
+        config, checkpoint = self._resume_from(config)
         self.loader_train = loader_for(self.task, self.dataset_train, config, train=True)
         self.loader_val = loader_for(self.task, self.dataset_val, config, train=False)
         self.loader_train.worker_init_fn = self.loader_val.worker_init_fn = ignore_signals
-        config, checkpoint = self._resume_from(config)
         self.config = config = with_norm(config)
         weights = _read_weights(config.weights) if config.weights and checkpoint is None else None
         frozen = _read_weights(config.frozen_weights) if config.frozen_weights and checkpoint is None else None
@@ -391,16 +391,18 @@ class Trainer:
         barrier()
 
     def _resume_from(self, config: Config) -> tuple[Config, dict | None]:
-        """The checkpoint to continue from, or None, and the configuration with its path."""
+        """The checkpoint to continue from, or None, and the configuration with its path and with everything chosen."""
         path: str | Path = config.resume
         if path == "auto":
             path = self.output_dir / "checkpoint.pth"
             if not path.is_file():
                 say(f"--resume auto: there is no {path} yet, starting anew")
-                return config, None
-        if not path:
+                path = ""
+        checkpoint = read_checkpoint(path) if path else None
+        if self.device.type == "cuda":
+            config = chosen_for_gpu(config, self.device, {} if checkpoint is None else checkpoint.get("args", {}))
+        if checkpoint is None:
             return config, None
-        checkpoint = read_checkpoint(path)
         config = replace(config, resume=str(path))
         if config.backbone_norm is None:
             config = replace(config, backbone_norm=checkpoint.get("args", {}).get("backbone_norm"))

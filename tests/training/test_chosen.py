@@ -65,13 +65,13 @@ def test_on_a_cpu_everything_left_open_is_the_originals():
 def gpu(monkeypatch):
     """A GPU with so much memory, and a machine with so many cores, to choose for."""
 
-    def choose(config, gib=80.0, cores=32, processes=1, bf16=True):
+    def choose(config, gib=80.0, cores=32, processes=1, bf16=True, earlier=()):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, int(gib * GIB)))
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         monkeypatch.setattr(setup, "get_world_size", lambda: processes)
-        return setup.chosen_for_gpu(config, torch.device("cuda"))
+        return setup.chosen_for_gpu(config, torch.device("cuda"), dict(earlier))
 
     return choose
 
@@ -93,6 +93,15 @@ def test_what_was_given_is_not_chosen(gpu, capsys):
     assert gpu(given) == given and capsys.readouterr().out == ""
     original = Config(preset="original")
     assert gpu(original) == original
+
+
+def test_a_continued_run_keeps_precision_and_batch(gpu, capsys):
+    earlier = {"precision": "fp32", "batch_size": 2, "num_workers": 2}
+    config = gpu(Config(), earlier=earlier)
+    assert (config.precision, config.batch_size, config.num_workers) == ("fp32", 2, 8)
+    said = capsys.readouterr().out
+    assert "precision: fp32, as before (--precision)" in said and "2 images per process, as before" in said
+    assert gpu(Config(precision="bf16", batch_size=4), earlier=earlier).batch_size == 4
 
 
 def test_the_batch_is_the_originals_over_the_processes_as_far_as_it_fits(gpu):
