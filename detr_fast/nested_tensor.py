@@ -20,13 +20,19 @@ class NestedTensor:
     Args:
         tensors: [B, ..., H, W], usually images or feature maps [B, C, H, W].
         mask: [B, H, W] bool on the same device, True = padding; or None where nobody needs it.
+        no_padding: the mask is known to be all False, without reading it. Then it may be None: it is made when somebody
+            asks for it.
+
+    Attributes:
+        no_padding: as given, until somebody asks for the mask, and may write in it. A model that knows computes without
+            a mask.
 
     Raises:
         ValueError: a mask of another shape or on another device.
         TypeError: `tensors` is not a tensor, the mask is not a bool tensor.
     """
 
-    def __init__(self, tensors: Tensor, mask: Tensor | None):
+    def __init__(self, tensors: Tensor, mask: Tensor | None, *, no_padding: bool = False):
         if not isinstance(tensors, Tensor):
             raise TypeError(f"tensors is a {type(tensors).__name__}; expected a tensor [B, C, H, W]")
         if mask is not None:
@@ -42,7 +48,23 @@ class NestedTensor:
             if mask.device != tensors.device:
                 raise ValueError(f"mask is on {mask.device}, tensors on {tensors.device}; expected one device")
         self.tensors = tensors
-        self.mask = mask
+        self._mask = mask
+        self.no_padding = no_padding
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[B, H, W] bool, True = padding, or None."""
+        if self.no_padding:
+            if self._mask is None:
+                shape = (*self.tensors.shape[:1], *self.tensors.shape[-2:])
+                self._mask = torch.zeros(shape, dtype=torch.bool, device=self.tensors.device)
+            self.no_padding = False
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor | None) -> None:
+        self._mask = mask
+        self.no_padding = False
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "NestedTensor":
         """Both parts on `device`; `non_blocking` from pinned memory does not wait for the copy."""
@@ -55,8 +77,8 @@ class NestedTensor:
     def record_stream(self, stream: torch.Stream) -> None:
         """Tells the allocator that `stream` uses both parts (see `torch.Tensor.record_stream`)."""
         self.tensors.record_stream(stream)
-        if self.mask is not None:
-            self.mask.record_stream(stream)
+        if self._mask is not None:
+            self._mask.record_stream(stream)
 
     def decompose(self) -> tuple[Tensor, Tensor | None]:
         """(tensors, mask)"""
@@ -66,12 +88,18 @@ class NestedTensor:
         return str(self.tensors)
 
     def _map(self, function) -> "NestedTensor":
-        return NestedTensor(function(self.tensors), None if self.mask is None else function(self.mask))
+        mask = None if self._mask is None or self.no_padding else function(self._mask)
+        return NestedTensor(function(self.tensors), mask, no_padding=self.no_padding)
 
 
 def is_nested_tensor(value) -> bool:
     """Whether it is a batch with a mask: ours, or the class of code that carries a copy of the original's."""
-    return hasattr(value, "tensors") and hasattr(value, "mask")
+    return isinstance(value, NestedTensor) or (hasattr(value, "tensors") and hasattr(value, "mask"))
+
+
+def is_unpadded(nested) -> bool:
+    """Whether a batch, ours or another's, is known to have no padding."""
+    return getattr(nested, "no_padding", False)
 
 
 def nested_tensor_from_tensor_list(
@@ -96,13 +124,14 @@ def nested_tensor_from_tensor_list(
     is_batch = isinstance(tensor_list, Tensor) and tensor_list.ndim == 4 and tensor_list.shape[0] > 0
     if is_batch and mean is std is dtype is None and not channels_last and size_divisor == 1:
         # Without a loop over the batch, so that torch.compile and torch.export can leave its size open.
-        batch, _, height, width = tensor_list.shape
-        return NestedTensor(tensor_list, tensor_list.new_zeros((batch, height, width), dtype=torch.bool))
-    return NestedTensor(
-        *pad_collate(
-            tensor_list, mean=mean, std=std, dtype=dtype, channels_last=channels_last, size_divisor=size_divisor
-        )
+        return NestedTensor(tensor_list, None, no_padding=True)
+    tensors, mask = pad_collate(
+        tensor_list, mean=mean, std=std, dtype=dtype, channels_last=channels_last, size_divisor=size_divisor
     )
+    # A compiled graph is for images of any sizes, also of the same.
+    if not torch.compiler.is_compiling() and all(image.shape[-2:] == tensors.shape[-2:] for image in tensor_list):
+        return NestedTensor(tensors, None, no_padding=True)
+    return NestedTensor(tensors, mask)
 
 
 def collate_fn(batch: Sequence[tuple]) -> tuple:

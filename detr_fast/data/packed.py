@@ -45,7 +45,10 @@ class PackedBatch:
 
     def padded(self) -> NestedTensor:
         """The images normalised, padded and cast, on the buffer's device: the second half of ``to``."""
-        return NestedTensor(*pad_collate_packed(self.buffer, self.header, **self.options))
+        tensors, mask = pad_collate_packed(self.buffer, self.header, **self.options)
+        # Known from the header, which is on the CPU: nothing waits for the GPU.
+        sizes = self.header[:, 2:4].tolist()
+        return NestedTensor(tensors, mask, no_padding=all(size == list(tensors.shape[-2:]) for size in sizes))
 
     def padding(self) -> float:
         """The share of padded pixels of the batch that ``to`` makes, from the header alone."""

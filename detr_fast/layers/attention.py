@@ -17,8 +17,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     `key_padding_mask` compute the [Lq, Lk] matrix in plain PyTorch. A module with a forward hook gives weights unless
     told not to: code written for `nn.MultiheadAttention` reads them there. A row without a valid key gives zeros before
     the output projection, where `nn.MultiheadAttention` gives NaN. The fused dropout rate is the multiple of 1/256
-    nearest to `dropout` (`detr_fast.ops.applied_dropout`). A `query_padding_mask` saves the time of the padded queries'
-    rows; the detectors here pass one where nobody reads those rows.
+    nearest to `dropout` (`detr_fast.ops.applied_dropout`).
 
     Args:
         embed_dim: E, width of the queries and of the output; a multiple of `num_heads`.
@@ -31,11 +30,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         batch_first: inputs and output are [B, L, E], otherwise [L, B, E].
         device, dtype: of the parameters.
 
+    Attributes:
+        skip_padded_queries: in self-attention, leave out the queries that a bool `key_padding_mask` says are padding,
+            which saves their time: they are zeros before the output projection, and their weights are zeros. For
+            tokens that nobody reads; False unless set.
+
     Raises:
         ValueError: `embed_dim` is not a positive multiple of `num_heads`; `dropout` is outside 0..1.
 
     Source: Vaswani et al. 2017, section 3.2.2; `torch.nn.MultiheadAttention`.
     """
+
+    # Of the class, so that modules pickled before there was one have it.
+    skip_padded_queries = False
 
     def __init__(
         self,
@@ -69,8 +76,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-        *,
-        query_padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
@@ -84,17 +89,15 @@ class MultiheadAttention(nn.MultiheadAttention):
             attn_mask: [Lq, Lk] or [B * H, Lq, Lk]; bool, True = may not attend, or float, added to the scores.
             average_attn_weights: return the weights' mean over the heads.
             is_causal: a hint that `attn_mask` is causal; changes nothing, and is an error without an `attn_mask`.
-            query_padding_mask: [B, Lq], or [Lq] without a batch; bool, True = padding. The rows of padded queries are
-                not computed: they are zeros before the output projection, and their weights are zeros.
 
         Returns:
             The output, shaped as `query`; and the weights after dropout, [B, Lq, Lk] or [B, H, Lq, Lk], without B
             where the inputs have none; None without `need_weights`.
 
         Raises:
-            TypeError: an input or a mask is not a tensor; a mask is neither bool nor floating point, or, for
-                `query_padding_mask`, not bool.
-            ValueError: shapes do not fit together; `is_causal` without `attn_mask`.
+            TypeError: an input or a mask is not a tensor; a mask is neither bool nor floating point.
+            ValueError: shapes do not fit together; `is_causal` without `attn_mask`; with `skip_padded_queries`, a
+                number of queries other than that of the keys.
         """
         if need_weights is None:
             need_weights = bool(self._forward_hooks)
@@ -103,8 +106,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         batched = self._check_inputs(query, key, value)
         q, k, v = self._project(query, key, value, batched)  # each [B, H, L, D]
         batch, heads, q_len, _ = q.shape
-        key_padding_mask = _check_padding("key_padding_mask", key_padding_mask, batch, k.shape[2], batched)
-        query_padding_mask = _check_padding("query_padding_mask", query_padding_mask, batch, q_len, batched, False)
+        key_padding_mask = _check_padding(key_padding_mask, batch, k.shape[2], batched)
+        query_padding_mask = self._query_padding(key_padding_mask, q_len)
         attn_mask = _check_attn_mask(attn_mask, batch, heads, q_len, k.shape[2])
         k, v, key_padding_mask, attn_mask = self._append_keys(k, v, key_padding_mask, attn_mask)
 
@@ -179,6 +182,17 @@ class MultiheadAttention(nn.MultiheadAttention):
             heads += x.permute(2, 0, 3, 1, 4).unbind(0)  # [B, L, size, H, D] to [B, H, L, D] each
         return heads
 
+    def _query_padding(self, key_padding_mask: Tensor | None, q_len: int) -> Tensor | None:
+        """The queries [B, Lq] that are left out."""
+        if not self.skip_padded_queries or key_padding_mask is None or key_padding_mask.dtype != torch.bool:
+            return None
+        if key_padding_mask.shape[1] != q_len:
+            raise ValueError(
+                f"skip_padded_queries is set, with {q_len} queries and {key_padding_mask.shape[1]} keys; expected "
+                "self-attention"
+            )
+        return key_padding_mask
+
     def _append_keys(self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None):
         """Append the learned key and value and those of zeros, which every query may attend to."""
         extra = []
@@ -202,19 +216,16 @@ def _check_tensors(**tensors) -> None:
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
 
 
-def _check_padding(
-    name: str, mask: Tensor | None, batch: int, length: int, batched: bool, takes_float: bool = True
-) -> Tensor | None:
-    """The padding mask as [B, L]."""
+def _check_padding(mask: Tensor | None, batch: int, length: int, batched: bool) -> Tensor | None:
+    """The key padding mask as [B, L]."""
     if mask is None:
         return None
-    _check_tensors(**{name: mask})
-    if mask.dtype != torch.bool and not (takes_float and mask.is_floating_point()):
-        expected = "bool (True = padding)" + (" or floating point" if takes_float else "")
-        raise TypeError(f"{name} has dtype {mask.dtype}; expected {expected}")
+    _check_tensors(key_padding_mask=mask)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"key_padding_mask has dtype {mask.dtype}; expected bool (True = padding) or floating point")
     expected = (batch, length) if batched else (length,)
     if mask.shape != expected:
-        raise ValueError(f"{name} has shape {list(mask.shape)}; expected {list(expected)}")
+        raise ValueError(f"key_padding_mask has shape {list(mask.shape)}; expected {list(expected)}")
     return mask if batched else mask.unsqueeze(0)
 
 

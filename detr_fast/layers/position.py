@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from detr_fast.nested_tensor import is_nested_tensor
-from detr_fast.ops.sine_position import check_num_pos_feats, sine_position
+from detr_fast.ops.sine_position import check_num_pos_feats, sine_position, sine_position_without_padding
 
 
 def _check_nested(tensor_list) -> None:
@@ -85,6 +85,15 @@ class PositionEmbeddingSine(nn.Module):
             mask, size, self.num_pos_feats, self.temperature, self.normalize, scale, dtype, layout=layout
         )
 
+    def without_padding(self, features: torch.Tensor) -> torch.Tensor:
+        """Embedding of features [B, C, h, w] without padding, in their dtype: [B, h * w, 2F], all images in one memory.
+
+        The same numbers as those of a mask without a True. Not to be written to.
+        """
+        scale = self.scale if self.normalize else None
+        pos = sine_position_without_padding(features, self.num_pos_feats, self.temperature, self.normalize, scale)
+        return pos.expand(features.shape[0], -1, -1)
+
 
 class PositionEmbeddingLearned(nn.Module):
     """Learned embedding of the row and the column, up to 50 of each.
@@ -134,6 +143,11 @@ class PositionEmbeddingLearned(nn.Module):
             mask = F.interpolate(mask[:, None].float(), size=tuple(size))[:, 0].to(torch.bool)
         pos = self._embed(*mask.shape).to(dtype)
         return (pos.flatten(2).transpose(1, 2).contiguous() if layout == "tokens" else pos), mask
+
+    def without_padding(self, features: torch.Tensor) -> torch.Tensor:
+        """As `PositionEmbeddingSine.without_padding`, in memory of its own."""
+        batch, _, height, width = features.shape
+        return self._embed(batch, height, width).to(features.dtype).flatten(2).transpose(1, 2).contiguous()
 
     def _embed(self, batch: int, height: int, width: int) -> torch.Tensor:
         if height > 50 or width > 50:

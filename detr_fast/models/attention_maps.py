@@ -24,7 +24,7 @@ class AttentionMaps:
         decoder_self: of each decoder layer [B, Q, Q]: among the queries.
         decoder: of each decoder layer [B, Q, L]: from the queries to the pixels.
         size: (h, w) of the feature map.
-        mask: [B, h, w] bool, True = padding. The weights from padded pixels mean nothing.
+        mask: [B, h, w] bool, True = padding, or None for no padding. The weights from padded pixels mean nothing.
     """
 
     def __init__(self) -> None:

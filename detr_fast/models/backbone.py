@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d, PositionEmbeddingLearned, PositionEmbeddingSine
 from detr_fast.layers.norm import frozen_affines
 from detr_fast.models.weights import load_file, load_url
-from detr_fast.nested_tensor import NestedTensor, is_nested_tensor
+from detr_fast.nested_tensor import NestedTensor, is_nested_tensor, is_unpadded
 from detr_fast.ops.folded_conv import Affine, folded_conv
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -197,12 +197,13 @@ class BackboneBase(nn.Module):
             TypeError, ValueError: see `check_samples`.
         """
         check_samples(tensor_list)
+        no_padding = is_unpadded(tensor_list)
         out = {}
         for name, x in self.body(tensor_list.tensors).items():
             mask = None
-            if masks:
+            if masks and not no_padding:
                 mask = F.interpolate(tensor_list.mask[None].float(), size=x.shape[-2:]).to(torch.bool)[0]
-            out[name] = NestedTensor(x, mask)
+            out[name] = NestedTensor(x, mask, no_padding=no_padding)
         return out
 
 
@@ -313,11 +314,14 @@ def check_samples(samples: NestedTensor) -> None:
     """
     if not is_nested_tensor(samples):
         raise TypeError(f"expected a NestedTensor, got {type(samples).__name__}")
-    images, mask = samples.tensors, samples.mask
+    images = samples.tensors
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"images are {list(images.shape)}; expected [B, 3, H, W]")
     if not images.is_floating_point():
         raise TypeError(f"images are {images.dtype}; expected floating point, normalised")
+    if is_unpadded(samples):
+        return
+    mask = samples.mask
     if mask is None or mask.dtype != torch.bool:
         raise TypeError(f"the mask is {None if mask is None else mask.dtype}; expected torch.bool, True = padding")
     batch, _, height, width = images.shape
@@ -359,9 +363,12 @@ class Joiner(nn.Sequential):
             x = feature.tensors
             if fused:
                 size = x.shape[-2:]
-                tokens, feature.mask = position_embedding.from_mask(
-                    tensor_list.mask, size, dtype=x.dtype, layout="tokens"
-                )
+                if is_unpadded(feature):
+                    tokens = position_embedding.without_padding(x)
+                else:
+                    tokens, feature.mask = position_embedding.from_mask(
+                        tensor_list.mask, size, dtype=x.dtype, layout="tokens"
+                    )
                 # A [B, C, h, w] view of [B, h*w, C]: the transformer flattens it to tokens without a copy.
                 positions.append(tokens.transpose(1, 2).unflatten(2, size))
             else:

@@ -5,11 +5,10 @@ Source: facebookresearch/detr, models/detr.py.
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from detr_fast.layers import MLP
-from detr_fast.models.transformer import without_padded_memory
+from detr_fast.models.transformer import mask_for, set_skip_padded_queries
 from detr_fast.nested_tensor import NestedTensor, is_nested_tensor, nested_tensor_from_tensor_list
 
 
@@ -18,9 +17,8 @@ class DETR(nn.Module):
 
     Args:
         backbone: NestedTensor → (features, positions) as `Joiner`, with an attribute `num_channels`.
-        transformer: as `Transformer`, with an attribute `d_model`. What its memory holds under the mask is not read:
-            where its forward has the keyword `padded_memory`, it is False, so that the encoder's attention leaves out
-            padded pixels.
+        transformer: as `Transformer`, with an attribute `d_model`. What its memory holds under the mask is not read,
+            so its encoder's attentions get `skip_padded_queries`, unless a subclass or another's part may read it.
         num_classes: number of classes without no-object; with COCO's category ids the highest id + 1 = 91.
         num_queries: the most objects that can be found in one image.
         aux_loss: return the outputs of the earlier decoder layers too.
@@ -39,6 +37,7 @@ class DETR(nn.Module):
         self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, kernel_size=1)
         self.backbone = backbone
         self.aux_loss = aux_loss
+        set_skip_padded_queries(transformer, self)
 
     def forward(self, samples: NestedTensor | Tensor | Sequence[Tensor]) -> dict:
         """Detections of a batch.
@@ -58,11 +57,9 @@ class DETR(nn.Module):
         """
         samples = as_nested(samples)
         features, positions = self.backbone(samples)
-        src, mask = features[-1].decompose()
+        src, mask = features[-1].tensors, mask_for(self.transformer, features[-1])
         query_embed = self.query_embed.weight
-        return self.outputs(
-            without_padded_memory(self.transformer, self.input_proj(src), mask, query_embed, positions[-1])[0]
-        )
+        return self.outputs(self.transformer(self.input_proj(src), mask, query_embed, positions[-1])[0])
 
     def outputs(self, hs: Tensor) -> dict:
         """What `forward` returns, from the decoder's outputs hs [layers, B, num_queries, d_model]."""
@@ -108,12 +105,11 @@ def aux_outputs(logits: Tensor, values: Tensor, name: str) -> list[dict[str, Ten
 
 
 def as_nested(samples: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTensor:
-    """A batch as `DETR.forward` takes it: as it is, with an empty mask, or padded; see there."""
+    """A batch as `DETR.forward` takes it: as it is, without padding, or padded; see there."""
     if isinstance(samples, Tensor):
         if samples.dim() != 4:
             raise ValueError(f"images are {list(samples.shape)}; expected [B, 3, H, W], or a list of [3, H, W]")
-        mask = torch.zeros(samples.shape[0], *samples.shape[2:], dtype=torch.bool, device=samples.device)
-        samples = NestedTensor(samples, mask)
+        samples = NestedTensor(samples, None, no_padding=True)
     elif isinstance(samples, (list, tuple)):
         samples = nested_tensor_from_tensor_list(samples)
     elif not is_nested_tensor(samples):

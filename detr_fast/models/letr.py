@@ -22,7 +22,7 @@ from detr_fast.models import transformer as detr_transformer
 from detr_fast.models.backbone import Joiner
 from detr_fast.models.detr import as_nested, aux_outputs, head_outputs
 from detr_fast.models.segmentation import keep_batch_norm_statistics
-from detr_fast.models.transformer import without_padded_memory
+from detr_fast.models.transformer import mask_for, set_skip_padded_queries
 from detr_fast.nested_tensor import NestedTensor
 
 # LETR has these names beside the model; here they live in rooms above it.
@@ -44,10 +44,10 @@ class Transformer(detr_transformer.Transformer):
     """DETR's transformer, returning the memory as LETR does: [L, B, C]."""
 
     def forward(
-        self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor, *, padded_memory: bool = True
+        self, src: Tensor, mask: Tensor | None, query_embed: Tensor, pos_embed: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `detr_fast.models.Transformer.forward`; returns hs [layers, B, Q, C] and memory [h*w, B, C]."""
-        hs, memory = super().forward(src, mask, query_embed, pos_embed, padded_memory=padded_memory)
+        hs, memory = super().forward(src, mask, query_embed, pos_embed)
         return hs, memory.flatten(2).permute(2, 0, 1)
 
 
@@ -57,17 +57,16 @@ class StackTransformer(Transformer):
     def forward(
         self,
         src: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         query_embed: Tensor,
         pos_embed: Tensor,
         *,
         need_weights: bool = False,
-        padded_memory: bool = True,
     ) -> tuple[Tensor, Tensor, list[Tensor] | None]:
         """As `Transformer.forward`, and attention weights.
 
         Args:
-            src, mask, pos_embed, padded_memory: as there.
+            src, mask, pos_embed: as there.
             query_embed: [B, Q, C], one embedding for each query of each image.
             need_weights: return the decoder's attention to the memory, which takes the slower reference path.
 
@@ -76,14 +75,14 @@ class StackTransformer(Transformer):
             heads; None without `need_weights`.
         """
         if not need_weights:
-            return *super().forward(src, mask, query_embed, pos_embed, padded_memory=padded_memory), None
+            return *super().forward(src, mask, query_embed, pos_embed), None
         weights, handles = [], []
         for layer in self.decoder.layers:
             attention = layer.multihead_attn
             handles.append(attention.register_forward_pre_hook(_with_weights, with_kwargs=True))
             handles.append(attention.register_forward_hook(lambda module, args, out: weights.append(out[1])))
         try:
-            hs, memory = super().forward(src, mask, query_embed, pos_embed, padded_memory=padded_memory)
+            hs, memory = super().forward(src, mask, query_embed, pos_embed)
         finally:
             for handle in handles:
                 handle.remove()
@@ -131,6 +130,7 @@ class LETR(nn.Module):
         self.backbone = backbone
         self.aux_loss = aux_loss
         self.args = args
+        set_skip_padded_queries(transformer, self)
 
     def forward(
         self,
@@ -159,10 +159,11 @@ class LETR(nn.Module):
 
     def decode(self, features: Sequence[NestedTensor], positions: Sequence[Tensor]) -> Tensor:
         """The decoder's outputs [layers, B, Q, C] from the backbone's levels."""
-        src, mask = features[self.args.layer1_num].decompose()
+        level = features[self.args.layer1_num]
+        src, mask = level.tensors, mask_for(self.transformer, level)
         position = positions[self.args.layer1_num]
         query_embed = self.query_embed.weight
-        return without_padded_memory(self.transformer, self.input_proj(src), mask, query_embed, position)[0]
+        return self.transformer(self.input_proj(src), mask, query_embed, position)[0]
 
 
 class LETRstack(nn.Module):
@@ -207,6 +208,8 @@ class LETRstack(nn.Module):
         self.lines_embed = MLP(hidden_dim, hidden_dim, 4, 3)
         self.aux_loss = args.aux_loss
         self.args = args
+        set_skip_padded_queries(self.transformer, self)
+        set_skip_padded_queries(letr.transformer, self, letr)
         # They would get no gradients, for which DistributedDataParallel waits.
         letr.class_embed.requires_grad_(False)
         letr.lines_embed.requires_grad_(False)
@@ -234,9 +237,10 @@ class LETRstack(nn.Module):
         """
         features, positions = self.backbone(as_nested(samples))
         query_embed = self.letr.decode(features, positions)[-1]
-        src, mask = features[self.args.layer2_num].decompose()
+        level = features[self.args.layer2_num]
+        src, mask = level.tensors, mask_for(self.transformer, level)
         position = positions[self.args.layer2_num]
-        hs = without_padded_memory(self.transformer, self.input_proj(src), mask, query_embed, position)[0]
+        hs = self.transformer(self.input_proj(src), mask, query_embed, position)[0]
         return _line_outputs(self, hs), None
 
 

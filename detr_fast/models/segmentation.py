@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from detr_fast.models.backbone import Joiner
 from detr_fast.models.detr import DETR, as_nested
-from detr_fast.models.transformer import without_padded_memory
+from detr_fast.models.transformer import mask_for, set_skip_padded_queries
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.ops import joint_softmax
 
@@ -48,6 +48,8 @@ class DETRsegm(nn.Module):
         hidden_dim, nheads = detr.transformer.d_model, detr.transformer.nhead
         self.bbox_attention = MHAttentionMap(hidden_dim, hidden_dim, nheads, dropout=0.0)
         self.mask_head = MaskHeadSmallConv(hidden_dim + nheads, _fpn_dims(detr.backbone), hidden_dim)
+        # The attention map masks the memory as every attention does, and the convolutions read the features.
+        set_skip_padded_queries(detr.transformer, self, detr)
 
     def train(self, mode: bool = True) -> "DETRsegm":
         """Training or evaluation mode; a frozen detector's batch norms stay in evaluation mode."""
@@ -74,11 +76,10 @@ class DETRsegm(nn.Module):
         # The mask head reads no positions: those of the first three levels need not exist.
         options = {"last_only": True} if isinstance(backbone, Joiner) else {}
         features, positions = backbone(samples, **options)
-        src, mask = features[-1].decompose()
-        src = self.detr.input_proj(src)
+        mask = mask_for(self.detr.transformer, features[-1])
+        src = self.detr.input_proj(features[-1].tensors)
         query_embed = self.detr.query_embed.weight
-        # The attention map masks the memory as every attention does, and the convolutions read `src`.
-        hs, memory = without_padded_memory(self.detr.transformer, src, mask, query_embed, positions[-1])
+        hs, memory = self.detr.transformer(src, mask, query_embed, positions[-1])
         out = self.detr.outputs(hs)
         bbox_mask = self.bbox_attention(hs[-1], memory, mask=mask)
         levels = [feature.tensors for feature in _three(features)]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_fast.layers import MultiheadAttention
+from detr_fast.nested_tensor import NestedTensor, is_unpadded
 
 
 class Transformer(nn.Module):
@@ -65,21 +66,20 @@ class Transformer(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     def forward(
-        self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor, *, padded_memory: bool = True
+        self, src: Tensor, mask: Tensor | None, query_embed: Tensor, pos_embed: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Encodes a feature map and decodes the queries from it.
 
         A channels-last `src` and `pos_embed` are read in place; others are copied once. Pixels under the mask are
-        never attended to, but computed like any other and returned in `memory`, unless `padded_memory` is False. An
-        image that is all padding gives attention outputs of zero.
+        never attended to, but computed like any other and returned in `memory`, unless the encoder's attentions skip
+        them (`skip_padded_queries`): then `memory` is unspecified there. An image that is all padding gives attention
+        outputs of zero.
 
         Args:
             src: [B, C, h, w], C = d_model.
-            mask: [B, h, w] bool, True = padding.
+            mask: [B, h, w] bool, True = padding; None for no padding.
             query_embed: [Q, C], one embedding per query; or [B, Q, C], each image's own.
             pos_embed: [B, C, h, w].
-            padded_memory: False leaves the pixels under the mask out of the encoder's attention, which saves their
-                time: what `memory` holds there is unspecified then. All else is the same.
 
         Returns:
             hs [layers, B, Q, C] (one layer without `return_intermediate_dec`) and memory [B, C, h, w].
@@ -91,21 +91,20 @@ class Transformer(nn.Module):
             raise ValueError(f"src is {list(src.shape)}; expected [B, {self.d_model}, h, w]")
         if pos_embed.shape != src.shape:
             raise ValueError(f"pos_embed is {list(pos_embed.shape)}; expected src's {list(src.shape)}")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask is {mask.dtype}; expected torch.bool, True = padding")
         batch, _, height, width = src.shape
-        if mask.dim() != 3 or mask.shape != (batch, height, width):
-            raise ValueError(f"mask is {list(mask.shape)}; expected [B, h, w] = {[batch, height, width]}")
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask is {mask.dtype}; expected torch.bool, True = padding")
+            if mask.dim() != 3 or mask.shape != (batch, height, width):
+                raise ValueError(f"mask is {list(mask.shape)}; expected [B, h, w] = {[batch, height, width]}")
 
         src_LBC = _tokens(src).transpose(0, 1)
         pos_LBC = _tokens(pos_embed).transpose(0, 1)
-        key_padding_mask = mask.flatten(1)
+        key_padding_mask = None if mask is None else mask.flatten(1)
         query_pos_BQC = query_embed.expand(batch, *query_embed.shape[-2:])
         tgt_BQC = query_embed.new_zeros(query_pos_BQC.shape)
 
-        query_padding_mask = None if padded_memory else key_padding_mask
-        query_padding = supported(self.encoder, src_query_padding_mask=query_padding_mask)
-        memory_LBC = self.encoder(src_LBC, src_key_padding_mask=key_padding_mask, pos=pos_LBC, **query_padding)
+        memory_LBC = self.encoder(src_LBC, src_key_padding_mask=key_padding_mask, pos=pos_LBC)
         hs = self.decoder(
             tgt_BQC.transpose(0, 1),
             memory_LBC,
@@ -116,27 +115,35 @@ class Transformer(nn.Module):
         return hs.transpose(1, 2), memory_LBC.permute(1, 2, 0).unflatten(2, (height, width))
 
 
-def without_padded_memory(
-    transformer: nn.Module, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor
-) -> tuple[Tensor, ...]:
-    """What a transformer, ours or another's, returns to those who read no memory under the mask.
+def set_skip_padded_queries(transformer: nn.Module, *readers: nn.Module) -> None:
+    """Has the encoder's attentions leave out the pixels under the mask, if nobody reads the memory there.
 
-    Arguments as `Transformer.forward`.
+    Nobody is known to where the detectors that call the transformer, and all of its parts that mix pixels, are of this
+    package. A subclass or another's part may read it: then all pixels are computed.
+
+    Args:
+        transformer: of any class.
+        readers: the detectors.
     """
-    return transformer(src, mask, query_embed, pos_embed, **supported(transformer, padded_memory=False))
+    encoder = getattr(transformer, "encoder", None)
+    layers = getattr(encoder, "layers", ())
+    attentions = [getattr(layer, "self_attn", None) for layer in layers]
+    skip = all(map(_is_own, [*readers, transformer, encoder, *layers, *attentions]))
+    for attention in attentions:
+        if isinstance(attention, MultiheadAttention):
+            attention.skip_padded_queries = skip
 
 
-def supported(module: nn.Module, **options) -> dict:
-    """Those of the options that are keyword-only arguments of the module's forward.
+def mask_for(transformer: nn.Module, features: NestedTensor) -> Tensor | None:
+    """The features' mask as a transformer takes it.
 
-    A part may be another's, or a subclass's, whose forward has the original's arguments alone.
+    Where there is known to be no padding, None for this package's; a subclass or another's may need the mask itself.
     """
-    return _accepted(module.forward, **options)
+    return None if is_unpadded(features) and _is_own(transformer) else features.mask
 
 
-def _accepted(function: Callable, **options) -> dict:
-    known = getattr(function, "__kwdefaults__", None) or ()
-    return {name: value for name, value in options.items() if name in known}
+def _is_own(module: nn.Module | None) -> bool:
+    return type(module).__module__.startswith("detr_fast.")
 
 
 def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
@@ -151,8 +158,9 @@ def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options) ->
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """[B, C, h, w] → [B, h*w, C], contiguous: a view if x is channels-last."""
-    return x.flatten(2).transpose(1, 2).contiguous()
+    """[B, C, h, w] → [B, h*w, C]: a view if x is channels-last, also if all images share their memory."""
+    x = x.flatten(2).transpose(1, 2)
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 class TransformerEncoder(nn.Module):
@@ -176,14 +184,11 @@ class TransformerEncoder(nn.Module):
         mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         pos: Tensor | None = None,
-        *,
-        src_query_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Arguments as `TransformerEncoderLayer.forward` (`mask` is its `src_mask`); returns [L, B, C]."""
         output = src
         for layer in self.layers:
-            query_padding = supported(layer, src_query_padding_mask=src_query_padding_mask)
-            output = layer(output, src_mask=mask, src_key_padding_mask=src_key_padding_mask, pos=pos, **query_padding)
+            output = layer(output, src_mask=mask, src_key_padding_mask=src_key_padding_mask, pos=pos)
         if self.norm is not None:
             output = _batch_first(self.norm, output)
         return output
@@ -283,8 +288,6 @@ class TransformerEncoderLayer(nn.Module):
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         pos: Tensor | None = None,
-        *,
-        src_query_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """One layer.
 
@@ -293,15 +296,12 @@ class TransformerEncoderLayer(nn.Module):
             src_mask: attention mask, as `MultiheadAttention`'s attn_mask (takes the reference path).
             src_key_padding_mask: [B, L] bool, True = padding.
             pos: [L, B, C], added to queries and keys, not to values.
-            src_query_padding_mask: [B, L] bool, True = padding, whose rows the attention leaves out. For tokens that
-                nobody reads: what comes out for them is unspecified.
 
         Returns:
             [L, B, C].
         """
         forward = self.forward_pre if self.normalize_before else self.forward_post
-        options = _accepted(forward, src_query_padding_mask=src_query_padding_mask)
-        return forward(src, src_mask, src_key_padding_mask, pos, **options)
+        return forward(src, src_mask, src_key_padding_mask, pos)
 
     def forward_post(
         self,
@@ -309,13 +309,10 @@ class TransformerEncoderLayer(nn.Module):
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         pos: Tensor | None = None,
-        *,
-        src_query_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """`forward` with the norms behind the residuals."""
-        masks = (src_mask, src_key_padding_mask, src_query_padding_mask)
         x, pos = src.transpose(0, 1), _transposed(pos)
-        x = self.norm1(x + self.dropout1(self._self_attention(x, pos, *masks)))
+        x = self.norm1(x + self.dropout1(self._self_attention(x, pos, src_mask, src_key_padding_mask)))
         x = self.norm2(x + self.dropout2(self._feed_forward(x)))
         return x.transpose(0, 1)
 
@@ -325,21 +322,17 @@ class TransformerEncoderLayer(nn.Module):
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         pos: Tensor | None = None,
-        *,
-        src_query_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """`forward` with the norms before the attention and the feed-forward network."""
-        masks = (src_mask, src_key_padding_mask, src_query_padding_mask)
         x, pos = src.transpose(0, 1), _transposed(pos)
-        x = x + self.dropout1(self._self_attention(self.norm1(x), pos, *masks))
+        x = x + self.dropout1(self._self_attention(self.norm1(x), pos, src_mask, src_key_padding_mask))
         x = x + self.dropout2(self._feed_forward(self.norm2(x)))
         return x.transpose(0, 1)
 
-    def _self_attention(self, x, pos, attn_mask, key_padding_mask, query_padding_mask) -> Tensor:
+    def _self_attention(self, x, pos, attn_mask, key_padding_mask) -> Tensor:
         """x [B, L, C] → [B, L, C]."""
         q = k = self.with_pos_embed(x, pos)
-        options = supported(self.self_attn, query_padding_mask=query_padding_mask)
-        return _attend(self.self_attn, q, k, x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, **options)
+        return _attend(self.self_attn, q, k, x, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.linear2(self.dropout(self.activation(self.linear1(x))))

@@ -57,6 +57,39 @@ def sine_position(
     return _sine_position(mask, frequencies, height, width, normalize, scale, dtype, layout == "tokens")
 
 
+def sine_position_without_padding(
+    features: torch.Tensor, num_pos_feats: int, temperature: float, normalize: bool, scale: float | None
+) -> torch.Tensor:
+    """`sine_position` of one image without padding, [1, h * w, 2F], remembered between calls in eager mode.
+
+    Args:
+        features: [B, C, h, w], whose size, dtype and device the embedding has.
+        num_pos_feats, temperature, normalize, scale: as `sine_position`.
+    """
+    options = (num_pos_feats, temperature, normalize, scale, features.dtype)
+    size, device = tuple(features.shape[-2:]), features.device
+    if not _remembers(features):
+        return _without_padding(size, device, *options)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    is_kernel = use_kernel(device, "sine_position")
+    pos, version = _remembered_without_padding(size, device, *options, stream, is_kernel)
+    # Somebody has written in it.
+    return pos if pos._version == version else _without_padding(size, device, *options)
+
+
+def _without_padding(size, device, *options) -> torch.Tensor:
+    return sine_position(torch.zeros(1, *size, dtype=torch.bool, device=device), None, *options, layout="tokens")[0]
+
+
+# As many as there are sizes of feature maps in a row; one takes a few hundred kilobytes.
+@functools.lru_cache(maxsize=16)
+def _remembered_without_padding(size, device, *options_stream_kernel):
+    *options, _, _ = options_stream_kernel
+    with torch.inference_mode(False):
+        pos = _without_padding(size, device, *options)
+        return pos, pos._version
+
+
 def sine_position_reference(
     mask: torch.Tensor,
     size: tuple[int, int] | None = None,
@@ -124,12 +157,16 @@ def _frequency_table(mask: torch.Tensor, num_pos_feats: int, temperature: float,
     CUDA graph, whose memory belongs to that graph.
     """
     device = mask.device
-    if torch.compiler.is_compiling() or type(mask) is not torch.Tensor or device.type != "cuda":
-        return _frequencies(num_pos_feats, temperature, dtype, device)
-    if torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or not _remembers(mask):
         return _frequencies(num_pos_feats, temperature, dtype, device)
     stream = torch.cuda.current_stream(device).cuda_stream
     return _remembered_frequencies(num_pos_feats, temperature, dtype, device, stream)
+
+
+def _remembers(tensor: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor:
+        return False
+    return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 # A model uses one table per device and stream. Each stream has its own because only within a stream the launches that

@@ -148,41 +148,53 @@ def test_all_padded_rows_give_the_output_bias(need_weights):
         assert (weights[0] == 0).all()
 
 
-@pytest.mark.filterwarnings("ignore:.*mismatched.*")
-@pytest.mark.parametrize("path", ["fused", "weights", "attn_mask", "float padding"])
+@pytest.mark.parametrize("path", ["fused", "weights", "attn_mask"])
 @pytest.mark.parametrize("batch_first", [True, False], ids=["BLE", "LBE"])
-def test_padded_queries(batch_first, path):
+def test_skipped_queries(batch_first, path):
     """On every path padded queries give the output bias and no weights; the other rows are torch's, and so are the
     gradients, whatever the padded rows' gradients hold."""
     modules = make_pair(batch_first=batch_first)
-    inputs = make_inputs("qkv", batch_first)
-    padding = torch.tensor([[False, True, False, False, True], [True] * 5, [False] * 5])
-    keys = torch.rand(3, 7) < 0.4
-    keys[:, 0] = False
-    if path == "float padding":
-        keys = torch.zeros(3, 7, dtype=torch.float64).masked_fill(keys, -torch.inf)
-    options = {"key_padding_mask": keys, "need_weights": path == "weights"}
+    inputs = make_inputs("qqv", batch_first)
+    padding = torch.tensor([[False, True, False, False, True], [False] * 4 + [True], [False] * 5])
+    options = {"key_padding_mask": padding, "need_weights": path == "weights"}
     if path == "attn_mask":
-        options["attn_mask"] = torch.randn(5, 7, dtype=torch.float64)
+        options["attn_mask"] = torch.rand(5, 5) < 0.2
+        options["attn_mask"].fill_diagonal_(False)
     theirs, their_weights = modules[0](*inputs, **options)
-    ours, weights = modules[1](*inputs, **options, query_padding_mask=padding)
+    modules[1].skip_padded_queries = True
+    ours, weights = modules[1](*inputs, **options)
     rows = padding if batch_first else padding.t()
     theirs = torch.where(rows[..., None], modules[0].out_proj.bias, theirs)
     assert_same(ours, theirs, modules, inputs, 1e-12)
     if path == "weights":
         torch.testing.assert_close(weights, their_weights.masked_fill(padding[..., None], 0), rtol=1e-12, atol=1e-12)
-        assert (weights[1] == 0).all()
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_padded_queries_without_a_batch(need_weights):
+def test_skipped_queries_without_a_batch(need_weights):
     module = make_pair()[1]
-    q, k, v = (torch.randn(length, 16, dtype=torch.float64) for length in (5, 7, 7))
+    x = torch.randn(5, 16, dtype=torch.float64)
     padding = torch.tensor([True, False, False, True, False])
-    out, weights = module(q, k, v, need_weights=need_weights, query_padding_mask=padding)
-    torch.testing.assert_close(out[~padding], module(q, k, v)[0][~padding], rtol=1e-12, atol=1e-12)
+    expected = module(x, x, x, padding)[0]
+    module.skip_padded_queries = True
+    out, weights = module(x, x, x, padding, need_weights=need_weights)
+    torch.testing.assert_close(out[~padding], expected[~padding], rtol=1e-12, atol=1e-12)
     assert torch.equal(out[padding], module.out_proj.bias.expand(2, 16))
     assert weights is None or (weights[padding] == 0).all()
+
+
+def test_skipping_needs_a_bool_mask_of_the_queries():
+    module = make_pair(batch_first=True)[1]
+    module.skip_padded_queries = True
+    q, k = torch.randn(3, 5, 16, dtype=torch.float64), torch.randn(3, 7, 16, dtype=torch.float64)
+    mask = torch.zeros(3, 7, dtype=torch.bool)
+    mask[:, 4:] = True
+    with pytest.raises(ValueError, match="5 queries and 7 keys; expected self-attention"):
+        module(q, k, k, mask)
+    values = torch.zeros(3, 7, dtype=torch.float64).masked_fill(mask, -torch.inf)
+    out = module(k, k, k, values)[0]
+    module.skip_padded_queries = False
+    torch.testing.assert_close(out, module(k, k, k, mask)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"need_weights": True}, {"attn_mask": torch.zeros(5, 7)}], ids=str)
@@ -273,9 +285,6 @@ def test_projections_reach_the_op_without_copies(monkeypatch):
         (dict(value=(3, 6, 16)), ValueError, "one length"),
         (dict(key_padding_mask=torch.zeros(3, 6, dtype=torch.bool)), ValueError, r"\[3, 6\]; expected \[3, 7\]"),
         (dict(key_padding_mask=torch.zeros(3, 7, dtype=torch.uint8)), TypeError, "uint8"),
-        (dict(query_padding_mask=torch.zeros(3, 7, dtype=torch.bool)), ValueError, r"\[3, 7\]; expected \[3, 5\]"),
-        (dict(query_padding_mask=torch.zeros(3, 5)), TypeError, r"float32; expected bool \(True = padding\)$"),
-        (dict(query_padding_mask=[False]), TypeError, "query_padding_mask is a list"),
         (dict(query=torch.zeros(3, 5, 16).long()), TypeError, "query has dtype torch.int64; expected floating point"),
         (dict(attn_mask=torch.zeros(5, 6)), ValueError, "attn_mask has shape"),
         (dict(attn_mask=torch.zeros(5, 7, dtype=torch.int64)), TypeError, "int64"),

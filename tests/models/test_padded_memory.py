@@ -1,5 +1,8 @@
 """Detectors whose memory nobody reads leave padded pixels out of the encoder's attention, with equal numbers."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from pairwise import pairwise
@@ -8,28 +11,19 @@ from test_letr import make_args
 from test_segmentation import small_detr
 from torch import nn
 
-from detr_fast.models import DETRsegm, Transformer, TransformerEncoder, TransformerEncoderLayer, letr
+from detr_fast.layers import MultiheadAttention
+from detr_fast.models import DETR, DETRsegm, Transformer, TransformerEncoder, TransformerEncoderLayer, letr
 from detr_fast.nested_tensor import NestedTensor
+from detr_fast.ops import attention
 
 
-def original_signature(base):
-    """A subclass that overrides forward with the original's four arguments, and so computes all rows."""
-
-    class FourArguments(base):
-        def forward(self, src, mask, query_embed, pos_embed):
-            return super().forward(src, mask, query_embed, pos_embed)
-
-    return FourArguments
+def encoder_attentions(transformer):
+    return [layer.self_attn for layer in transformer.encoder.layers]
 
 
-class EncoderOfTheOriginal(TransformerEncoder):
-    def forward(self, src, mask=None, src_key_padding_mask=None, pos=None):
-        return super().forward(src, mask, src_key_padding_mask, pos)
-
-
-class LayerOfTheOriginal(TransformerEncoderLayer):
-    def forward(self, src, src_mask=None, src_key_padding_mask=None, pos=None):
-        return super().forward(src, src_mask, src_key_padding_mask, pos)
+def read_all_rows(transformer):
+    for module in encoder_attentions(transformer):
+        module.skip_padded_queries = False
 
 
 def _padded():
@@ -54,61 +48,77 @@ def _step(model, samples):
     return out, dict(zip(parameters, gradients, strict=True))
 
 
-class _QueryPadding:
-    """Records the `query_padding_mask` of a transformer's encoder's attentions."""
+@pytest.fixture
+def skipped(monkeypatch):
+    """The `query_padding_mask` that the op gets in each attention among the pixels, in order."""
+    masks = []
 
-    def __init__(self, transformer):
-        self.masks = []
-        for layer in transformer.encoder.layers:
-            layer.self_attn.register_forward_pre_hook(self, with_kwargs=True)
+    def recording(query, key, value, key_padding_mask=None, *args, query_padding_mask=None, **kwargs):
+        if key_padding_mask is not None and query.shape[2] == key.shape[2]:
+            masks.append(query_padding_mask)
+        return attention(query, key, value, key_padding_mask, *args, query_padding_mask=query_padding_mask, **kwargs)
 
-    def __call__(self, module, args, kwargs):
-        self.masks.append(kwargs.get("query_padding_mask"))
+    monkeypatch.setattr("detr_fast.layers.attention.attention", recording)
+    return masks
 
-    def none(self):
-        return bool(self.masks) and all(mask is None for mask in self.masks)
 
-    def fractions(self):
-        return [mask.double().mean(dim=1).tolist() for mask in self.masks]
+def fractions(masks):
+    return [mask.double().mean(dim=1).tolist() for mask in masks]
+
+
+def none(masks):
+    return bool(masks) and all(mask is None for mask in masks)
 
 
 @pytest.mark.parametrize(
     ("activation", "pre_norm", "dropout"), pairwise(["relu", "gelu", "glu"], [False, True], [0.0, 0.3])
 )
-def test_detr_and_gradients_equal_those_with_padded_rows(pre_norm, activation, dropout):
+def test_detr_and_gradients_equal_those_with_padded_rows(pre_norm, activation, dropout, skipped):
     model = tiny_detr(level=1, pre_norm=pre_norm, activation=activation, dropout=dropout).double().train()
-    recorded, samples = _QueryPadding(model.transformer), _padded()
+    samples = _padded()
     out, gradients = _step(model, samples)
-    assert len(recorded.masks) == 2  # one for each of the encoder's layers
-    for padded in recorded.fractions():
+    assert len(skipped) == 2  # one for each of the encoder's layers
+    for padded in fractions(skipped):
         assert padded[0] > 0.4 and padded[1] > 0.7 and padded[2:] == [1, 0]
-    recorded.masks.clear()
-    model.transformer.__class__ = original_signature(Transformer)
+    skipped.clear()
+    read_all_rows(model.transformer)
     expected, expected_gradients = _step(model, samples)
-    assert recorded.none()
+    assert none(skipped)
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
     assert all(gradient is not None for gradient in gradients.values())
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(("stack", "pre_norm", "dropout"), pairwise([False, True], [False, True], [0.0, 0.3]))
-def test_letr_and_gradients_equal_those_with_padded_rows(stack, pre_norm, dropout):
+def test_letr_and_gradients_equal_those_with_padded_rows(stack, pre_norm, dropout, skipped):
     kinds = dict(pre_norm=pre_norm, second_pre_norm=pre_norm, dropout=dropout, second_dropout=dropout)
     model = letr.build(make_args(LETRpost=stack, layer1_num=2, layer2_num=1, **kinds))[0].double().train()
     transformers = [model.letr.transformer, model.transformer] if stack else [model.transformer]
-    recorded, samples = [_QueryPadding(transformer) for transformer in transformers], _padded()
+    samples = _padded()
     out, gradients = _step(model, samples)
-    for padded in [fractions for record in recorded for fractions in record.fractions()]:
+    assert len(skipped) == len(transformers)
+    for padded in fractions(skipped):
         assert padded[0] > 0.4 and padded[1] > 0.7 and padded[2:] == [1, 0]
-    for transformer, record in zip(transformers, recorded, strict=True):
-        assert len(record.masks) == 1
-        record.masks.clear()
-        transformer.__class__ = original_signature(type(transformer))
+    skipped.clear()
+    for transformer in transformers:
+        read_all_rows(transformer)
     expected, expected_gradients = _step(model, samples)
-    assert all(record.none() for record in recorded)
+    assert none(skipped)
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
     # LETR's levels leave the backbone's last stage unused.
     assert all(gradient is not None for name, gradient in gradients.items() if "backbone" not in name)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-9, atol=1e-11)
+
+
+def test_detrsegm_and_gradients_equal_those_with_padded_rows(skipped):
+    model, samples = DETRsegm(small_detr(norm="frozen", aux_loss=True)).double().train(), _padded()
+    out, gradients = _step(model, samples)
+    assert skipped and all(padded[2:] == [1, 0] for padded in fractions(skipped))
+    skipped.clear()
+    read_all_rows(model.detr.transformer)
+    expected, expected_gradients = _step(model, samples)
+    assert none(skipped)
+    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-9, atol=1e-11)
 
 
@@ -117,7 +127,7 @@ def test_without_padding_nothing_changes():
     model = tiny_detr(level=1).eval()
     images = torch.randn(2, 3, 64, 96)
     out = _flat(model(images))
-    model.transformer.__class__ = original_signature(Transformer)
+    read_all_rows(model.transformer)
     for a, b in zip(out, _flat(model(images)), strict=True):
         assert torch.equal(a, b)
 
@@ -125,23 +135,47 @@ def test_without_padding_nothing_changes():
 @pytest.mark.parametrize("kind", [Transformer, letr.Transformer, letr.StackTransformer])
 @pytest.mark.parametrize("pre_norm", [False, True])
 @torch.no_grad()
-def test_transformer_computes_padded_rows_unless_told(pre_norm, kind):
+def test_transformer_computes_padded_rows_unless_told(pre_norm, kind, skipped):
     model = kind(32, 4, 2, 2, 48, 0.0, "relu", pre_norm, True).double()
-    recorded = _QueryPadding(model)
     src, pos = torch.randn(2, 2, 32, 5, 7, dtype=torch.float64)
     mask = torch.zeros(2, 5, 7, dtype=torch.bool)
     mask[0, 3:] = True
     query = torch.randn(2, 6, 32, dtype=torch.float64)
     hs, memory = model(src, mask, query, pos)[:2]
-    assert recorded.none()
-    recorded.masks.clear()
-    fast, fast_memory = model(src, mask, query, pos, padded_memory=False)[:2]
-    assert len(recorded.masks) == 2 and all(torch.equal(x, mask.flatten(1)) for x in recorded.masks)
+    assert none(skipped)
+    skipped.clear()
+    for module in encoder_attentions(model):
+        module.skip_padded_queries = True
+    fast, fast_memory = model(src, mask, query, pos)[:2]
+    assert len(skipped) == 2 and all(torch.equal(x, mask.flatten(1)) for x in skipped)
     torch.testing.assert_close(fast, hs, rtol=1e-11, atol=1e-12)
     if kind is Transformer:
         memory, fast_memory = (x.flatten(2).permute(2, 0, 1) for x in (memory, fast_memory))
     tokens = ~mask.flatten(1).t()
     torch.testing.assert_close(fast_memory[tokens], memory[tokens], rtol=1e-11, atol=1e-12)
+
+
+class EncoderOfTheOriginal(TransformerEncoder):
+    def forward(self, src, mask=None, src_key_padding_mask=None, pos=None):
+        return super().forward(src, mask, src_key_padding_mask, pos)
+
+
+class LayerOfTheOriginal(TransformerEncoderLayer):
+    def forward_post(self, src, src_mask=None, src_key_padding_mask=None, pos=None):
+        return super().forward_post(src, src_mask, src_key_padding_mask, pos)
+
+
+class AttentionOfAnother(MultiheadAttention):
+    pass
+
+
+class TransformerOfAnother(Transformer):
+    def forward(self, src, mask, query_embed, pos_embed):
+        return super().forward(src, mask, query_embed, pos_embed)
+
+
+class DetectorOfAnother(DETR):
+    """Reads what `Transformer` returns, all of it."""
 
 
 class Foreign(nn.Module):
@@ -155,53 +189,73 @@ class Foreign(nn.Module):
         return self.part(src, mask, query_embed, pos_embed)
 
 
-def test_detr_calls_a_foreign_transformer_with_the_originals_four_arguments():
-    model, samples = tiny_detr(level=1).double(), _padded()
-    expected, _ = _step(model, samples)
-    recorded = _QueryPadding(model.transformer)
-    model.transformer = Foreign(model.transformer)
-    calls = []
-    model.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append((len(args), kwargs)), with_kwargs=True
-    )
-    torch.testing.assert_close(_step(model, samples)[0], expected, rtol=1e-11, atol=1e-12)
-    assert calls == [(4, {})] and recorded.none()
-
-
 def _stock_attention(layer):
     attention = layer.self_attn
     layer.self_attn = nn.MultiheadAttention(attention.embed_dim, attention.num_heads, batch_first=True).double()
     layer.self_attn.load_state_dict(attention.state_dict())
 
 
-@pytest.mark.parametrize("part", ["encoder", "layer", "attention"])
-def test_parts_of_the_transformer_may_have_the_originals_signature(part):
-    model, samples = tiny_detr(level=1).double(), _padded()
-    samples.mask[2] = samples.mask[1]  # torch's attention gives NaN for an image that is all padding
-    expected, expected_gradients = _step(model, samples)
-    encoder = model.transformer.encoder
-    if part == "encoder":
-        encoder.__class__ = EncoderOfTheOriginal
-    for layer in encoder.layers:
-        if part == "layer":
-            layer.__class__ = LayerOfTheOriginal
-        elif part == "attention":
+def _detr_with(kind, transformer, backbone):
+    """A detector of which one part is of another's class."""
+    if kind == "transformer":
+        transformer.__class__ = TransformerOfAnother
+    elif kind == "foreign":
+        transformer = Foreign(transformer)
+    elif kind == "encoder":
+        transformer.encoder.__class__ = EncoderOfTheOriginal
+    elif kind == "layer":
+        transformer.encoder.layers[1].__class__ = LayerOfTheOriginal
+    elif kind == "attention":
+        transformer.encoder.layers[1].self_attn.__class__ = AttentionOfAnother
+    elif kind == "stock attention":
+        for layer in transformer.encoder.layers:
             _stock_attention(layer)
-    recorded = _QueryPadding(model.transformer)
+    return (DetectorOfAnother if kind == "detector" else DETR)(backbone, transformer, 5, 6, True).double()
+
+
+@pytest.mark.parametrize(
+    "kind", ["transformer", "foreign", "encoder", "layer", "attention", "stock attention", "detector"]
+)
+def test_all_rows_are_computed_where_another_may_read_them(kind, skipped):
+    """Which is no error, and gives the same numbers."""
+    plain, samples = tiny_detr(level=1).double(), _padded()
+    samples.mask[2] = samples.mask[1]  # torch's attention gives NaN for an image that is all padding
+    expected, expected_gradients = _step(plain, samples)
+    assert len(skipped) == 2 and not any(mask is None for mask in skipped)
+    skipped.clear()
+    transformer = copy.deepcopy(plain.transformer)
+    read_all_rows(transformer)
+    model = _detr_with(kind, transformer, plain.backbone)
+    for name, module in plain.named_children():
+        if name not in ("transformer", "backbone"):
+            getattr(model, name).load_state_dict(module.state_dict())
     out, gradients = _step(model, samples)
-    assert recorded.none()
+    assert kind == "stock attention" or none(skipped)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-8, atol=1e-9)
+    gradients = {name.replace(".part.", "."): gradient for name, gradient in gradients.items()}
+    torch.testing.assert_close(
+        [gradients[name] for name in expected_gradients], [*expected_gradients.values()], rtol=1e-8, atol=1e-9
+    )
 
 
-def test_detrsegm_and_gradients_equal_those_with_padded_rows():
-    model, samples = DETRsegm(small_detr(norm="frozen", aux_loss=True)).double().train(), _padded()
-    recorded = _QueryPadding(model.detr.transformer)
-    out, gradients = _step(model, samples)
-    assert recorded.masks and all(padded[2:] == [1, 0] for padded in recorded.fractions())
-    recorded.masks.clear()
-    model.detr.transformer.__class__ = original_signature(Transformer)
-    expected, expected_gradients = _step(model, samples)
-    assert recorded.none()
-    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-9, atol=1e-11)
+class SegmentationOfAnother(DETRsegm):
+    """May read the memory as it likes."""
+
+
+def test_who_skips():
+    def skips(transformer):
+        return [module.skip_padded_queries for module in encoder_attentions(transformer)]
+
+    assert skips(Transformer(32, 4, 2, 1)) == [False] * 2
+    detr = small_detr(norm="frozen")
+    assert all(skips(detr.transformer)) and all(skips(copy.deepcopy(detr).transformer))
+    assert all(skips(pickle.loads(pickle.dumps(detr)).transformer))
+    assert all(skips(DETRsegm(detr).detr.transformer))
+    assert not any(skips(SegmentationOfAnother(detr).detr.transformer))
+    assert not any("skip" in name for name in detr.state_dict())
+    for module in detr.modules():
+        if isinstance(module, MultiheadAttention):
+            module.__dict__.pop("skip_padded_queries", None)
+    assert not any(skips(pickle.loads(pickle.dumps(detr)).transformer))  # as pickled by an earlier version
+    stack = letr.build(make_args(LETRpost=True, layer1_num=2, layer2_num=1))[0]
+    assert all(skips(stack.transformer)) and all(skips(stack.letr.transformer))
