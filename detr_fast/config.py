@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # facebookresearch/detr, main.py, as far as our defaults differ.
     "original": {
         "precision": "fp32", "batch_size": 2, "num_workers": 2, "size_divisor": 1, "group_by_size": False,
-        "compile": False,
+        "compile": False, "graphs": False,
     },
 }  # fmt: skip
 LABEL_LOSSES = ("cross_entropy", "focal_loss")
@@ -344,6 +344,12 @@ class RunConfig(Part):
         group="device",
     )
     compile: bool = flag(False, "torch.compile the transformer's layers and the box head", group="device")
+    graphs: bool = flag(
+        False,
+        "replay CUDA graphs of the model's passes, one for each kind of batch; needs one process and no accumulation",
+        group="device",
+        idle=_NO_TRAINING,
+    )
 
     output_dir: str = flag("", "where to save; without it nothing is saved", metavar="DIR")
     seed: int = flag(42, "of weights, order, augmentation and dropout", check=_SEED, idle="nothing is drawn at random")
