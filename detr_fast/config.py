@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # facebookresearch/detr, main.py, as far as our defaults differ.
     "original": {
         "precision": "fp32", "batch_size": 2, "num_workers": 2, "size_divisor": 1, "group_by_size": False,
-        "compile": False,
+        "compile": False, "graphs": False,
     },
     # From trained weights, with a new class head. AdamW moves a weight by about the learning rate in each step, however
     # small the gradient: half the original's rates, and its tenth for the backbone, keep more of what was learned. The
@@ -382,6 +382,12 @@ class RunConfig(Part):
         group="device",
     )
     compile: bool = flag(False, "torch.compile the transformer's layers and the box head", group="device")
+    graphs: bool = flag(
+        False,
+        "replay CUDA graphs of the model's passes, one for each kind of batch; needs one process and no accumulation",
+        group="device",
+        idle=_NO_TRAINING,
+    )
 
     output_dir: str = flag(
         "",

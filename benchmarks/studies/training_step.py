@@ -34,6 +34,7 @@ class Variant:
     Attributes:
         attention: "ours", "sdpa" (nn.MultiheadAttention without weights) or "weights" (with them).
         compile: "no", "regions" or "model".
+        graphs: replay CUDA graphs of the model's passes.
         kernels: False: plain PyTorch for every op.
         one_pass: match and judge all decoder layers at once instead of one by one with SciPy.
         packed: uint8 images in one buffer, normalised and padded on the device; else a float batch is copied.
@@ -47,6 +48,7 @@ class Variant:
     attention: str = "ours"
     kernels: bool = True
     compile: str = "regions"
+    graphs: bool = False
     one_pass: bool = True
     packed: bool = True
     fused_adamw: bool = True
@@ -61,6 +63,7 @@ AS_SHIPPED = Variant(
 TUNED = Variant(
     "tuned stock", fused_backbone=False, attention="sdpa", kernels=False, compile="model", one_pass=False, packed=False
 )
+GRAPHS = replace(OURS, name="detr_fast with CUDA graphs", graphs=True)
 OFF = {
     "bf16": {"bf16": False},
     "channels_last": {"channels_last": False},
@@ -77,10 +80,11 @@ OFF = {
 def variants(device: torch.device, compile: bool) -> list[Variant]:
     """All of them as they can run on `device`. On a CPU everything is float32, since few CPUs compute in bf16."""
     ablations = [replace(OURS, name=f"detr_fast without {name}", **change) for name, change in OFF.items()]
-    chosen = [AS_SHIPPED, TUNED, OURS, *ablations]
+    chosen = [AS_SHIPPED, TUNED, OURS, GRAPHS, *ablations]
     if not compile:
         chosen = [replace(v, compile="no") for v in chosen if v.name != "detr_fast without compile by regions"]
     if device.type == "cpu":
+        chosen.remove(GRAPHS if compile else replace(GRAPHS, compile="no"))
         # There is one memory format for all, and the kernels' place is taken by the references anyway.
         skipped = ("bf16", "channels_last", "kernels")
         chosen = [replace(v, bf16=False, channels_last=False) for v in chosen if not v.name.endswith(tuple(skipped))]
@@ -149,7 +153,11 @@ class Step:
         self.step = build_step(
             model.train(),
             criterion(matcher, model.transformer.decoder.num_layers, CLASSES),
-            Config(precision="bf16" if variant.bf16 else "fp32", compile=variant.compile == "regions"),
+            Config(
+                precision="bf16" if variant.bf16 else "fp32",
+                compile=variant.compile == "regions",
+                graphs=variant.graphs,
+            ),
             device,
             self.fell_back.append,
             channels_last=variant.channels_last,

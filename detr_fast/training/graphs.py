@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detr_fast.nested_tensor import NestedTensor
+from detr_fast.nested_tensor import NestedTensor, is_unpadded
 
 Passes = Callable[..., Any]
 
@@ -28,7 +28,7 @@ class Graphs:
         say: takes a line for the user.
         limit: the most kinds to be recorded. Each keeps its inputs, its outputs and all gradients: for R50 and 16
             images about 0.3 GB.
-        record: (model, tensors, masks or None) → a callable of the two, for tests; `record` by default.
+        record: instead of `record_passes`, for tests.
 
     Attributes:
         replayed, eager: calls so far, of each way.
@@ -42,7 +42,7 @@ class Graphs:
         record: Callable[[nn.Module, NestedTensor, Any], Passes] | None = None,
     ):
         self.model, self.say, self.limit = model, say, limit
-        self._record = globals()["record"] if record is None else record
+        self._record = record_passes if record is None else record
         self._pool: Any = None
         self._passes: dict[tuple, Passes] = {}
         self._seen: Counter = Counter()
@@ -51,6 +51,7 @@ class Graphs:
         self.replayed = self.eager = 0
 
     def __call__(self, samples: NestedTensor) -> Any:
+        """The model's outputs."""
         passes = self._passes_for(samples) if self._works and self.model.training else None
         if passes is None:
             self.eager += 1
@@ -89,7 +90,7 @@ class Graphs:
         self.say(f"--graphs: the steps run without graphs: {reason}")
 
 
-def record(model: nn.Module, samples: NestedTensor, pool: Any) -> Passes:
+def record_passes(model: nn.Module, samples: NestedTensor, pool: Any) -> Passes:
     """Records forward and backward passes of `model` for batches like `samples`, in the current autocast mode.
 
     The random generators, trained batch norm's statistics and the gradients are as before.
@@ -101,7 +102,7 @@ def record(model: nn.Module, samples: NestedTensor, pool: Any) -> Passes:
         RuntimeError: the passes cannot be recorded, for instance because something in them waits for the host.
     """
     device = samples.tensors.device
-    forward = _OfTensors(model, samples)
+    forward = _OfTensors(model)
     inputs = tuple(tensor.clone() for tensor in _tensors(samples))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     cached = torch.is_autocast_cache_enabled()
@@ -119,7 +120,8 @@ def record(model: nn.Module, samples: NestedTensor, pool: Any) -> Passes:
 
 
 def kind_of(samples: NestedTensor) -> tuple:
-    """What a graph is recorded for: shape, strides and dtype of images and mask, and the autocast mode."""
+    """What a graph is recorded for: shape, strides and dtype of images and mask (none: no padding), and autocast's
+    dtype."""
     layout = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in _tensors(samples))
     device = samples.tensors.device.type
     mode = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -136,15 +138,15 @@ def name_of_hooked(model: nn.Module) -> str | None:
 
 
 def _tensors(samples: NestedTensor) -> tuple[Tensor, ...]:
-    return (samples.tensors,) if samples.mask is None else (samples.tensors, samples.mask)
+    return (samples.tensors,) if is_unpadded(samples) else (samples.tensors, samples.mask)
 
 
 class _OfTensors(nn.Module):
     """The model as a function of tensors, as recording wants it."""
 
-    def __init__(self, model: nn.Module, samples: NestedTensor):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, tensors: Tensor, mask: Tensor | None = None) -> Any:
-        return self.model(NestedTensor(tensors, mask))
+        return self.model(NestedTensor(tensors, mask, no_padding=mask is None))

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from detr_fast.config import Config
+from detr_fast.distributed import is_dist_avail_and_initialized
 from detr_fast.nested_tensor import NestedTensor
+from detr_fast.training.graphs import Graphs
 from detr_fast.training.optim import build_optimizer
 from detr_fast.training.regions import compile_regions
 
@@ -29,6 +31,7 @@ class TrainingStep:
         precision: a key of `PRECISIONS`; autocast in all but "fp32".
         max_norm: clip the gradients' norm; 0 does not clip.
         scaler: of the loss, for "fp16" and only there.
+        graphs: replays the model's passes; None: the model is called.
 
     Raises:
         ValueError: an unknown precision, or fp16 without a scaler.
@@ -41,6 +44,7 @@ class TrainingStep:
     precision: str = "fp32"
     max_norm: float = 0.0
     scaler: GradScaler | None = None
+    graphs: Graphs | None = None
     dtype: torch.dtype = field(init=False)
 
     def __post_init__(self):
@@ -58,7 +62,7 @@ class TrainingStep:
     def outputs(self, samples: NestedTensor) -> dict:
         """The model's outputs."""
         with self.autocast():
-            return outputs_of(self.model, samples)
+            return outputs_of(self.model if self.graphs is None else self.graphs, samples)
 
     def losses(self, outputs: Mapping[str, Any], targets) -> "Losses":
         """The criterion's losses and their sum."""
@@ -82,9 +86,9 @@ def build_step(
     Args:
         model: with its weights loaded.
         criterion: on any device.
-        config: settings of the optimiser, `precision` (chosen, not "auto"), `clip_max_norm` and `compile`.
+        config: settings of the optimiser, `precision` (chosen, not "auto"), `clip_max_norm`, `compile`, `graphs`.
         device: where to train.
-        say: takes a line for the user, where something could not be compiled.
+        say: takes a line for the user, where something could not be compiled or recorded.
         channels_last: convolution weights in channels-last memory, as the loader's images are; None: on a GPU.
     """
     model.to(device)
@@ -95,7 +99,25 @@ def build_step(
     scaler = GradScaler(device.type) if config.precision == "fp16" else None
     if config.compile:
         compile_regions(model, say)
-    return TrainingStep(model, criterion, optimizer, device, config.precision, config.clip_max_norm, scaler)
+    graphs = None
+    if config.graphs:
+        reason = why_without_graphs(config, device)
+        if reason is None:
+            graphs = Graphs(model, say)
+        else:
+            say(f"--graphs has no effect: {reason}")
+    return TrainingStep(model, criterion, optimizer, device, config.precision, config.clip_max_norm, scaler, graphs)
+
+
+def why_without_graphs(config: Config, device: torch.device) -> str | None:
+    """Why `--graphs` cannot be honoured; None: it can."""
+    if device.type != "cuda":
+        return "CUDA graphs need a GPU"
+    if config.accumulate_steps > 1:
+        return "the graphs' gradients cannot be added up over several batches (--accumulate_steps)"
+    if is_dist_avail_and_initialized():
+        return "several processes train, which exchange gradients during the backward pass"
+    return None
 
 
 def distributed(step: TrainingStep) -> None:
@@ -186,7 +208,7 @@ class LossSum:
         return Losses(by_name, weighted.sum(), weighted.detach(), names)
 
 
-def outputs_of(model: nn.Module, samples: NestedTensor) -> dict:
+def outputs_of(model: Callable[[NestedTensor], Any], samples: NestedTensor) -> dict:
     """The model's outputs; LETR's second stage returns something beside them."""
     outputs = model(samples)
     return outputs[0] if isinstance(outputs, tuple) else outputs
