@@ -5,8 +5,6 @@ import io
 from collections import defaultdict
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from detr_fast.evaluation import rust
 from detr_fast.evaluation.coco import CocoEvaluator
@@ -87,6 +85,9 @@ def _matched(evaluator: CocoEvaluator, kind: str) -> tuple[dict[int, list[int]],
 
     Images with neither objects nor detections have an F1 of 1.
     """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     confident = evaluator.results(kind, SCORE)
     with contextlib.redirect_stdout(io.StringIO()):
         # loadRes cannot take an empty list.

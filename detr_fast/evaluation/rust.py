@@ -5,13 +5,17 @@ takes for none. Its threads start with the first evaluation and do not survive a
 it would wait for them for ever.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pycocotools.coco import COCO
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 _started_in: int | None = None  # the process that has its threads
 
