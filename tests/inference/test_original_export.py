@@ -49,8 +49,8 @@ def test_a_backbone_exports_by_torch_alone(tmp_path):
     images = torch.rand(2, 3, 128, 160)
     dims = {0: torch.export.Dim("batch", min=1), 2: torch.export.Dim("h", min=33), 3: torch.export.Dim("w", min=33)}
     torch.onnx.export(
-        Last(), (images,), tmp_path / "body.onnx", dynamo=True, input_names=["images"], output_names=["features"],
-        dynamic_shapes=(dims,), verbose=False,
+        Last().eval(), (images,), tmp_path / "body.onnx", dynamo=True, input_names=["images"],
+        output_names=["features"], dynamic_shapes=(dims,), verbose=False,
     )  # fmt: skip
     run, metadata = READERS["onnx"](tmp_path / "body.onnx")
     assert metadata == ""
