@@ -36,7 +36,7 @@ def _seconds(function) -> tuple[float, object]:
 
 def _load(dataset):
     image_id = dataset.ids[0]
-    return lambda index: dataset._load(dataset._path(dataset.ids[index]), image_id)
+    return lambda index: dataset._load(dataset._path(index), image_id)
 
 
 def _bytes(samples) -> int:

@@ -16,7 +16,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from detr_fast.config import LOSS_SETTINGS, MODEL_SETTINGS, NO_OUTPUT, Config, choose_device, make_output_dir
+from detr_fast.config import (
+    LOSS_SETTINGS,
+    MODEL_SETTINGS,
+    NO_OUTPUT,
+    Config,
+    choose_device,
+    known_precision,
+    make_output_dir,
+)
 from detr_fast.data.categories import Categories
 from detr_fast.data.images import ImageReadError
 from detr_fast.data.prefetch import Prefetcher
@@ -92,12 +100,12 @@ def open_detector(config: Config, given: Collection[str], source: str) -> "Detec
     """`load` with its settings in a `Config`; `given`: names of those that the user chose."""
     path = Path(source)
     if path.suffix in EXPORTED_SUFFIXES and path.is_file():
-        if config.precision != "fp32":
+        if known_precision(config.precision) != "fp32":
             raise UsageError(f"{source} is an exported file, which computes in fp32; got precision {config.precision}")
         return Detector(
             read_exported(path, config.device, {name: getattr(config, name) for name in set(given) & set(_LOADING)})
         )
-    config = replace(config, device=choose_device(config.device, config.precision))
+    config = replace(config, device=choose_device(config.device, known_precision(config.precision)))
     return Detector(load_for_inference(config, given, source))
 
 

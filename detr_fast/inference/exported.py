@@ -118,7 +118,7 @@ def read_exported(path: Path, device: str, settings: Mapping[str, Any]) -> Expor
     size = {"image_size": steps["shorter_side"], "max_size": steps["longer_side_at_most"]}
     if settings:
         size = {"image_size": None, "max_size": None, **settings}
-    config = Config.from_mapping({**about["settings"], **size, "device": "cpu"})
+    config = Config.from_mapping({**about["settings"], **size, "device": "cpu", "precision": "fp32"})
     categories = None if about["categories"] is None else Categories.from_dict(about["categories"])
     postprocessors = task.postprocessors(config, about["num_classes"])
     return Exported(path, task, config, categories, postprocessors, about["inputs"], about["outputs"], run)

@@ -44,7 +44,7 @@ def test_a_run_says_what_the_preset_sets_and_keeps_it(tiny_flags, tmp_path, caps
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--preset")]
     assert line == (
         "--preset original: --precision fp32, --batch_size 2, --size_divisor 1, --group_by_size False, "
-        "--compile False; given: --num_workers 0"
+        "--compile False, --graphs False; given: --num_workers 0"
     )
     kept = read_checkpoint(tmp_path / "checkpoint.pth")["args"]
     assert kept["preset"] == "original" and kept["group_by_size"] is False and kept["batch_size"] == 2

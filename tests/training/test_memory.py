@@ -26,13 +26,12 @@ def out_of_memory(*_, **__):
 @pytest.mark.parametrize(
     "name, what",
     [
-        ("outputs_of", "a step with 2 images"),
-        ("_weighted_sum", "a step with 2 images"),
-        ("_optimizer_step", "the optimiser's step after a batch with 2 images"),
+        ("step.outputs_of", "a step with 2 images"),
+        ("engine._optimizer_step", "the optimiser's step after a batch with 2 images"),
     ],
 )
 def test_a_step_that_does_not_fit_says_batch_and_size(tiny_flags, tmp_path, monkeypatch, capsys, name, what):
-    monkeypatch.setattr(engine, name, out_of_memory)
+    monkeypatch.setattr(f"detr_fast.training.{name}", out_of_memory)
     assert main(["train", *tiny_flags, "--epochs", "1", "--output_dir", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(

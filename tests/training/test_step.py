@@ -59,16 +59,22 @@ def test_a_step_calls_the_fused_ops(precision, monkeypatch):
 
         return call
 
-    def looked_into(x, weight, scale, bias, residual=None, *, relu, stride, padding, dilation, groups):
+    def looked_into(x, weight, scale, bias, residual=None, *, relu=True, **options):
         # What the op does on a GPU, which a tensor without values does not show.
-        folded_conv_module._forward(x, weight, scale, bias, residual, relu, stride, padding, dilation, groups)
-        options = {"relu": relu, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-        return folded_conv_module.folded_conv(x, weight, scale, bias, residual, **options)
+        geometry = (options[name] for name in ("stride", "padding", "dilation", "groups"))
+        folded_conv_module._forward(x, weight, scale, bias, residual, relu, *geometry)
+        return folded_conv_module.folded_conv(x, weight, scale, bias, residual, relu=relu, **options)
+
+    def looked_into_fork(x, weight, scale, bias, **options):
+        geometry = (options[name] for name in ("stride", "padding", "dilation", "groups"))
+        folded_conv_module._forward(x, weight, scale, bias, None, True, *geometry)
+        return folded_conv_module.forked_folded_conv(x, weight, scale, bias, **options)
 
     monkeypatch.setattr(folded_conv_module, "_cudnn_relu", cudnn("relu", 0))
     monkeypatch.setattr(folded_conv_module, "_cudnn_add_relu", cudnn("add_relu", 2))
     monkeypatch.setattr(folded_conv_module, "pointwise_conv", product)
     monkeypatch.setattr(backbone, "folded_conv", looked_into)
+    monkeypatch.setattr(backbone, "forked_folded_conv", looked_into_fork)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     called = launches.count(nominal_batch("R50", 2, 0.2), precision).names
