@@ -59,6 +59,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "launches.json"
 # Kernels of an operator where they are more than one.
 _KERNELS = {
     "detr_fast::attention_backward": 2,
+    "detr_fast::packed_attention_backward": 2,
     "detr_fast::folded_conv": 2,  # the folded weight, and one kernel for the rest
     "detr_fast::folded_conv_backward": 4,  # the folded weight, two gradients, and the unfolded weight's
     "aten::native_layer_norm_backward": 2,

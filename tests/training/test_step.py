@@ -79,8 +79,9 @@ def test_a_step_calls_the_fused_ops(precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     called = launches.count(nominal_batch("R50", 2, 0.2), precision).names
     expected = {
-        "attention": 18, "attention_backward": 18, "sine_position": 1, "pad_collate_packed": 1, "matching_cost": 1,
-        "assign": 1, "folded_conv": 53, "folded_conv_backward": 42,
+        "attention": 6, "attention_backward": 6, "packed_attention": 12, "packed_attention_backward": 12,
+        "sine_position": 1, "pad_collate_packed": 1, "matching_cost": 1, "assign": 1, "folded_conv": 53,
+        "folded_conv_backward": 42,
     }  # fmt: skip
     assert {name: called[f"detr_fast::{name}"] for name in expected} == expected
     # 33 products; the other sixteen with a ReLU by cuDNN; the stem and the strided downsamples step by step.
