@@ -26,6 +26,7 @@ class Graphs:
     Args:
         model: called with a NestedTensor; on a GPU, its parameters are not replaced from now on.
         say: takes a line for the user.
+        call: how the model is called; None: directly.
         limit: the most kinds to be recorded. Each keeps its inputs, its outputs and all gradients: for R50 and 16
             images about 0.3 GB.
         record: instead of `record_passes`, for tests.
@@ -38,10 +39,12 @@ class Graphs:
         self,
         model: nn.Module,
         say: Callable[[str], None],
+        call: Passes | None = None,
         limit: int = 32,
-        record: Callable[[nn.Module, NestedTensor, Any], Passes] | None = None,
+        record: Callable[[nn.Module, Passes, NestedTensor, Any], Passes] | None = None,
     ):
         self.model, self.say, self.limit = model, say, limit
+        self.call = model if call is None else call
         self._record = record_passes if record is None else record
         self._pool: Any = None
         self._passes: dict[tuple, Passes] = {}
@@ -55,7 +58,7 @@ class Graphs:
         passes = self._passes_for(samples) if self._works and self.model.training else None
         if passes is None:
             self.eager += 1
-            return self.model(samples)
+            return self.call(samples)
         self.replayed += 1
         return passes(samples)
 
@@ -78,7 +81,7 @@ class Graphs:
         if self._pool is None and samples.tensors.is_cuda:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            self._passes[kind] = self._record(self.model, samples, self._pool)
+            self._passes[kind] = self._record(self.model, self.call, samples, self._pool)
         except (RuntimeError, AssertionError) as error:
             self._stop(str(error).splitlines()[0] if str(error) else repr(error))
             return None
@@ -90,10 +93,16 @@ class Graphs:
         self.say(f"--graphs: the steps run without graphs: {reason}")
 
 
-def record_passes(model: nn.Module, samples: NestedTensor, pool: Any) -> Passes:
-    """Records forward and backward passes of `model` for batches like `samples`, in the current autocast mode.
+def record_passes(model: nn.Module, call: Passes, samples: NestedTensor, pool: Any) -> Passes:
+    """Records forward and backward passes for batches like `samples`, in the current autocast mode.
 
     The random generators, trained batch norm's statistics and the gradients are as before.
+
+    Args:
+        model: whose parameters are differentiated.
+        call: calls it with a NestedTensor.
+        samples: a batch.
+        pool: of memory, see `torch.cuda.graph_pool_handle`.
 
     Returns:
         A callable that takes a NestedTensor and gives the outputs, differentiable in the model's parameters.
@@ -102,7 +111,7 @@ def record_passes(model: nn.Module, samples: NestedTensor, pool: Any) -> Passes:
         RuntimeError: the passes cannot be recorded, for instance because something in them waits for the host.
     """
     device = samples.tensors.device
-    forward = _OfTensors(model)
+    forward = _OfTensors(model, call)
     inputs = tuple(tensor.clone() for tensor in _tensors(samples))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     cached = torch.is_autocast_cache_enabled()
@@ -144,9 +153,9 @@ def _tensors(samples: NestedTensor) -> tuple[Tensor, ...]:
 class _OfTensors(nn.Module):
     """The model as a function of tensors, as recording wants it."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, call: Passes):
         super().__init__()
-        self.model = model
+        self.model, self.call = model, call
 
     def forward(self, tensors: Tensor, mask: Tensor | None = None) -> Any:
-        return self.model(NestedTensor(tensors, mask, no_padding=mask is None))
+        return self.call(NestedTensor(tensors, mask, no_padding=mask is None))

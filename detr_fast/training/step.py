@@ -11,6 +11,7 @@ from torch.amp import GradScaler
 from detr_fast.config import Config
 from detr_fast.distributed import is_dist_avail_and_initialized
 from detr_fast.nested_tensor import NestedTensor
+from detr_fast.training.casts import CastWeights
 from detr_fast.training.graphs import Graphs
 from detr_fast.training.optim import build_optimizer
 from detr_fast.training.regions import compile_regions
@@ -31,7 +32,7 @@ class TrainingStep:
         precision: a key of `PRECISIONS`; autocast in all but "fp32".
         max_norm: clip the gradients' norm; 0 does not clip.
         scaler: of the loss, for "fp16" and only there.
-        graphs: replays the model's passes; None: the model is called.
+        call: calls the model with a NestedTensor; None: directly.
 
     Raises:
         ValueError: an unknown precision, or fp16 without a scaler.
@@ -44,7 +45,7 @@ class TrainingStep:
     precision: str = "fp32"
     max_norm: float = 0.0
     scaler: GradScaler | None = None
-    graphs: Graphs | None = None
+    call: Callable[[NestedTensor], Any] | None = None
     dtype: torch.dtype = field(init=False)
 
     def __post_init__(self):
@@ -62,7 +63,7 @@ class TrainingStep:
     def outputs(self, samples: NestedTensor) -> dict:
         """The model's outputs."""
         with self.autocast():
-            return outputs_of(self.model if self.graphs is None else self.graphs, samples)
+            return outputs_of(self.model if self.call is None else self.call, samples)
 
     def losses(self, outputs: Mapping[str, Any], targets) -> "Losses":
         """The criterion's losses and their sum."""
@@ -99,14 +100,16 @@ def build_step(
     scaler = GradScaler(device.type) if config.precision == "fp16" else None
     if config.compile:
         compile_regions(model, say)
-    graphs = None
+    step = TrainingStep(model, criterion, optimizer, device, config.precision, config.clip_max_norm, scaler)
+    if step.dtype != torch.float32 and not config.compile:  # compiled code has the casts in its kernels
+        step.call = CastWeights(model, step.dtype)
     if config.graphs:
         reason = why_without_graphs(config, device)
         if reason is None:
-            graphs = Graphs(model, say)
+            step.call = Graphs(model, say, step.call)
         else:
             say(f"--graphs has no effect: {reason}")
-    return TrainingStep(model, criterion, optimizer, device, config.precision, config.clip_max_norm, scaler, graphs)
+    return step
 
 
 def why_without_graphs(config: Config, device: torch.device) -> str | None:
@@ -132,6 +135,8 @@ def distributed(step: TrainingStep) -> None:
         broadcast_buffers=has_statistics,
         gradient_as_bucket_view=True,
     )
+    if isinstance(step.call, CastWeights):
+        step.call.model = step.model
 
 
 def optimizer_step(step: TrainingStep) -> Tensor:

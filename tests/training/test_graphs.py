@@ -10,7 +10,7 @@ from detr_fast.config import Config
 from detr_fast.data import PackedCollate
 from detr_fast.models import build_model
 from detr_fast.nested_tensor import NestedTensor
-from detr_fast.training.graphs import Graphs, kind_of
+from detr_fast.training.graphs import Graphs, kind_of, record_passes
 from detr_fast.training.step import build_step, optimizer_step, why_without_graphs
 
 TINY = [
@@ -40,7 +40,7 @@ def recorded():
     """Of each recording the kind; the "graph" calls the model's parameters directly."""
     kinds = []
 
-    def record(model, samples, pool):
+    def record(model, call, samples, pool):
         kind = kind_of(samples)
         kinds.append(kind)
 
@@ -95,7 +95,7 @@ def test_evaluation_is_not_replayed(recorded):
 
 
 def test_what_cannot_be_recorded_runs_as_always():
-    def refuse(model, samples, pool):
+    def refuse(model, call, samples, pool):
         raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
 
     model, said = Doubler(), []
@@ -125,7 +125,7 @@ def test_a_flag_that_cannot_be_honoured_says_why():
     said = []
     config = Config.from_arguments([*TINY, "--graphs", "--precision", "fp32", "--device", "cpu"])
     model, criterion, _ = build_model(config)
-    assert build_step(model, criterion, config, cpu, said.append).graphs is None
+    assert build_step(model, criterion, config, cpu, said.append).call is None
     assert said == ["--graphs has no effect: CUDA graphs need a GPU"]
 
 
@@ -159,7 +159,7 @@ def test_training_with_graphs_equals_training_without(precision):
             step.optimizer.zero_grad()
             losses.append(loss.item())
         weights.append([p.detach().clone() for p in step.model.parameters()])
-    assert step.graphs.replayed == 4 and step.graphs.eager == 2 and not said, said
+    assert step.call.replayed == 4 and step.call.eager == 2 and not said, said
     tolerance = 1e-5 if precision == "fp32" else 2e-2
     torch.testing.assert_close(losses[6:], losses[:6], rtol=tolerance, atol=tolerance)
     for with_graphs, without in zip(weights[1], weights[0], strict=True):
@@ -176,13 +176,11 @@ def test_replays_draw_new_dropout_and_leave_generators_and_statistics_alone():
     samples = next(_batches(device))[0]
     step.outputs(samples)
     before = torch.cuda.get_rng_state(), {n: b.clone() for n, b in model.named_buffers()}
-    from detr_fast.training.graphs import record_passes
-
-    record_passes(model, samples, torch.cuda.graph_pool_handle())
+    record_passes(model, model, samples, torch.cuda.graph_pool_handle())
     assert torch.equal(torch.cuda.get_rng_state(), before[0])
     assert all(torch.equal(buffer, before[1][name]) for name, buffer in model.named_buffers())
     first, second = (step.outputs(samples)["pred_logits"].clone() for _ in range(2))
-    assert step.graphs.replayed == 2 and not torch.equal(first, second)
+    assert step.call.replayed == 2 and not torch.equal(first, second)
 
 
 @pytest.mark.gpu
@@ -206,4 +204,4 @@ def test_several_kinds_share_memory_without_harm():
         for samples, wanted in zip((one, other), expected, strict=True):
             for got, want in zip(grads(samples), wanted, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert step.graphs.replayed == 6
+    assert step.call.replayed == 6
