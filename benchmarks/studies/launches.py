@@ -39,7 +39,7 @@ from detr_fast.data import PackedBatch
 from detr_fast.data.prefetch import copy_batch
 from detr_fast.models import build_model
 from detr_fast.nested_tensor import NestedTensor
-from detr_fast.training import engine
+from detr_fast.training import casts, engine
 from detr_fast.training.log import Metrics
 from detr_fast.training.step import PRECISIONS, build_step
 
@@ -49,7 +49,7 @@ from ..shapes import BatchShape, nominal_batch
 from .training_step import make_batch
 
 STAGES = (
-    "input", "backbone", "position", "encoder", "decoder", "heads", "matcher", "criterion", "loss, logging",
+    "input", "weights' casts", "backbone", "position", "encoder", "decoder", "heads", "matcher", "criterion", "loss, logging",
     "backward", "clipping", "optimiser",
 )  # fmt: skip
 BATCH = 16
@@ -265,19 +265,8 @@ class _Loader(list):
 def count(shape: BatchShape, precision: str = "bf16", flags: tuple[str, ...] = ()) -> Counter:
     """One step of the trainer's loop on a batch of the shape."""
     device = torch.device("cuda")
-    config = Config.from_arguments(
-        [
-            "--backbone_weights",
-            "none",
-            "--backbone_norm",
-            "frozen",
-            "--device",
-            "cuda",
-            "--precision",
-            precision,
-            *flags,
-        ]
-    )
+    backbone = ("--backbone_weights", "none", "--backbone_norm", "frozen")
+    config = Config.from_arguments([*backbone, "--device", "cuda", "--precision", precision, *flags])
     packed, _, targets = make_batch(shape, torch.device("cpu"), 0)
     options = {"channels_last": True, "dtype": PRECISIONS[precision]}
     counter = Counter()
@@ -300,6 +289,7 @@ def count(shape: BatchShape, precision: str = "bf16", flags: tuple[str, ...] = (
         for owner, name, stage in (
             (HungarianMatcher, "match_layers", "matcher"),
             (nn.utils, "clip_grad_norm_", "clipping"),
+            (casts, "cast_together", "weights' casts"),
         ):
             stack.enter_context(mock.patch.object(owner, name, counter.within(stage, getattr(owner, name))))
         optimizer.step = counter.within("optimiser", optimizer.step)

@@ -1,7 +1,7 @@
 """Weights in autocast's dtype, made together: two launches for each layer of the transformer instead of twenty."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,7 @@ class CastWeights:
         try:
             for group in self._groups:
                 weights = [parameters[name] for parameters, name in group]
-                casts = _Cast.apply(self.dtype, *weights)
+                casts = cast_together(self.dtype, weights)
                 for (parameters, name), weight, cast in zip(group, weights, casts, strict=True):
                     own.append((parameters, name, weight))
                     parameters[name] = cast
@@ -91,9 +91,12 @@ def _kind(module: nn.Module) -> type | None:
     return next((kind for kind in _WEIGHTS if isinstance(module, kind)), None)
 
 
-class _Cast(torch.autograd.Function):
-    """Copies of float32 tensors in another dtype; gradients are cast back."""
+def cast_together(dtype: torch.dtype, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies of float32 tensors in another dtype, differentiable."""
+    return _Cast.apply(dtype, *weights)
 
+
+class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
