@@ -49,8 +49,8 @@ from ..shapes import BatchShape, nominal_batch
 from .training_step import make_batch
 
 STAGES = (
-    "input", "weights' casts", "backbone", "position", "encoder", "decoder", "heads", "matcher", "criterion", "loss, logging",
-    "backward", "clipping", "optimiser",
+    "input", "weights' casts", "backbone", "position", "encoder", "decoder", "heads", "matcher", "criterion",
+    "loss, logging", "backward", "clipping", "optimiser",
 )  # fmt: skip
 BATCH = 16
 BYTES_PER_MS = 4.0e9
@@ -356,13 +356,12 @@ def markdown(kept: dict[str, dict]) -> str:
     for stage in (*STAGES, "all"):
         cells = []
         for entry in kept.values():
-            row = entry["stages"][stage]
-            cells += [
-                row["operators"],
-                row["launches"],
-                f"{row['bytes'] / 2**20:.0f}",
-                f"{row['bytes'] / BYTES_PER_MS:.2f}",
-            ]
+            row = entry["stages"].get(stage)  # older counts have fewer
+            if row is None:
+                cells += 4 * ["–"]
+                continue
+            mib, ms = row["bytes"] / 2**20, row["bytes"] / BYTES_PER_MS
+            cells += [row["operators"], row["launches"], f"{mib:.0f}", f"{ms:.2f}"]
         lines.append(f"| {stage} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
