@@ -47,6 +47,7 @@ def parts(folder: Path, jobs: int) -> dict[str, Part]:
         "step": Part((*bench, "train", "--precision", "bf16", "--compile", "no", "--budget", "{seconds}"), 150, 40),
         "tests": Part((*pytest, "--deselect", "tests/ops/test_attention_gpu.py"), 150, 0, may_run_out=True),
         "ops": Part((*bench, "all", "--budget", "{seconds}"), 180, 0),
+        "compiled": Part((*bench, "train", "--precision", "bf16", "--budget", "{seconds}"), 240, 0, is_asked_for=True),
         "tune": Part((*bench, "tune", "--budget", "{seconds}"), 300, 30, is_asked_for=True),
         "sanitize": Part(("-m", "benchmarks.studies.sanitize", "--budget", "{seconds}"), 300, 0, is_asked_for=True),
         "same-float64": Part((*same, "--dtype", "float64"), 60, 0, is_asked_for=True),

@@ -167,7 +167,7 @@ class Step:
             groups = [{"params": group["params"], "lr": group["lr"]} for group in self.step.optimizer.param_groups]
             self.step.optimizer = torch.optim.AdamW(groups, weight_decay=1e-4, foreach=False)
         if variant.compile == "model":
-            model.compile(dynamic=True)
+            model.compile(dynamic=False)  # one shape is measured; tracing for all takes minutes
 
     def ops(self):
         return contextlib.nullcontext() if self.variant.kernels else reference_ops()
