@@ -98,7 +98,7 @@ class ResNetBody(nn.Module):
         affines = dict(zip(norms, frozen_affines(norms), strict=True))
         packed = not self.training and runs_packed(x)
         if packed:
-            refuse_transforms("folded_conv", x)
+            refuse_transforms("folded_conv", x, *self.parameters())
             if torch.is_autocast_enabled("cpu"):
                 x = x.to(torch.get_autocast_dtype("cpu"))
         if packed or x.device.type == "cuda":
@@ -121,6 +121,10 @@ class ResNetBody(nn.Module):
             if returned:
                 out[self.return_layers[name]] = x
         return out
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_packed", PackedConvs())  # modules pickled before there was one
 
     def train(self, mode: bool = True) -> "ResNetBody":
         if mode:

@@ -16,10 +16,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from detr_fast.layers import MultiheadAttention
 from detr_fast.nested_tensor import NestedTensor, is_unpadded
 from detr_fast.ops.attention import remember_valid_rows
+
+# Layers of torch.nn that compute each token by itself, and the list that holds layers.
+_TOKENWISE = (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.Dropout, nn.ModuleList)
 
 
 class Transformer(nn.Module):
@@ -119,20 +123,20 @@ class Transformer(nn.Module):
 def set_skip_padded_queries(transformer: nn.Module, *readers: nn.Module) -> None:
     """Has the encoder's attentions leave out the pixels under the mask, if nobody reads the memory there.
 
-    Nobody is known to where the detectors that call the transformer, and all of its parts that mix pixels, are of this
-    package. A subclass or another's part may read it: then all pixels are computed.
+    Nobody does where the detectors that call the transformer, and all of its parts that may mix tokens, are of this
+    package. A subclass or another's part may read it: then all pixels are computed, also by the detectors that get the
+    same transformer later. Attentions that were set to False stay so.
 
     Args:
         transformer: of any class.
         readers: the detectors.
     """
-    encoder = getattr(transformer, "encoder", None)
-    layers = getattr(encoder, "layers", ())
-    attentions = [getattr(layer, "self_attn", None) for layer in layers]
-    skip = all(map(_is_own, [*readers, transformer, encoder, *layers, *attentions]))
+    parts = [module for module in transformer.modules() if type(module) not in _TOKENWISE]
+    skip = all(map(_is_own, [*readers, *parts]))
+    attentions = [layer.self_attn for layer in transformer.encoder.layers] if skip else parts
     for attention in attentions:
         if isinstance(attention, MultiheadAttention):
-            attention.skip_padded_queries = skip
+            attention.skip_padded_queries = skip and vars(attention).get("skip_padded_queries", True)
 
 
 def mask_for(transformer: nn.Module, features: NestedTensor) -> Tensor | None:
@@ -143,7 +147,7 @@ def mask_for(transformer: nn.Module, features: NestedTensor) -> Tensor | None:
     return None if is_unpadded(features) and _is_own(transformer) else features.mask
 
 
-def _is_own(module: nn.Module | None) -> bool:
+def _is_own(module: nn.Module) -> bool:
     return type(module).__module__.startswith("detr_fast.")
 
 

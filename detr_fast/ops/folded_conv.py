@@ -263,9 +263,11 @@ def _save(ctx, x, weight, scale, out) -> None:
     ctx.x_shape = x.shape
 
 
-def _gradients(ctx, grad, shortcut) -> tuple[Tensor | None, Tensor | None]:
-    """In x and weight, from the masked gradient of the result and another one of x, or None."""
-    x, weight, scale, _ = ctx.saved_tensors
+def _gradients(ctx, x, weight, scale, grad, shortcut) -> tuple[Tensor | None, Tensor | None]:
+    """In x and weight, from the masked gradient of the result and another one of x, or None.
+
+    The saved tensors come as arguments: under non-reentrant checkpointing they may be asked for once only.
+    """
     x_needed, weight_needed = ctx.needs_input_grad[:2]
     if not (x_needed or weight_needed):
         return None, None
@@ -277,11 +279,11 @@ def _gradients(ctx, grad, shortcut) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _differentiate(ctx, grad):
-    out = ctx.saved_tensors[3]
+    x, weight, scale, out = ctx.saved_tensors
     if out is not None:
         grad = torch.ops.aten.threshold_backward(grad, out, 0)
     residual_needed = ctx.needs_input_grad[4]
-    return *_gradients(ctx, grad, None), None, None, grad if residual_needed else None, *[None] * 7
+    return *_gradients(ctx, x, weight, scale, grad, None), None, None, grad if residual_needed else None, *[None] * 7
 
 
 class _Fork(torch.autograd.Function):
@@ -297,7 +299,8 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, shortcut):
-        return *_gradients(ctx, grad, shortcut), *[None] * 7
+        x, weight, scale, _ = ctx.saved_tensors
+        return *_gradients(ctx, x, weight, scale, grad, shortcut), *[None] * 7
 
 
 _folded_conv = torch.library.custom_op(

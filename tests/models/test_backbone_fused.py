@@ -8,6 +8,7 @@ import torch
 from plain_detr import randomize_norms
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d
@@ -133,6 +134,18 @@ def test_gradients_of_every_parameter_whatever_is_trained_and_returned(kind, tra
     assert ours.keys() == right.keys() and len(ours) >= 5
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, right[name], rtol=0, atol=1e-9 * right[name].abs().max().item())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_body_has_the_same_gradients(use_reentrant):
+    body, x = _body(), torch.randn(1, 3, 40, 40, requires_grad=True)
+    results = []
+    for out in (body(x)["1"], checkpoint(lambda x: body(x)["1"], x, use_reentrant=use_reentrant)):
+        body.zero_grad()
+        x.grad = None
+        out.backward(torch.ones_like(out))
+        results.append([x.grad, *(p.grad for p in body.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_block_adds_and_masks_in_one_step(monkeypatch):

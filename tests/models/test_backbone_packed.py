@@ -1,6 +1,7 @@
 """The body on a CPU in evaluation: equal to its modules, and never from weights that are no longer there."""
 
 import copy
+import functools
 import io
 import os
 import pickle
@@ -236,6 +237,29 @@ def test_copies_have_their_own(copied):
         other.layer1[0].conv1.weight.mul_(-1)
         assert not torch.equal(_assert_same(other, x)["1"], before)
         assert torch.equal(body(x)["1"], before)
+
+
+def test_a_body_that_was_pickled_without_kept_weights():
+    body = _body()
+    state = body.__getstate__()
+    del state["_packed"]
+    old = type(body).__new__(type(body))
+    old.__setstate__(state)
+    _assert_same(old.eval().train().eval(), torch.randn(1, 3, 40, 40))
+
+
+@torch.no_grad()
+def test_transforms_of_the_weights_are_refused():
+    """Not computed without their tangents, and not kept."""
+    body, x = _body(), torch.randn(1, 3, 40, 40)
+    weights = {name: weight.detach() for name, weight in body.named_parameters()}
+    tangents = {name: torch.ones_like(weight) for name, weight in weights.items()}
+    call = functools.partial(torch.func.functional_call, body)
+    with pytest.raises(NotImplementedError, match="folded_conv does not support vmap"):
+        torch.func.jvp(lambda weights: call(weights, (x,))["1"], (weights,), (tangents,))
+    with pytest.raises(NotImplementedError, match="folded_conv does not support vmap"):
+        torch.func.vmap(lambda weights: call(weights, (x,))["1"])({k: w[None] for k, w in weights.items()})
+    assert len(body._packed) == 0
 
 
 def test_inference_mode_and_weights_made_in_it():

@@ -12,7 +12,16 @@ from test_segmentation import small_detr
 from torch import nn
 
 from detr_fast.layers import MultiheadAttention
-from detr_fast.models import DETR, DETRsegm, Transformer, TransformerEncoder, TransformerEncoderLayer, letr
+from detr_fast.models import (
+    DETR,
+    DETRsegm,
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+    letr,
+)
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.ops.attention import attention_of_projections
 
@@ -167,6 +176,18 @@ class LayerOfTheOriginal(TransformerEncoderLayer):
         return super().forward_post(src, src_mask, src_key_padding_mask, pos)
 
 
+class DecoderOfAnother(TransformerDecoder):
+    pass
+
+
+class DecoderLayerOfAnother(TransformerDecoderLayer):
+    pass
+
+
+class NormOfAnother(nn.LayerNorm):
+    pass
+
+
 class AttentionOfAnother(MultiheadAttention):
     pass
 
@@ -207,6 +228,12 @@ def _detr_with(kind, transformer, backbone):
         transformer.encoder.__class__ = EncoderOfTheOriginal
     elif kind == "layer":
         transformer.encoder.layers[1].__class__ = LayerOfTheOriginal
+    elif kind == "decoder":
+        transformer.decoder.__class__ = DecoderOfAnother
+    elif kind == "decoder layer":
+        transformer.decoder.layers[0].__class__ = DecoderLayerOfAnother
+    elif kind == "norm":
+        transformer.encoder.layers[0].norm2.__class__ = NormOfAnother
     elif kind == "attention":
         transformer.encoder.layers[1].self_attn.__class__ = AttentionOfAnother
     elif kind == "stock attention":
@@ -215,9 +242,13 @@ def _detr_with(kind, transformer, backbone):
     return (DetectorOfAnother if kind == "detector" else DETR)(backbone, transformer, 5, 6, True).double()
 
 
-@pytest.mark.parametrize(
-    "kind", ["transformer", "foreign", "encoder", "layer", "attention", "stock attention", "detector"]
-)
+KINDS = [
+    "transformer", "foreign", "encoder", "layer", "decoder", "decoder layer", "norm", "attention", "stock attention",
+    "detector",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_all_rows_are_computed_where_another_may_read_them(kind, skipped):
     """Which is no error, and gives the same numbers."""
     plain, samples = tiny_detr(level=1).double(), _padded()
@@ -225,8 +256,7 @@ def test_all_rows_are_computed_where_another_may_read_them(kind, skipped):
     expected, expected_gradients = _step(plain, samples)
     assert len(skipped) == 2 and not any(mask is None for mask in skipped)
     skipped.clear()
-    transformer = copy.deepcopy(plain.transformer)
-    read_all_rows(transformer)
+    transformer = copy.deepcopy(plain.transformer)  # set to skip by its detector
     model = _detr_with(kind, transformer, plain.backbone)
     for name, module in plain.named_children():
         if name not in ("transformer", "backbone"):
@@ -254,6 +284,7 @@ def test_who_skips():
     assert all(skips(pickle.loads(pickle.dumps(detr)).transformer))
     assert all(skips(DETRsegm(detr).detr.transformer))
     assert not any(skips(SegmentationOfAnother(detr).detr.transformer))
+    assert not any(skips(DETRsegm(detr).detr.transformer))  # which the other may still read
     assert not any("skip" in name for name in detr.state_dict())
     for module in detr.modules():
         if isinstance(module, MultiheadAttention):
