@@ -212,14 +212,15 @@ def test_images_that_cannot_be_read_are_named(coco, tmp_path):
         find_layout(folder)
 
 
-def test_labels_are_of_the_image_as_it_is_shown(tmp_path):
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_labels_are_of_the_image_as_it_is_shown(tmp_path, suffix):
     """A photo that its EXIF orientation turns: the labels' shares are of the turned width and height."""
     for folder in ("images", "labels"):
         (tmp_path / "data" / folder).mkdir(parents=True)
     exif = Image.Exif()
     exif[0x0112] = 6
     for name in ("a", "b"):
-        Image.new("RGB", (60, 40)).save(tmp_path / "data" / "images" / f"{name}.jpg", exif=exif)
+        Image.new("RGB", (60, 40)).save(tmp_path / "data" / "images" / f"{name}{suffix}", exif=exif)
         (tmp_path / "data" / "labels" / f"{name}.txt").write_text("0 0.5 0.25 0.5 0.5\n")
     (tmp_path / "data" / "classes.txt").write_text("thing\n")
     config = with_data(Config(data=tmp_path / "data"))

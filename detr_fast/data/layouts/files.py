@@ -10,10 +10,11 @@ from typing import Any
 
 from PIL import Image
 
+from detr_fast.data.images import upright_size
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 # The words by which folders, lists and jsons name a set.
 WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-_ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
 
 
 @dataclass
@@ -74,8 +75,6 @@ def sizes_of(images: Sequence[Path]) -> list[tuple[int, int]]:
 def _size(path: Path) -> tuple[int, int] | None:
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            return (height, width) if turned else (width, height)
+            return upright_size(image)
     except Exception:  # PIL raises what the format's reader does
         return None
