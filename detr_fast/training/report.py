@@ -41,7 +41,7 @@ def write_report(
     path = Path(output_dir) / "eval" / "report.html"
     path.parent.mkdir(exist_ok=True)
     title = f"Evaluation of {source or task.name}"
-    path.write_text(render(title, subtitle, page, shown), encoding="utf-8")
+    path.write_text(render(title, subtitle, page, shown), encoding="utf-8", errors="backslashreplace")
     return path
 
 

@@ -145,6 +145,21 @@ def test_pictures_are_turned_as_their_annotations_are(tmp_path):
     assert image.getpixel((5, 5)) == (99, 99, 99)
 
 
+def test_names_that_no_file_takes_are_written_in_another_way(folder, tmp_path):
+    data = json.loads((folder / "ann.json").read_text())
+    del data["categories"][0]["name"]
+    data["categories"][1]["name"] = "half of a pair: \ud800"
+    coco = COCO()
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.dataset = data
+        coco.createIndex()
+    evaluator = summarised(CocoEvaluator(coco, ["bbox"]))
+    dataset, task = SimpleNamespace(img_folder=str(folder)), task_of(Config())
+    text = write_report(tmp_path, task, evaluator, dataset, coco, "\udcff").read_text(encoding="utf-8")
+    assert '<td data-value="3">3</td>' in text and r"half of a pair: \ud800" in text and r"Evaluation of \udcff" in text
+    "\n".join(task.report(evaluator)).encode()
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome")
 def test_a_browser_sorts_filters_and_shows_it(folder, tmp_path):
     path, _ = written(folder, tmp_path)
