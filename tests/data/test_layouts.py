@@ -183,6 +183,13 @@ def test_malformed_labels_are_refused_with_file_and_line(coco, tmp_path, line, m
     assert f"{file}:1" in str(caught.value) and message in str(caught.value)
 
 
+def test_a_label_file_that_is_not_utf_8_is_named(coco, tmp_path):
+    file = yolo_with(coco, tmp_path / "data", "0 0.5 0.5 0.1 0.1")
+    file.write_text("0 0.5 0.5 0.1 0.1", encoding="utf-16")
+    with pytest.raises(ValueError, match=f"{file.name} cannot be read: .* expected UTF-8"):
+        find_layout(tmp_path / "data")
+
+
 def test_missing_label_files_are_images_without_objects_and_others_are_counted(coco, tmp_path):
     folder = write_yolo(coco, tmp_path / "data", yaml=False)
     labels = sorted((folder / "labels" / "train").glob("*.txt"))

@@ -48,6 +48,18 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
+def text_of(file: Path) -> str:
+    """A text file's content, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} cannot be read: {error}; expected UTF-8") from error
+
+
 def unused(name: str, used: Iterable[Path], suffix: str) -> list[str]:
     """A note on the label files beside those in use that have no image."""
     used = set(used)

@@ -17,6 +17,7 @@ from detr_fast.data.layouts.files import (
     categories_of,
     images_in,
     sizes_of,
+    text_of,
     unused,
 )
 
@@ -116,7 +117,7 @@ def _undescribed(root: Path) -> _Yolo | None:
             f"--data {root}: YOLO's labels, but nothing says what the classes are called; expected names in a "
             "data.yaml, or a classes.txt with one per line"
         )
-    lines = [line.strip() for line in classes[0].read_text(encoding="utf-8-sig").splitlines()]
+    lines = [line.strip() for line in text_of(classes[0]).splitlines()]
     return _Yolo(root, dict(enumerate(filter(None, lines))), entries, [])
 
 
@@ -126,8 +127,8 @@ def _read_yaml(file: Path) -> Any:
     except ImportError as error:
         raise ValueError(f"{file}: reading it needs PyYAML, which is not installed (pip install pyyaml)") from error
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return yaml.safe_load(text_of(file))
+    except yaml.YAMLError as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
@@ -178,7 +179,7 @@ def read_yolo(described: _Yolo, known: Mapping[str, int]) -> Found:
 def _yolo_images(entry: Path, root: Path) -> list[Path]:
     if entry.is_dir():
         return images_in(entry)
-    lines = entry.read_text(encoding="utf-8-sig").splitlines()
+    lines = text_of(entry).splitlines()
     places = [(line, _placed(line, root, entry.parent)) for line in map(str.strip, lines) if line]
     absent = [line for line, place in places if place is None]
     if absent:
@@ -206,7 +207,7 @@ def _yolo_objects(file: Path, ids: Mapping[int, int], size: tuple[int, int], key
     """The objects of a label file, in pixels. A line: class, then cx cy w h, or the corners of a polygon, in 0..1."""
     width, height = size
     objects = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(text_of(file).splitlines(), start=1):
         words = line.split()
         if not words:
             continue
