@@ -414,6 +414,32 @@ def test_published_weights_are_evaluated_by_cocos_names(coco, tmp_path, monkeypa
 # Folders
 
 
+@pytest.mark.parametrize("layout", WRITERS)
+def test_an_archive_unpacked_into_its_own_folder_is_found(coco, tmp_path, layout):
+    if layout == "yolo":
+        pytest.importorskip("yaml")
+    inner = WRITERS[layout](coco, tmp_path / "data" / "Shapes.v1")
+    (tmp_path / "data" / "__MACOSX").mkdir()
+    next(inner.rglob("*.jpg")).with_name("._1.jpg").write_bytes(b"no image")
+    outer, expected = find_layout(tmp_path / "data"), find_layout(inner)
+    assert outer.splits["val"].images == expected.splits["val"].images and contents(outer) == contents(expected)
+
+
+def test_a_yaml_of_a_test_set_alone_and_with_backslashes(coco, tmp_path):
+    pytest.importorskip("yaml")
+    folder = write_yolo(coco, tmp_path / "data")
+    (folder / "data.yaml").write_text("test: ..\\images\\val\nnames: [circle, square, triangle]\n")
+    (layout,) = contents(find_layout(folder))
+    assert len(layout["images"]) == 5
+
+
+def test_a_file_name_that_is_too_long_is_an_image_that_is_not_there(tmp_path):
+    images = [{"id": 1, "file_name": "a" * 300 + ".jpg", "width": 9, "height": 9}]
+    (tmp_path / "x.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    with pytest.raises(FileNotFoundError, match="no folder with its images, such as 'aaa"):
+        find_layout(tmp_path)
+
+
 def test_unknown_and_ambiguous_folders_are_refused_with_what_is_there(coco, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.txt").write_text("sun")

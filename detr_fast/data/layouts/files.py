@@ -44,8 +44,9 @@ def categories_of(names: Sequence[str], known: Mapping[str, int]) -> list[dict[s
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The image files in a folder and those below it, by name."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    """The image files in a folder and those below it, by name; not hidden ones, which macOS puts beside each."""
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path for path in files if not path.name.startswith("."))
 
 
 def text_of(file: Path) -> str:

@@ -42,7 +42,7 @@ def find_yolo(root: Path) -> _Yolo | None:
     usual = [file for file in files if file.stem in ("data", "dataset")]
     for file in usual or files:
         content = _read_yaml(file)
-        if isinstance(content, dict) and "names" in content and {"train", "val"} & set(content):
+        if isinstance(content, dict) and "names" in content and set(WORDS) & set(content):
             others = [str(other.name) for other in files if other != file] if not usual else []
             if others:
                 raise ValueError(f"--data {root}: more than one yaml, {', '.join([file.name, *others])}; name one")
@@ -87,7 +87,8 @@ def described_by(file: Path) -> _Yolo:
 
 def _placed(entry: str, *bases: Path) -> Path | None:
     # Roboflow writes ../train/images for a folder beside the yaml.
-    for text in (entry, re.sub(r"^(\.\./)+", "", entry)):
+    slashes = entry.replace("\\", "/")  # of a path that Windows wrote
+    for text in (entry, slashes, re.sub(r"^(\.\./)+", "", slashes)):
         for base in bases:
             if (base / text).exists():
                 return Path(os.path.normpath(base / text))
