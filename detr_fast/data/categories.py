@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
+
+
+def category_name(category: Mapping[str, Any]) -> str:
+    """What an entry of a COCO json's ``categories`` is called: its ``id`` where it has no ``name``."""
+    name = str(category["id"] if category.get("name") is None else category["name"])
+    # A json can hold what no file and no terminal takes: lone halves of a surrogate pair.
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,7 @@ class Categories:
         """From the ``categories`` list of a COCO json: dicts with ``id`` and, optionally, ``name``."""
         ordered = sorted(categories, key=lambda category: category["id"])
         ids = tuple(category["id"] for category in ordered)
-        names = tuple(str(category["id"] if category.get("name") is None else category["name"]) for category in ordered)
-        return cls(ids, names, contiguous)
+        return cls(ids, tuple(map(category_name, ordered)), contiguous)
 
     @property
     def num_classes(self) -> int:

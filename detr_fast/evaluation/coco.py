@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detr_fast.data.categories import category_name
 from detr_fast.distributed import all_gather, is_main_process
 from detr_fast.evaluation import rust
 
@@ -173,8 +174,8 @@ class CocoEvaluator:
 
         Returns:
             category name → {"AP": over IoU 0.50:0.95, "AP50": at IoU 0.50}, both over all areas with 100 detections,
-            and NaN for a category without objects in the images seen. Where categories share a name, the id is added
-            to it.
+            and NaN for a category without objects in the images seen. A category without a name is called by its id;
+            where categories share a name, the id is added to it.
 
         Raises:
             ValueError: if the IoU type is not evaluated.
@@ -191,10 +192,11 @@ class CocoEvaluator:
         at_50 = int(np.argmin(np.abs(params.iouThrs - 0.5)))
 
         categories = self.coco_gt.loadCats(params.catIds)
-        uses = Counter(category["name"] for category in categories)
+        names = [category_name(category) for category in categories]
+        uses = Counter(names)
         table = {}
-        for k, category in enumerate(categories):
-            name = category["name"] if uses[category["name"]] == 1 else f"{category['name']} ({category['id']})"
+        for k, (name, category) in enumerate(zip(names, categories, strict=True)):
+            name = name if uses[name] == 1 else f"{name} ({category['id']})"
             table[name] = {"AP": float(precision[..., k].mean()), "AP50": float(precision[at_50, :, k].mean())}
         return table
 

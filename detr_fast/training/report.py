@@ -5,6 +5,8 @@ from typing import Any
 
 from PIL import Image
 
+from detr_fast.data.images import load_image
+from detr_fast.data.validation import stated_size
 from detr_fast.evaluation import Evaluator
 from detr_fast.evaluation.report import Page, Shown, render
 from detr_fast.tasks import Task
@@ -39,15 +41,20 @@ def write_report(
     path = Path(output_dir) / "eval" / "report.html"
     path.parent.mkdir(exist_ok=True)
     title = f"Evaluation of {source or task.name}"
-    path.write_text(render(title, subtitle, page, shown), encoding="utf-8")
+    path.write_text(render(title, subtitle, page, shown), encoding="utf-8", errors="backslashreplace")
     return path
+
+
+def annotated_image(image_id: int, dataset: Any, coco: Any) -> tuple[str, Image.Image]:
+    """An image's file name, and the image as the model sees it: turned as its annotations are, with 8 bits."""
+    entry = coco.loadImgs(image_id)[0]
+    path = Path(dataset.img_folder) / entry["file_name"]
+    return entry["file_name"], load_image(path, image_id, size=stated_size(entry))
 
 
 def _shown(image_id: int, task: Task, page: Page, dataset: Any, coco: Any) -> Shown:
     assert page.results is not None
-    name = coco.loadImgs(image_id)[0]["file_name"]
-    with Image.open(Path(dataset.img_folder) / name) as file:
-        image = file.convert("RGB")
+    name, image = annotated_image(image_id, dataset, coco)
     truth = [entry for entry in coco.loadAnns(coco.getAnnIds(image_id)) if not entry.get("iscrowd", 0)]
     result = page.results(image_id)
     pair = task.draw_sample(image, truth, result, page.names, page.threshold, coco)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
 from detr_fast.config import MODEL_SETTINGS, NO_OUTPUT, Config, check_for_training, make_output_dir, usage_errors
@@ -52,7 +51,7 @@ from detr_fast.training.interrupt import GO_ON, SAVE, Interruption, ignore_signa
 from detr_fast.training.log import Metrics, RunLog
 from detr_fast.training.memory import probe_memory
 from detr_fast.training.optim import build_scheduler, load_optimizer, steps_every
-from detr_fast.training.report import write_report
+from detr_fast.training.report import annotated_image, write_report
 from detr_fast.training.setup import build, chosen_for_gpu, loader_for, size_divisor, start, with_norm
 from detr_fast.training.step import build_step, distributed
 
@@ -430,8 +429,7 @@ class Trainer:
         coco, rows = self.annotations, []
         names = {c["id"]: str(c.get("name", c["id"])) for c in coco.loadCats(coco.getCatIds())}
         for image_id, result in results.items():
-            with Image.open(Path(self.dataset_val.img_folder) / coco.loadImgs(image_id)[0]["file_name"]) as file:
-                image = file.convert("RGB")
+            _, image = annotated_image(image_id, self.dataset_val, coco)
             truth = [entry for entry in coco.loadAnns(coco.getAnnIds(image_id)) if not entry.get("iscrowd", 0)]
             rows.append(self.task.draw_sample(image, truth, result, names, _SAMPLE_THRESHOLD, coco))
         draw_sheet(path, rows)

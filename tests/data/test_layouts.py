@@ -183,6 +183,13 @@ def test_malformed_labels_are_refused_with_file_and_line(coco, tmp_path, line, m
     assert f"{file}:1" in str(caught.value) and message in str(caught.value)
 
 
+def test_a_label_file_that_is_not_utf_8_is_named(coco, tmp_path):
+    file = yolo_with(coco, tmp_path / "data", "0 0.5 0.5 0.1 0.1")
+    file.write_text("0 0.5 0.5 0.1 0.1", encoding="utf-16")
+    with pytest.raises(ValueError, match=f"{file.name} cannot be read: .* expected UTF-8"):
+        find_layout(tmp_path / "data")
+
+
 def test_missing_label_files_are_images_without_objects_and_others_are_counted(coco, tmp_path):
     folder = write_yolo(coco, tmp_path / "data", yaml=False)
     labels = sorted((folder / "labels" / "train").glob("*.txt"))
@@ -212,14 +219,15 @@ def test_images_that_cannot_be_read_are_named(coco, tmp_path):
         find_layout(folder)
 
 
-def test_labels_are_of_the_image_as_it_is_shown(tmp_path):
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_labels_are_of_the_image_as_it_is_shown(tmp_path, suffix):
     """A photo that its EXIF orientation turns: the labels' shares are of the turned width and height."""
     for folder in ("images", "labels"):
         (tmp_path / "data" / folder).mkdir(parents=True)
     exif = Image.Exif()
     exif[0x0112] = 6
     for name in ("a", "b"):
-        Image.new("RGB", (60, 40)).save(tmp_path / "data" / "images" / f"{name}.jpg", exif=exif)
+        Image.new("RGB", (60, 40)).save(tmp_path / "data" / "images" / f"{name}{suffix}", exif=exif)
         (tmp_path / "data" / "labels" / f"{name}.txt").write_text("0 0.5 0.25 0.5 0.5\n")
     (tmp_path / "data" / "classes.txt").write_text("thing\n")
     config = with_data(Config(data=tmp_path / "data"))
@@ -404,6 +412,32 @@ def test_published_weights_are_evaluated_by_cocos_names(coco, tmp_path, monkeypa
 
 
 # Folders
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_an_archive_unpacked_into_its_own_folder_is_found(coco, tmp_path, layout):
+    if layout == "yolo":
+        pytest.importorskip("yaml")
+    inner = WRITERS[layout](coco, tmp_path / "data" / "Shapes.v1")
+    (tmp_path / "data" / "__MACOSX").mkdir()
+    next(inner.rglob("*.jpg")).with_name("._1.jpg").write_bytes(b"no image")
+    outer, expected = find_layout(tmp_path / "data"), find_layout(inner)
+    assert outer.splits["val"].images == expected.splits["val"].images and contents(outer) == contents(expected)
+
+
+def test_a_yaml_of_a_test_set_alone_and_with_backslashes(coco, tmp_path):
+    pytest.importorskip("yaml")
+    folder = write_yolo(coco, tmp_path / "data")
+    (folder / "data.yaml").write_text("test: ..\\images\\val\nnames: [circle, square, triangle]\n")
+    (layout,) = contents(find_layout(folder))
+    assert len(layout["images"]) == 5
+
+
+def test_a_file_name_that_is_too_long_is_an_image_that_is_not_there(tmp_path):
+    images = [{"id": 1, "file_name": "a" * 300 + ".jpg", "width": 9, "height": 9}]
+    (tmp_path / "x.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    with pytest.raises(FileNotFoundError, match="no folder with its images, such as 'aaa"):
+        find_layout(tmp_path)
 
 
 def test_unknown_and_ambiguous_folders_are_refused_with_what_is_there(coco, tmp_path, capsys):

@@ -164,6 +164,11 @@ def test_per_class_tells_equal_names_apart():
     assert values["cat (3)"] == pytest.approx(1) and values["cat (7)"] == 0
 
 
+def test_per_class_takes_categories_without_names():
+    categories = [{"id": 3}, {"id": 7, "name": None}, {"id": 9, "name": 5}, {"id": 12, "name": "\ud800"}]
+    assert list(run([{1: perfect(1)}], coco=make_coco(categories=categories)).per_class()) == ["3", "7", "5", "\\ud800"]
+
+
 def test_the_given_annotations_stay_untouched():
     coco = make_coco()
     before = json.dumps(coco.dataset)

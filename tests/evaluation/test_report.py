@@ -21,7 +21,7 @@ from detr_fast.evaluation.panoptic import Tally, average
 from detr_fast.evaluation.report import render
 from detr_fast.tasks import task_of
 from detr_fast.tasks.panoptic import _panoptic_tables
-from detr_fast.training.report import write_report
+from detr_fast.training.report import annotated_image, write_report
 
 EVIL = "<script>document.title='broken'</script>"
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": EVIL}, {"id": 9, "name": "bird"}]
@@ -127,6 +127,37 @@ def test_the_page_needs_nothing_beside_it_and_names_are_text(folder, tmp_path, m
     assert text.count("COCO&#x27;s numbers") == (2 if masks else 1)
     # The worst come first.
     assert text.index("2.jpg") < text.index("3.jpg") < text.index("1.jpg")
+
+
+def test_pictures_are_turned_as_their_annotations_are(tmp_path):
+    """A photo that lies on its side in the file, annotated as it is shown; and one of 16 bits, which is not white."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (100, 80)).save(tmp_path / "side.jpg", exif=exif)
+    Image.new("I;16", (80, 100), 257 * 99).save(tmp_path / "wide.png")
+    entries = {1: "side.jpg", 2: "wide.png"}
+    images = [{"id": i, "file_name": name, "width": 80, "height": 100} for i, name in entries.items()]
+    coco = SimpleNamespace(loadImgs=lambda image_id: [images[image_id - 1]])
+    dataset = SimpleNamespace(img_folder=tmp_path)
+    for image_id, name in entries.items():
+        given, image = annotated_image(image_id, dataset, coco)
+        assert given == name and image.size == (80, 100) and image.mode == "RGB"
+    assert image.getpixel((5, 5)) == (99, 99, 99)
+
+
+def test_names_that_no_file_takes_are_written_in_another_way(folder, tmp_path):
+    data = json.loads((folder / "ann.json").read_text())
+    del data["categories"][0]["name"]
+    data["categories"][1]["name"] = "half of a pair: \ud800"
+    coco = COCO()
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.dataset = data
+        coco.createIndex()
+    evaluator = summarised(CocoEvaluator(coco, ["bbox"]))
+    dataset, task = SimpleNamespace(img_folder=str(folder)), task_of(Config())
+    text = write_report(tmp_path, task, evaluator, dataset, coco, "\udcff").read_text(encoding="utf-8")
+    assert '<td data-value="3">3</td>' in text and r"half of a pair: \ud800" in text and r"Evaluation of \udcff" in text
+    "\n".join(task.report(evaluator)).encode()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome")

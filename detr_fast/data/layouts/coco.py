@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,7 +131,7 @@ def _image_folder(file: Path, images: Sequence[Mapping[str, Any]], places: Seque
     """The folder that has the most of the first images."""
     first = [image["file_name"] for image in images[:20]]
     places = [place for place in dict.fromkeys(places) if place.is_dir()]
-    counts = [sum((place / name).is_file() for name in first) for place in places]
+    counts = [sum(os.path.isfile(place / name) for name in first) for place in places]
     if first and not any(counts):
         raise FileNotFoundError(
             f"{file}: no folder with its images, such as {first[0]!r}; looked in {', '.join(map(str, places))}. If "

@@ -10,10 +10,11 @@ from typing import Any
 
 from PIL import Image
 
+from detr_fast.data.images import upright_size
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 # The words by which folders, lists and jsons name a set.
 WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-_ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
 
 
 @dataclass
@@ -43,8 +44,21 @@ def categories_of(names: Sequence[str], known: Mapping[str, int]) -> list[dict[s
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The image files in a folder and those below it, by name."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    """The image files in a folder and those below it, by name; not hidden ones, which macOS puts beside each."""
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path for path in files if not path.name.startswith("."))
+
+
+def text_of(file: Path) -> str:
+    """A text file's content, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} cannot be read: {error}; expected UTF-8") from error
 
 
 def unused(name: str, used: Iterable[Path], suffix: str) -> list[str]:
@@ -74,8 +88,6 @@ def sizes_of(images: Sequence[Path]) -> list[tuple[int, int]]:
 def _size(path: Path) -> tuple[int, int] | None:
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            return (height, width) if turned else (width, height)
+            return upright_size(image)
     except Exception:  # PIL raises what the format's reader does
         return None

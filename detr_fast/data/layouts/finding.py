@@ -99,6 +99,10 @@ def _read(root: Path, ids: Mapping[str, int]) -> Found:
         ("Pascal VOC", find_voc, read_voc),
     ]
     there = [(name, what, read) for name, find, read in kinds if (what := find(root))]
+    inside = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
+    if not there and len(inside) == 1:
+        # An archive that was unpacked into a folder of its own.
+        there = [(name, what, read) for name, find, read in kinds if (what := find(inside[0]))]
     if not there:
         raise FileNotFoundError(
             f"--data {root}: no layout that is known. Looked for {_LOOKED_FOR}. There is {_listing(root)}"

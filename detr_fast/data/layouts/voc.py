@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detr_fast.data.layouts.files import WORDS, Found, ImageSet, categories_of, images_in, sizes_of, unused
+from detr_fast.data.layouts.files import WORDS, Found, ImageSet, categories_of, images_in, sizes_of, text_of, unused
 
 
 @dataclass
@@ -53,7 +53,7 @@ def _voc_in_folders(root: Path, folder: Path, files: list[Path]) -> _Voc:
         if file is None:
             continue
         images[name] = []
-        for line in filter(None, map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())):
+        for line in filter(None, map(str.strip, text_of(file).splitlines())):
             stem = line if line in of_stem else line.split()[0]
             if stem not in of_stem:
                 raise FileNotFoundError(f"{file} names {line!r}; there is no such image in {folder}")

@@ -17,6 +17,7 @@ from detr_fast.data.layouts.files import (
     categories_of,
     images_in,
     sizes_of,
+    text_of,
     unused,
 )
 
@@ -41,7 +42,7 @@ def find_yolo(root: Path) -> _Yolo | None:
     usual = [file for file in files if file.stem in ("data", "dataset")]
     for file in usual or files:
         content = _read_yaml(file)
-        if isinstance(content, dict) and "names" in content and {"train", "val"} & set(content):
+        if isinstance(content, dict) and "names" in content and set(WORDS) & set(content):
             others = [str(other.name) for other in files if other != file] if not usual else []
             if others:
                 raise ValueError(f"--data {root}: more than one yaml, {', '.join([file.name, *others])}; name one")
@@ -86,7 +87,8 @@ def described_by(file: Path) -> _Yolo:
 
 def _placed(entry: str, *bases: Path) -> Path | None:
     # Roboflow writes ../train/images for a folder beside the yaml.
-    for text in (entry, re.sub(r"^(\.\./)+", "", entry)):
+    slashes = entry.replace("\\", "/")  # of a path that Windows wrote
+    for text in (entry, slashes, re.sub(r"^(\.\./)+", "", slashes)):
         for base in bases:
             if (base / text).exists():
                 return Path(os.path.normpath(base / text))
@@ -116,7 +118,7 @@ def _undescribed(root: Path) -> _Yolo | None:
             f"--data {root}: YOLO's labels, but nothing says what the classes are called; expected names in a "
             "data.yaml, or a classes.txt with one per line"
         )
-    lines = [line.strip() for line in classes[0].read_text(encoding="utf-8-sig").splitlines()]
+    lines = [line.strip() for line in text_of(classes[0]).splitlines()]
     return _Yolo(root, dict(enumerate(filter(None, lines))), entries, [])
 
 
@@ -126,8 +128,8 @@ def _read_yaml(file: Path) -> Any:
     except ImportError as error:
         raise ValueError(f"{file}: reading it needs PyYAML, which is not installed (pip install pyyaml)") from error
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return yaml.safe_load(text_of(file))
+    except yaml.YAMLError as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
@@ -178,7 +180,7 @@ def read_yolo(described: _Yolo, known: Mapping[str, int]) -> Found:
 def _yolo_images(entry: Path, root: Path) -> list[Path]:
     if entry.is_dir():
         return images_in(entry)
-    lines = entry.read_text(encoding="utf-8-sig").splitlines()
+    lines = text_of(entry).splitlines()
     places = [(line, _placed(line, root, entry.parent)) for line in map(str.strip, lines) if line]
     absent = [line for line, place in places if place is None]
     if absent:
@@ -206,7 +208,7 @@ def _yolo_objects(file: Path, ids: Mapping[int, int], size: tuple[int, int], key
     """The objects of a label file, in pixels. A line: class, then cx cy w h, or the corners of a polygon, in 0..1."""
     width, height = size
     objects = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(text_of(file).splitlines(), start=1):
         words = line.split()
         if not words:
             continue
