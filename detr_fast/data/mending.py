@@ -49,7 +49,8 @@ def mend_file(images_dir: str | os.PathLike, ann_file: str | os.PathLike, out: s
                 done[f"{key}: a text or float became the integer that it writes"] += 1
         _mend_annotation(entry, done)
     _renumber(annotations, done)
-    Path(out).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    # Half of a surrogate pair, which UTF-8 cannot write, becomes the json's escape again.
+    Path(out).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8", errors="backslashreplace")
     return [f"  {count:>8}  {what}" for what, count in done.items()]
 
 
@@ -101,7 +102,7 @@ def _file_of(image: dict, folder: Path) -> Path | None:
     if not isinstance(name, str) or not name or "\0" in name:
         return None
     path = folder / name
-    if path.is_file():
+    if os.path.isfile(path):  # Path.is_file raises where a name is too long for the file system
         return None if leaves_folder(folder, name) else path
     meant = probable_file(path)
     # Another extension would be a guess: nothing says that both show the same.

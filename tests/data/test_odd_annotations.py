@@ -485,6 +485,16 @@ def test_fix_survives_numbers_beyond_a_float(folder, tmp_path):
     assert "box not finite" in check_coco(folder, tmp_path / "out.json").errors
 
 
+@pytest.mark.parametrize("name, said", [(5000 * "x", "File name too long"), ("\ud800ä.png", "surrogates not allowed")])
+def test_fix_survives_a_file_name_that_no_file_has(folder, tmp_path, name, said):
+    content = good(3)
+    content["images"][0]["file_name"] = name
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    mend_file(folder, tmp_path / "bad.json", tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == content
+    assert said in str(check_coco(folder, tmp_path / "out.json"))
+
+
 def test_a_missing_area_is_never_negative(folder, tmp_path):
     content = good(3)
     del content["annotations"][0]["area"]
