@@ -36,6 +36,8 @@ except ImportError:  # json takes three times as long
     orjson = None
 
 _BLOCK = 4 << 20  # bytes of json that are decoded at a time
+_SCANNED = 256 << 10  # bytes that are searched for brackets at a time: with what is made of them, they fit in a cache
+_MARKS = bytes(byte in b'"[]{}' for byte in range(256))  # for `bytes.translate`: 1 for a bracket or quote
 _LONGEST_REST = 64 << 20  # bytes of what is neither an image nor an annotation
 _SHARED = 32 << 20  # bytes of a list that is worth several processes
 _MOST_PROCESSES = 8  # more wait for the one that takes what they send
@@ -147,8 +149,7 @@ def _layout(path: str | os.PathLike) -> tuple[dict[str, list[list[int]]], dict[s
         base = 0
         while block := _block(file):
             data = np.frombuffer(block, dtype=np.uint8)
-            folded = data | 0x20  # [ and {, ] and } differ in this bit alone
-            marks = np.flatnonzero((data == ord('"')) | (folded == ord("{")) | (folded == ord("}")))
+            marks = np.flatnonzero(np.frombuffer(block.translate(_MARKS), dtype=bool))
             quotes = data[marks] == ord('"')
             if b"\\" in block:
                 escaped = np.array([_is_escaped(block, at) for at in marks[quotes].tolist()], dtype=bool)
@@ -156,7 +157,8 @@ def _layout(path: str | os.PathLike) -> tuple[dict[str, list[list[int]]], dict[s
                 keep[np.flatnonzero(quotes)[escaped]] = False
                 marks, quotes = marks[keep], quotes[keep]
             inside = (np.cumsum(quotes) + in_string) % 2 == 1
-            steps = np.where(folded[marks] == ord("{"), 1, -1)
+            # [ and {, ] and } differ in one bit alone.
+            steps = np.where((data[marks] | 0x20) == ord("{"), 1, -1)
             steps[quotes | inside] = 0
             depths = depth + np.cumsum(steps)
             # Of a list in the top object: what opens it (depth 2 from then on) and what closes it.
@@ -173,7 +175,7 @@ def _layout(path: str | os.PathLike) -> tuple[dict[str, list[list[int]]], dict[s
                     done, opened = at, False
             if not opened:
                 rest += block[done:]
-            elif len(ends) and base + int(ends[-1]) >= cuts[-1][-1]:
+            elif len(ends) and base + int(ends[-1]) >= cuts[-1][-1] + _BLOCK - len(block):
                 cuts[-1].append(base + int(ends[-1]) + 1)
             if len(rest) > _LONGEST_REST:
                 raise OddAnnotations("too much beside images and annotations")
@@ -197,7 +199,7 @@ def _layout(path: str | os.PathLike) -> tuple[dict[str, list[list[int]]], dict[s
 
 def _block(file) -> bytes:
     """The next bytes, not ended by a backslash, which belongs to what comes after it."""
-    block = file.read(_BLOCK)
+    block = file.read(min(_BLOCK, _SCANNED))
     while block.endswith(b"\\") and (more := file.read(1)):
         block += more
     return block
