@@ -1,7 +1,8 @@
 """A COCO json as numpy columns, read a few megabytes at a time.
 
 The file is gone through twice: once for where its lists and their entries end, which numpy finds, and once to decode
-the entries, a few thousand at a time. So no more than one such piece is ever held as Python objects.
+the entries, a few thousand at a time. So no more than one such piece is ever held as Python objects. Pieces of a large
+file are decoded by several processes, which send arrays.
 
 Only what is as it should be becomes columns. Whatever else there is, `OddAnnotations` is raised, and the file is read
 whole and judged by `detr_fast.data.validation`, whose messages name it.
@@ -11,12 +12,17 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
+import signal
+import sys
+import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, compress
+from operator import itemgetter, methodcaller
 from typing import Any
 
 import numpy as np
@@ -30,10 +36,18 @@ except ImportError:  # json takes three times as long
     orjson = None
 
 _BLOCK = 4 << 20  # bytes of json that are decoded at a time
+_SCANNED = 256 << 10  # bytes that are searched for brackets at a time: with what is made of them, they fit in a cache
+_MARKS = bytes(byte in b'"[]{}' for byte in range(256))  # for `bytes.translate`: 1 for a bracket or quote
 _LONGEST_REST = 64 << 20  # bytes of what is neither an image nor an annotation
+_SHARED = 32 << 20  # bytes of a list that is worth several processes
+_MOST_PROCESSES = 8  # more wait for the one that takes what they send
 
 # How a segmentation is kept.
 NO_SEGMENTATION, POLYGONS, COMPRESSED, RUNS = range(4)
+
+
+# What reading and converting raise at entries of an unexpected form.
+_ODD = (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError)
 
 
 class OddAnnotations(Exception):
@@ -83,12 +97,12 @@ def read_columns(path: str | os.PathLike, keep_polygons: Callable[[np.ndarray], 
         (add_line_boxes if lines else check_content)(content, path)
         images = _read_images(path, pieces["images"])
         annotations = _Annotations(keep_polygons, lines)
-        for entries in _decoded(path, pieces["annotations"]):
-            annotations.add(entries)
+        for found in _converted(path, pieces["annotations"], lines):
+            annotations.add(found)
         columns = Columns(meta={"categories": rest["categories"], "pieces": pieces})
         columns.arrays, columns.meta["twice"] = images
         annotations.finish(columns)
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
+    except _ODD as error:
         raise OddAnnotations(str(error)) from error
     finally:
         if collects:
@@ -135,8 +149,7 @@ def _layout(path: str | os.PathLike) -> tuple[dict[str, list[list[int]]], dict[s
         base = 0
         while block := _block(file):
             data = np.frombuffer(block, dtype=np.uint8)
-            folded = data | 0x20  # [ and {, ] and } differ in this bit alone
-            marks = np.flatnonzero((data == ord('"')) | (folded == ord("{")) | (folded == ord("}")))
+            marks = np.flatnonzero(np.frombuffer(block.translate(_MARKS), dtype=bool))
             quotes = data[marks] == ord('"')
             if b"\\" in block:
                 escaped = np.array([_is_escaped(block, at) for at in marks[quotes].tolist()], dtype=bool)
@@ -144,7 +157,8 @@ def _layout(path: str | os.PathLike) -> tuple[dict[str, list[list[int]]], dict[s
                 keep[np.flatnonzero(quotes)[escaped]] = False
                 marks, quotes = marks[keep], quotes[keep]
             inside = (np.cumsum(quotes) + in_string) % 2 == 1
-            steps = np.where(folded[marks] == ord("{"), 1, -1)
+            # [ and {, ] and } differ in one bit alone.
+            steps = np.where((data[marks] | 0x20) == ord("{"), 1, -1)
             steps[quotes | inside] = 0
             depths = depth + np.cumsum(steps)
             # Of a list in the top object: what opens it (depth 2 from then on) and what closes it.
@@ -161,7 +175,7 @@ def _layout(path: str | os.PathLike) -> tuple[dict[str, list[list[int]]], dict[s
                     done, opened = at, False
             if not opened:
                 rest += block[done:]
-            elif len(ends) and base + int(ends[-1]) >= cuts[-1][-1]:
+            elif len(ends) and base + int(ends[-1]) >= cuts[-1][-1] + _BLOCK - len(block):
                 cuts[-1].append(base + int(ends[-1]) + 1)
             if len(rest) > _LONGEST_REST:
                 raise OddAnnotations("too much beside images and annotations")
@@ -185,7 +199,7 @@ def _layout(path: str | os.PathLike) -> tuple[dict[str, list[list[int]]], dict[s
 
 def _block(file) -> bytes:
     """The next bytes, not ended by a backslash, which belongs to what comes after it."""
-    block = file.read(_BLOCK)
+    block = file.read(min(_BLOCK, _SCANNED))
     while block.endswith(b"\\") and (more := file.read(1)):
         block += more
     return block
@@ -209,17 +223,22 @@ def _decoded(path: str | os.PathLike, pieces: list[list[int]]) -> Iterator[list]
     count = 0
     with open(path, "rb") as file:
         for number, piece in enumerate(pieces):
-            text = _text(file, *piece[1:])
-            if number and text:
-                if not text.startswith(b",") or not text[1:].strip():
-                    raise OddAnnotations("commas")
-                text = text[1:]
-            elif number and number < len(pieces) - 1:
-                raise OddAnnotations("commas")
-            entries = _loads(b"[" + text + b"]")
+            entries = _entries(file, pieces, number)
             piece[0] = count
             count += len(entries)
             yield entries
+
+
+def _entries(file, pieces: list[list[int]], number: int) -> list:
+    """The entries of one piece."""
+    text = _text(file, *pieces[number][1:])
+    if number and text:
+        if not text.startswith(b",") or not text[1:].strip():
+            raise OddAnnotations("commas")
+        text = text[1:]
+    elif number and number < len(pieces) - 1:
+        raise OddAnnotations("commas")
+    return _loads(b"[" + text + b"]")
 
 
 def _loads(text: bytes) -> Any:
@@ -261,6 +280,187 @@ def _read_images(path, pieces: list[list[int]]) -> tuple[dict[str, np.ndarray], 
 # Annotations
 
 
+def _converted(path: str | os.PathLike, pieces: list[list[int]], lines: bool) -> Iterator[dict[str, np.ndarray]]:
+    """The columns of each piece, in order; fills in the number of its first entry."""
+    size = pieces[-1][2] - pieces[0][1] if pieces else 0
+    processes = min(_num_processes(), len(pieces)) if size >= _SHARED else 1
+    count = 0
+    with open(path, "rb") as file, _Workers(path, pieces, lines, processes) as workers:
+        for number, piece in enumerate(pieces):
+            found = workers.received(number)
+            if found is None:
+                found = _piece(_entries(file, pieces, number), lines)
+            piece[0] = count
+            count += len(found["ids"])
+            yield found
+
+
+def _num_processes() -> int:
+    """How many may work at a time; 1 where this process must not be forked."""
+    torch = sys.modules.get("torch")
+    if (
+        sys.platform != "linux"
+        or multiprocessing.current_process().daemon
+        or threading.active_count() > 1
+        or (torch is not None and torch.cuda.is_initialized())
+    ):
+        return 1
+    return min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
+
+
+class _Workers:
+    """Forked processes; of N, each converts every N-th piece and sends its arrays through a pipe. None if N is 1."""
+
+    def __init__(self, path: str | os.PathLike, pieces: list[list[int]], lines: bool, processes: int):
+        self._workers = []
+        context = multiprocessing.get_context("fork") if processes > 1 else None
+        for first in range(processes if context else 0):
+            ours, theirs = context.Pipe(duplex=False)
+            shares = range(first, len(pieces), processes)
+            process = context.Process(target=_convert, args=(path, pieces, shares, lines, theirs), daemon=True)
+            process.start()
+            theirs.close()  # so that its end is noticed
+            self._workers.append((process, ours))
+
+    def received(self, number: int) -> dict[str, np.ndarray] | None:
+        """The columns of a piece, asked for one after another. None: there is nobody who converts it.
+
+        Raises:
+            OddAnnotations: see there.
+        """
+        if not self._workers:
+            return None
+        connection = self._workers[number % len(self._workers)][1]
+        try:
+            listed = connection.recv()
+            if isinstance(listed, str):
+                raise OddAnnotations(listed)
+            return {name: np.frombuffer(connection.recv_bytes(), dtype).reshape(shape) for name, dtype, shape in listed}
+        except (EOFError, OSError):  # it was killed, perhaps for want of memory
+            return None
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()  # not terminate: what this process does at SIGTERM has been inherited
+            process.join()
+            process.close()
+
+
+def _convert(path: str | os.PathLike, pieces: list[list[int]], shares: range, lines: bool, connection) -> None:
+    """What a worker does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with open(path, "rb") as file:
+        for number in shares:
+            try:
+                found = _piece(_entries(file, pieces, number), lines)
+            except (OddAnnotations, OSError, *_ODD) as error:
+                connection.send(str(error))
+                return
+            found = {name: np.ascontiguousarray(values) for name, values in found.items()}
+            connection.send([(name, values.dtype.name, values.shape) for name, values in found.items()])
+            for values in found.values():
+                connection.send_bytes(values.reshape(-1).view(np.uint8))
+
+
+def _piece(entries: list[dict], lines: bool) -> dict[str, np.ndarray]:
+    """The columns of some annotations; "shapes" and "point_starts" count from the first of them."""
+    fields = map(itemgetter("id", "image_id", "category_id", "line" if lines else "bbox"), entries)
+    ids, image_ids, category_ids, rows = zip(*fields, strict=True) if entries else ((), (), (), ())
+    found = {"ids": _integers(ids), "image_ids": _integers(image_ids), "category_ids": _integers(category_ids)}
+    boxes = _rows(rows, 4)
+    _all(np.abs(boxes) < LARGEST)
+    if lines:
+        found["lines"] = boxes
+        first, extent = boxes[:, :2], boxes[:, 2:]
+        boxes = np.hstack((np.minimum(first, first + extent), np.abs(extent)))
+    crowd = list(map(methodcaller("get", "iscrowd", 0), entries))
+    _only(crowd, int)
+    if not set(crowd) <= {0, 1}:
+        raise OddAnnotations("iscrowd")
+    found |= {"boxes": boxes, "crowd": np.array(crowd, dtype=np.uint8), "areas": _areas(entries, boxes)}
+    return found | _segmentations(entries) | _keypoints(entries)
+
+
+def _segmentations(entries: list[dict]) -> dict[str, np.ndarray]:
+    count = len(entries)
+    kinds, shapes = np.zeros(count, dtype=np.uint8), np.zeros(count, dtype=np.int64)
+    rings = np.zeros(count, dtype=np.int32)
+    segmentations = list(map(methodcaller("get", "segmentation", _ABSENT), entries))
+    types = list(map(type, segmentations))
+    if not set(types) <= {list, dict, _Absent}:
+        raise OddAnnotations("segmentation")
+    is_list = np.fromiter((kind is list for kind in types), dtype=bool, count=count)
+    lists = list(compress(segmentations, is_list))
+    parts = list(chain.from_iterable(lists))
+    _only(parts, list)
+    numbers = array("d")
+    for ring in parts:
+        numbers.fromlist(ring)  # TypeError: something else than numbers
+    values, lengths = np.frombuffer(numbers, dtype=np.float64), np.array(list(map(len, parts)), dtype=np.int64)
+    kinds[is_list] = POLYGONS
+    rings[is_list] = list(map(len, lists))
+    _all(rings[is_list] > 0)
+    shapes[is_list] = (np.cumsum(rings) - rings)[is_list]
+    reach = np.zeros(count)
+    if len(lengths):
+        low, high, bad = judge_polygons(values, lengths)
+        for ring in np.flatnonzero(bad & (lengths >= 6)).tolist():
+            # The quick bound on its length is exceeded; the length itself may not be.
+            end = int(lengths[: ring + 1].sum())
+            bad[ring] = polygon_problem(values[end - lengths[ring] : end].tolist(), None) is not None
+        _all(~bad)
+        reach[is_list] = np.maximum.reduceat(np.maximum(-low, high), shapes[is_list])
+        np.maximum(reach, 0, out=reach)
+    rle_sizes, rle_data = [], []
+    for row, kind in enumerate(types):
+        if kind is not dict:
+            continue
+        encoding = segmentations[row]
+        if rle_problem(encoding, None) is not None:
+            raise OddAnnotations("run-length encoding")
+        counts = encoding["counts"]
+        kinds[row], shapes[row] = (COMPRESSED if isinstance(counts, str) else RUNS), len(rle_sizes)
+        rle_sizes.append(encoding["size"])
+        rle_data.append(counts.encode() if isinstance(counts, str) else np.array(counts, np.int64).tobytes())
+    return {
+        "kinds": kinds,
+        "shapes": shapes,
+        "rings": rings,
+        "reach": reach,
+        "ring_lengths": lengths,
+        "polygons": values,
+        "rle_sizes": np.array(rle_sizes, dtype=np.int64).reshape(-1, 2),
+        "rle_lengths": np.array(list(map(len, rle_data)), dtype=np.int64),
+        "rle_data": np.frombuffer(b"".join(rle_data), dtype=np.uint8),
+    }
+
+
+class _Absent:
+    """The type of what an annotation has that has no segmentation."""
+
+
+_ABSENT = _Absent()
+
+
+def _keypoints(entries: list[dict]) -> dict[str, np.ndarray]:
+    having = [(row, entry["keypoints"]) for row, entry in enumerate(entries) if "keypoints" in entry]
+    counts = np.full(len(entries), -1, dtype=np.int32)
+    lists = [points for _, points in having]
+    _only(lists, list)
+    numbers = list(chain.from_iterable(lists))
+    _only(numbers, int, float)
+    counts[[row for row, _ in having]] = [len(points) for points in lists]
+    _all((counts % 3 == 0) | (counts == -1))
+    points = np.array(numbers, dtype=np.float64)
+    _all(np.abs(points) < LARGEST)
+    used = np.maximum(counts, 0)
+    return {"point_counts": counts, "point_starts": np.cumsum(used) - used, "points": points}
+
+
 class _Annotations:
     """Collects the columns of the pieces."""
 
@@ -271,102 +471,28 @@ class _Annotations:
         self.num_rings = self.num_rles = self.num_points = 0
         self.has_segmentations = self.has_keypoints = False
 
-    def add(self, entries: list[dict]) -> None:
-        if not entries:
-            return
-        found = {name: _integers([entry[key] for entry in entries]) for name, key in
-                 (("ids", "id"), ("image_ids", "image_id"), ("category_ids", "category_id"))}  # fmt: skip
-        boxes = _rows([entry["line" if self.lines else "bbox"] for entry in entries], 4)
-        _all(np.abs(boxes) < LARGEST)
-        if self.lines:
-            found["lines"] = boxes
-            first, extent = boxes[:, :2], boxes[:, 2:]
-            boxes = np.hstack((np.minimum(first, first + extent), np.abs(extent)))
-        found["boxes"] = boxes
-        crowd = [entry.get("iscrowd", 0) for entry in entries]
-        _only(crowd, int)
-        if not set(crowd) <= {0, 1}:
-            raise OddAnnotations("iscrowd")
-        found["crowd"] = np.array(crowd, dtype=np.uint8)
-        found["areas"] = _areas(entries, boxes)
-        found |= self._segmentations(entries)
-        found |= self._keypoints(entries)
+    def add(self, found: dict[str, np.ndarray]) -> None:
+        """Takes what `_piece` has made."""
+        kinds = found["kinds"]
+        before = np.array([0, self.num_rings, self.num_rles, self.num_rles])  # by kind
+        found["shapes"] = found["shapes"] + before[kinds]
+        found["point_starts"] = found["point_starts"] + self.num_points
+        self.num_rings += len(found["ring_lengths"])
+        self.num_rles += len(found["rle_lengths"])
+        self.num_points += len(found["points"])
+        self.has_segmentations |= bool((kinds != NO_SEGMENTATION).any())
+        self.has_keypoints |= bool((found["point_counts"] >= 0).any())
+        polygons = found.pop("polygons")
+        if len(polygons):
+            self.keep_polygons(polygons)
         for name, values in found.items():
             self.parts.setdefault(name, []).append(values)
-
-    def _segmentations(self, entries: list[dict]) -> dict[str, np.ndarray]:
-        count = len(entries)
-        kinds, shapes = np.zeros(count, dtype=np.uint8), np.zeros(count, dtype=np.int64)
-        numbers, lengths, owners = array("d"), [], []
-        rle_sizes, rle_lengths, rle_data = [], [], []
-        for row, entry in enumerate(entries):
-            if "segmentation" not in entry:
-                continue
-            segmentation = entry["segmentation"]
-            self.has_segmentations = True
-            if type(segmentation) is list and segmentation:
-                kinds[row], shapes[row] = POLYGONS, self.num_rings + len(lengths)
-                for ring in segmentation:
-                    numbers.fromlist(ring)  # TypeError: no list, or of something else than numbers
-                    lengths.append(len(ring))
-                    owners.append(row)
-            elif type(segmentation) is dict:
-                if rle_problem(segmentation, None) is not None:
-                    raise OddAnnotations("run-length encoding")
-                counts = segmentation["counts"]
-                kinds[row] = COMPRESSED if isinstance(counts, str) else RUNS
-                shapes[row] = self.num_rles + len(rle_sizes)
-                rle_sizes.append(segmentation["size"])
-                rle_data.append(counts.encode() if isinstance(counts, str) else np.array(counts, np.int64).tobytes())
-                rle_lengths.append(len(rle_data[-1]))
-            else:
-                raise OddAnnotations("segmentation")
-        values, counts = np.frombuffer(numbers, dtype=np.float64), np.array(lengths, dtype=np.int64)
-        reach = np.zeros(count)
-        if len(counts):
-            low, high, bad = judge_polygons(values, counts)
-            for ring in np.flatnonzero(bad & (counts >= 6)).tolist():
-                # The quick bound on its length is exceeded; the length itself may not be.
-                end = int(counts[: ring + 1].sum())
-                bad[ring] = polygon_problem(values[end - counts[ring] : end].tolist(), None) is not None
-            _all(~bad)
-            np.maximum.at(reach, owners, np.maximum(-low, high))
-            self.keep_polygons(values)
-        self.num_rings += len(lengths)
-        self.num_rles += len(rle_sizes)
-        return {
-            "kinds": kinds,
-            "shapes": shapes,
-            "rings": np.bincount(owners, minlength=count).astype(np.int32),
-            "reach": reach,
-            "ring_lengths": counts,
-            "rle_sizes": np.array(rle_sizes, dtype=np.int64).reshape(-1, 2),
-            "rle_lengths": np.array(rle_lengths, dtype=np.int64),
-            "rle_data": np.frombuffer(b"".join(rle_data), dtype=np.uint8),
-        }
-
-    def _keypoints(self, entries: list[dict]) -> dict[str, np.ndarray]:
-        having = [(row, entry["keypoints"]) for row, entry in enumerate(entries) if "keypoints" in entry]
-        counts = np.full(len(entries), -1, dtype=np.int32)
-        lists = [points for _, points in having]
-        _only(lists, list)
-        numbers = list(chain.from_iterable(lists))
-        _only(numbers, int, float)
-        counts[[row for row, _ in having]] = [len(points) for points in lists]
-        _all((counts % 3 == 0) | (counts == -1))
-        points = np.array(numbers, dtype=np.float64)
-        _all(np.abs(points) < LARGEST)
-        used = np.maximum(counts, 0)
-        starts = self.num_points + np.cumsum(used) - used
-        self.num_points += len(points)
-        self.has_keypoints |= bool(having)
-        return {"point_counts": counts, "point_starts": starts, "points": points}
 
     def finish(self, columns: Columns) -> None:
         """Adds the arrays of all annotations, in their order."""
         arrays = columns.arrays
         if not self.parts:
-            self.parts = {name: [values] for name, values in self._nothing().items()}
+            self.add(_piece([], self.lines))
         images = self._taken("image_ids")
         index = np.searchsorted(arrays["image_ids"], images)
         _all(index < len(arrays["image_ids"]))
@@ -395,12 +521,6 @@ class _Annotations:
 
     def _taken(self, name: str) -> np.ndarray:
         return np.concatenate(self.parts.pop(name))
-
-    def _nothing(self) -> dict[str, np.ndarray]:
-        whole = {name: np.zeros(0, dtype=np.int64) for name in ("ids", "image_ids", "category_ids")}
-        boxes = {name: np.zeros((0, 4)) for name in ("boxes", *(["lines"] if self.lines else []))}
-        rest = {"areas": np.zeros(0), "crowd": np.zeros(0, dtype=np.uint8)}
-        return whole | boxes | rest | self._segmentations([]) | self._keypoints([])
 
 
 def _areas(entries: list[dict], boxes: np.ndarray) -> np.ndarray:
