@@ -1,6 +1,6 @@
 """Runs notebooks without Jupyter: the cells of code in order, in one namespace.
 
-    python -m tests.notebooks examples/images.ipynb    # runs it here and now and writes its outputs into it
+python -m tests.notebooks examples/images.ipynb    # runs it here and now and writes its outputs into it
 """
 
 import ast

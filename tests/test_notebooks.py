@@ -51,8 +51,8 @@ def test_notebooks_are_small_and_hold_their_outputs(path):
 @pytest.mark.slow
 def test_images(run):
     # Two steps on a few images stand for some minutes of training: it runs, and finds nothing certain.
-    shorter = {"num_train=1500, num_val=60": "num_train=16, num_val=4", "--epochs 7": "--epochs 1 --max_steps 2"}
-    scope, printed = run("images.ipynb", shorter | {"--eval_every 7": "--eval_every 1", "threshold=0.3": "threshold=0"})
+    shorter = {"num_train=1000, num_val=60": "num_train=16, num_val=4", "--epochs 8": "--epochs 1 --max_steps 2"}
+    scope, printed = run("images.ipynb", shorter | {"--eval_every 8": "--eval_every 1", "threshold=0.3": "threshold=0"})
     assert len(scope["several"]) == 4 and len(scope["found"]) == len(scope["again"]) == 10
     assert "4 images, the first with" in printed and len(scope["stats"]["coco_eval_bbox"]) == 12
     assert Path("outputs/evaluated/eval/report.html").is_file()

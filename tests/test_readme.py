@@ -88,3 +88,10 @@ def test_the_index_of_docs_is_complete():
     assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"} <= set(
         re.findall(r"\((\w+\.md)\)", index)
     )
+
+
+def test_every_page_with_python_is_run():
+    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
+    for page in PAGES[1:]:
+        if "```python" in page.read_text(encoding="utf-8"):
+            assert any(f'"{page.name}"' in test and "```python" in test for test in tests), page.name
