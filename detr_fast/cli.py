@@ -122,7 +122,7 @@ _TRAIN_DATA = ("remove_difficult", "augmentation", "train_ann", "train_images")
 def _eval_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "eval",
-        "Evaluates a checkpoint with pycocotools (of lines: their structural average precision).\n"
+        "Evaluates a checkpoint: COCO's numbers (of lines: their structural average precision), and a report.\n"
         "The flags of model and loss are the checkpoint's own; give them for bare weights only.",
         help_all=True,
         usage="detr-fast eval --weights PATH (--data DIR | --coco_path DIR | --val_ann JSON --val_images DIR) [FLAG …]",
@@ -415,7 +415,7 @@ def _add_weights(parser: argparse.ArgumentParser, *aliases: str) -> None:
 
 _COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "train": (_train_parser, _train, "train DETR on labelled images"),
-    "eval": (_eval_parser, _eval, "evaluate a checkpoint with pycocotools"),
+    "eval": (_eval_parser, _eval, "evaluate a checkpoint: COCO's numbers and a report"),
     "predict": (_predict_parser, _predict, "detect objects or lines in images: pictures and a json"),
     "convert": (_convert_parser, _convert, "between checkpoints and Hugging Face folders, both ways"),
     "export": (_export_parser, _export, "write a detector as ONNX or for torch, to run without this package"),

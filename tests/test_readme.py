@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from detr_fast.integrations.huggingface import convert
 from detr_fast.models.hub import published
 from tests.inference.tiny_models import checkpoint_of
 
@@ -15,23 +16,51 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def small_model() -> dict:
+    """What stands in for the published weights: a small model with COCO's number of classes."""
+    return {"model": checkpoint_of(num_classes=91)["model"]}
+
+
 def test_readme_snippets_run(tmp_path, monkeypatch):
-    # A small model stands in for the published one, where torch.hub would keep it.
     checkpoint = tmp_path / "hub" / "checkpoints" / published()["detr_resnet50"].rsplit("/", 1)[1]
     checkpoint.parent.mkdir(parents=True)
-    torch.save({"model": checkpoint_of(num_classes=91)["model"]}, checkpoint)
+    torch.save(small_model(), checkpoint)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (90, 70), (200, 30, 30)).save("photo.jpg")
-    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) == 3
+    predict, _, parts = SNIPPETS
     scope: dict = {}
-    for snippet in snippets:
-        exec(snippet, scope)
+    exec(predict, scope)
+    exec(parts, scope)
     assert Image.open("found.jpg").size == (540, 420)
     assert scope["out"].shape == (56, 2, 256)
-    assert scope["outputs"]["pred_logits"].shape == (2, 100, 92)
-    assert scope["outputs"]["pred_boxes"].shape == (2, 100, 4)
+
+
+def test_readme_snippet_of_transformers_runs(tmp_path, monkeypatch):
+    for package in ("transformers", "timm", "safetensors"):
+        pytest.importorskip(package)
+    from detr_fast.integrations.transformers import unregister
+
+    monkeypatch.chdir(tmp_path)
+    Path("facebook").mkdir()
+    torch.save(small_model(), "small.pth")
+    convert("small.pth", "facebook/detr-resnet-50")  # a folder of that name goes before the one on the hub
+    scope: dict = {}
+    try:
+        exec(SNIPPETS[1], scope)
+    finally:
+        unregister()
+    assert scope["model"].config._attn_implementation == "detr_fast"
+    assert scope["model"](torch.randn(1, 3, 64, 64)).logits.shape == (1, 5, 92)
+
+
+def test_the_picture_is_small():
+    (picture,) = re.findall(r"!\[[^\]]+\]\((\S+)\)", README)
+    assert (ROOT / picture).stat().st_size <= 150_000
+    assert min(Image.open(ROOT / picture).size) >= 200
 
 
 def test_readme_tree_is_the_real_one():
@@ -59,3 +88,10 @@ def test_the_index_of_docs_is_complete():
     assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"} <= set(
         re.findall(r"\((\w+\.md)\)", index)
     )
+
+
+def test_every_page_with_python_is_run():
+    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
+    for page in PAGES[1:]:
+        if "```python" in page.read_text(encoding="utf-8"):
+            assert any(f'"{page.name}"' in test and "```python" in test for test in tests), page.name

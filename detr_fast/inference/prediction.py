@@ -89,8 +89,9 @@ def _predict(
     (output_dir / "predictions.json").write_text(json.dumps(predictions), encoding="utf-8")
     in_order = [described[index] for index in sorted(described)]
     (output_dir / "images.json").write_text(json.dumps(in_order), encoding="utf-8")
+    hint = " (--threshold lowers it)" if described and not predictions else ""
     print(
-        f"{len(predictions)} {detector.found} with a score of at least {threshold} in {len(described)} images; "
+        f"{len(predictions)} {detector.found} with a score of at least {threshold}{hint} in {len(described)} images; "
         f"{'pictures, ' if described else ''}predictions.json and images.json are in {output_dir}",
         flush=True,
     )
