@@ -14,16 +14,12 @@ from detr_fast.config import (
     LossConfig,
     ModelConfig,
     RunConfig,
-    add_flags,
-    command_parser,
-    did_you_mean,
     flag_names,
     get_args_parser,
-    normalise_options,
-    parse_with_given,
     usage_errors,
 )
 from detr_fast.errors import CallbackError, InterruptedRun, NonFiniteLossError, UsageError
+from detr_fast.flags import add_flags, command_parser, did_you_mean, normalise_options, parse_with_given
 
 _TRACEBACK = "DETR_FAST_TRACEBACK"
 

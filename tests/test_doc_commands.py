@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from detr_fast import cli
-from detr_fast.config import normalise_options, parse_with_given
+from detr_fast.flags import normalise_options, parse_with_given
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted((ROOT / "docs").glob("*.md"))]

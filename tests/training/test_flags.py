@@ -9,7 +9,8 @@ import torch
 
 from detr_fast import cli
 from detr_fast.cli import main
-from detr_fast.config import IDLE_IN_INFERENCE, flag_names, get_args_parser, parse_with_given
+from detr_fast.config import IDLE_IN_INFERENCE, flag_names, get_args_parser
+from detr_fast.flags import parse_with_given
 from detr_fast.training.checkpoint import read_checkpoint
 
 
