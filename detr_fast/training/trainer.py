@@ -150,7 +150,7 @@ class Trainer:
     ):
         self.callbacks = Callbacks(callbacks if is_main_process() else ())
         self.task, self.device = task_of(config), device
-        self.output_dir = make_output_dir(config.output_dir) if config.output_dir else None
+        self.output_dir = None if config.output_dir in ("", NO_OUTPUT) else make_output_dir(config.output_dir)
         config = with_data(config)
         self.dataset_train: Any = self.task.build_dataset("train", config, uint8=True)
         self.categories: Categories = self.dataset_train.categories
