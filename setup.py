@@ -22,6 +22,7 @@ WANDB = ["wandb>=0.17"]
 MLFLOW = ["mlflow-skinny>=2.10"]
 EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
 EVAL = ["faster-coco-eval>=1.6", "hotcoco>=1.3"]
+VIDEO = ["av>=12"]
 COMPLETION = ["shtab>=1.6"]
 # transformers since its registry of patched classes; timm has the backbone of its DETR.
 HF = ["transformers>=5.17", "safetensors>=0.5", "timm>=1.0", "huggingface_hub>=0.30"]
@@ -64,10 +65,11 @@ setup(
         "hf": HF,
         "eval": EVAL,
         "completion": COMPLETION,
+        "video": VIDEO,
         "export": EXPORT,
         "wandb": WANDB,
         "mlflow": MLFLOW,
-        "all": VIZ + TENSORBOARD + EVAL + HF + EXPORT + COMPLETION + WANDB + MLFLOW,
+        "all": VIZ + TENSORBOARD + EVAL + HF + EXPORT + COMPLETION + VIDEO + WANDB + MLFLOW,
         "test": TEST + LINT + VIZ + TENSORBOARD,
     },
     entry_points={"console_scripts": ["detr-fast = detr_fast.cli:main"]},

@@ -162,7 +162,7 @@ class Detector:
         Args:
             images: one image or a list of them. An image is a file's path or its http(s) address, a PIL image, an array
                 [H, W, 3] or [H, W] (RGB or grey), or a tensor [3, H, W] or [1, H, W], uint8 or floats in 0..1. A folder
-                stands for all image files in it.
+                stands for all image files in it, a video file for its frames (needs PyAV, extra ``video``).
             threshold: lowest score, in 0..1.
             batch_size: the most images at a time. Only images that have one size once they are resized are computed
                 together, without padding, so that a result does not depend on the images beside it.
@@ -170,7 +170,7 @@ class Detector:
                 orientation says, and boxes are in pixels of the upright image.
 
         Returns:
-            A `Detections` for a single image, a list of them for a list or a folder, in its order.
+            A `Detections` for a single image, a list of them for a list, a folder or a video, in its order.
 
         Raises:
             ImageReadError: an image cannot be fetched, read or decoded.

@@ -18,9 +18,10 @@ from detr_fast.data.layouts import IMAGE_SUFFIXES
 from detr_fast.data.packed import PackedCollate
 from detr_fast.data.transforms import Compose
 from detr_fast.errors import UsageError
+from detr_fast.inference.video import Video, is_video
 
 ImageLike: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | Tensor
-_KINDS = "a path, an address, a PIL image, an array [H, W, 3], a tensor [3, H, W], a folder, or a list of them"
+_KINDS = "a path, an address, a PIL image, an array [H, W, 3], a tensor [3, H, W], a folder, a video, or a list of them"
 _SECONDS = 30  # to wait for a server
 
 
@@ -88,18 +89,33 @@ class Picture:
         return self._image
 
 
+class Frame(Picture):
+    """One picture of a video; its path is the video's, with the number of the frame."""
+
+    def __init__(self, video: Video, index: int):
+        super().__init__(f"{video.path}#{index}", upright=video.upright)
+        self._video, self._index = video, index
+
+    def size(self) -> tuple[int, int] | None:
+        return self._video.size()
+
+    def read(self) -> Image.Image:
+        return self._video.read(self._index)
+
+
 def pictures(images: ImageLike | Iterable[ImageLike], *, upright: bool = True) -> tuple[list[Picture], bool]:
     """All the images in `images`, and whether that was a single one, which is no list.
 
     Args:
-        images: see `Picture`; a folder, which is searched for image files; or a list of images and folders.
+        images: see `Picture`; a folder, which is searched for image files; a video file, for its frames; or a list of
+            images, folders and videos.
         upright: see `Picture`.
 
     Raises:
-        TypeError, ValueError: see `Picture`. UsageError: there is no image in a folder.
+        TypeError, ValueError: see `Picture`. UsageError: there is no image in a folder. As `Video`.
     """
     if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
-        return _expanded(images, upright), not (isinstance(images, (str, os.PathLike)) and _is_folder(images))
+        return _expanded(images, upright), not (isinstance(images, (str, os.PathLike)) and _is_several(images))
     if not isinstance(images, Iterable):
         raise TypeError(f"images is a {type(images).__name__}; expected {_KINDS}")
     return [picture for image in images for picture in _expanded(image, upright)], False
@@ -108,11 +124,18 @@ def pictures(images: ImageLike | Iterable[ImageLike], *, upright: bool = True) -
 def _expanded(image: ImageLike, upright: bool) -> list[Picture]:
     if isinstance(image, (str, os.PathLike)) and _is_folder(image):
         return [Picture(path, upright=upright) for path, _ in find_images([os.fspath(image)])]
+    if isinstance(image, (str, os.PathLike)) and _is_several(image):
+        video = Video(image, upright=upright)
+        return [Frame(video, index) for index in range(len(video))]
     return [Picture(image, upright=upright)]
 
 
 def _is_folder(path: str | os.PathLike) -> bool:
     return not _is_address(path) and Path(path).is_dir()
+
+
+def _is_several(path: str | os.PathLike) -> bool:
+    return _is_folder(path) or (is_video(path) and not _is_address(path))
 
 
 def _is_address(path: str | os.PathLike) -> bool:
@@ -125,7 +148,7 @@ def find_images(inputs: Sequence[str]) -> Iterator[tuple[Path, str]]:
     The name is the file's, or its path within the folder.
 
     Raises:
-        UsageError: nothing at an input, or no image anywhere.
+        UsageError: nothing at an input, a video, or no image anywhere.
     """
     found = False
     for given in inputs:
@@ -135,6 +158,8 @@ def find_images(inputs: Sequence[str]) -> Iterator[tuple[Path, str]]:
             for file in inside:
                 found = True
                 yield file, file.relative_to(path).as_posix()
+        elif path.exists() and is_video(path):
+            raise UsageError(f"{given!r} is a video; in Python, detr_fast.load(…).predict({given!r}) takes its frames")
         elif path.exists():
             found = True
             yield path, path.name
