@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_detr import _flat, tiny_detr
 from test_letr import make_args
-from test_padded_memory import DetectorOfAnother, Foreign, TransformerOfAnother, _step
+from test_padded_memory import DetectorOfAnother, Foreign, LayerOfTheOriginal, TransformerOfAnother, _step
 from test_segmentation import small_detr
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -106,7 +106,7 @@ def test_lists_of_rows_are_made_for_padding_alone():
     assert len({id(rows) for masks in ops.masks() for rows in masks[2:] if rows is not None}) == 1
 
 
-@pytest.mark.parametrize("kind", ["transformer", "foreign", "detector"])
+@pytest.mark.parametrize("kind", ["transformer", "foreign", "layer", "detector"])
 @torch.no_grad()
 def test_anothers_transformer_gets_a_mask(kind):
     model, samples = tiny_detr(level=1).eval(), unpadded()
@@ -116,6 +116,8 @@ def test_anothers_transformer_gets_a_mask(kind):
         model.transformer.__class__ = TransformerOfAnother
     elif kind == "foreign":
         model.transformer = Foreign(model.transformer)
+    elif kind == "layer":
+        model.transformer.encoder.layers[1].__class__ = LayerOfTheOriginal
     else:
         model.__class__ = DetectorOfAnother
     model.transformer.register_forward_pre_hook(lambda module, args: masks.append(args[1]))
