@@ -16,6 +16,7 @@ from detr_fast import NestedTensor, PositionEmbeddingLearned, PositionEmbeddingS
 from detr_fast.data.packed import PackedBatch, PackedCollate
 from detr_fast.data.prefetch import Prefetcher
 from detr_fast.models import DETRsegm, letr
+from detr_fast.training.engine import WithPadding
 
 
 class Ops(TorchDispatchMode):
@@ -139,6 +140,20 @@ def test_whoever_asks_gets_a_mask_and_may_write_in_it():
         assert not torch.equal(_flat(model(samples))[0][:, 0], _flat(model(moved))[0][:, 0])
     moved.mask = mask
     assert not moved.no_padding and moved.mask is mask
+
+
+def test_a_batch_that_was_pickled_with_a_plain_mask():
+    samples = with_mask(unpadded())
+    old = NestedTensor.__new__(NestedTensor)
+    old.__setstate__({"tensors": samples.tensors, "mask": samples.mask})
+    assert old.mask is samples.mask and not old.no_padding
+
+
+def test_the_share_of_padding_is_known_without_a_mask():
+    samples, padded = unpadded(), with_mask(unpadded())
+    padded.mask[0] = True
+    assert [share for _, _, share in WithPadding([(samples, ()), (padded, ())])] == [0.0, 0.5]
+    assert samples.no_padding
 
 
 def test_what_the_makers_of_batches_know():
