@@ -51,6 +51,11 @@ class NestedTensor:
         self._mask = mask
         self.no_padding = no_padding
 
+    def __setstate__(self, state: dict) -> None:
+        if "mask" in state:  # pickled when it was an attribute
+            state = {"tensors": state["tensors"], "_mask": state["mask"], "no_padding": False}
+        self.__dict__.update(state)
+
     @property
     def mask(self) -> Tensor | None:
         """[B, H, W] bool, True = padding, or None."""

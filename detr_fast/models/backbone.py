@@ -439,7 +439,8 @@ class Joiner(nn.Sequential):
 
         Returns:
             The levels' features with their masks, and their positions [B, C, h, w] in the features' dtype; with
-            `last_only` a list of one position.
+            `last_only` a list of one position. Positions are not to be written to: those of images without padding
+            may share their memory.
         """
         backbone, position_embedding = self
         # The exact class: a subclass may have a forward of its own.

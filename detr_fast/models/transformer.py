@@ -131,10 +131,8 @@ def set_skip_padded_queries(transformer: nn.Module, *readers: nn.Module) -> None
         transformer: of any class.
         readers: the detectors.
     """
-    parts = [module for module in transformer.modules() if type(module) not in _TOKENWISE]
-    skip = all(map(_is_own, [*readers, *parts]))
-    attentions = [layer.self_attn for layer in transformer.encoder.layers] if skip else parts
-    for attention in attentions:
+    skip = all(map(_is_own, [*readers, *_parts(transformer)]))
+    for attention in [layer.self_attn for layer in transformer.encoder.layers] if skip else transformer.modules():
         if isinstance(attention, MultiheadAttention):
             attention.skip_padded_queries = skip and vars(attention).get("skip_padded_queries", True)
 
@@ -142,9 +140,15 @@ def set_skip_padded_queries(transformer: nn.Module, *readers: nn.Module) -> None
 def mask_for(transformer: nn.Module, features: NestedTensor) -> Tensor | None:
     """The features' mask as a transformer takes it.
 
-    Where there is known to be no padding, None for this package's; a subclass or another's may need the mask itself.
+    Where there is known to be no padding, None if all parts are this package's; a subclass or another's may need the
+    mask itself.
     """
-    return None if is_unpadded(features) and _is_own(transformer) else features.mask
+    return None if is_unpadded(features) and all(map(_is_own, _parts(transformer))) else features.mask
+
+
+def _parts(transformer: nn.Module) -> list[nn.Module]:
+    """The transformer and what is in it, but for what computes each token by itself."""
+    return [module for module in transformer.modules() if type(module) not in _TOKENWISE]
 
 
 def _is_own(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from detr_fast.data.packed import PackedBatch
 from detr_fast.data.prefetch import Prefetcher
 from detr_fast.errors import NonFiniteLossError
 from detr_fast.evaluation import Evaluator
-from detr_fast.nested_tensor import NestedTensor
+from detr_fast.nested_tensor import NestedTensor, is_unpadded
 from detr_fast.tasks import Task, task_of_postprocessors
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.log import Metrics, Progress
@@ -258,7 +258,7 @@ class WithPadding:
 def _padding(samples: PackedBatch | NestedTensor) -> float | Tensor:
     if isinstance(samples, PackedBatch):
         return samples.padding()
-    if samples.mask is None:
+    if is_unpadded(samples) or samples.mask is None:
         return 0.0
     share = samples.mask.float().mean()
     return share.item() if share.device.type == "cpu" else share

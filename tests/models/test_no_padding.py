@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_detr import _flat, tiny_detr
 from test_letr import make_args
-from test_padded_memory import DetectorOfAnother, Foreign, TransformerOfAnother, _step
+from test_padded_memory import DetectorOfAnother, Foreign, LayerOfTheOriginal, TransformerOfAnother, _step
 from test_segmentation import small_detr
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +16,7 @@ from detr_fast import NestedTensor, PositionEmbeddingLearned, PositionEmbeddingS
 from detr_fast.data.packed import PackedBatch, PackedCollate
 from detr_fast.data.prefetch import Prefetcher
 from detr_fast.models import DETRsegm, letr
+from detr_fast.training.engine import WithPadding
 
 
 class Ops(TorchDispatchMode):
@@ -106,7 +107,7 @@ def test_lists_of_rows_are_made_for_padding_alone():
     assert len({id(rows) for masks in ops.masks() for rows in masks[2:] if rows is not None}) == 1
 
 
-@pytest.mark.parametrize("kind", ["transformer", "foreign", "detector"])
+@pytest.mark.parametrize("kind", ["transformer", "foreign", "layer", "detector"])
 @torch.no_grad()
 def test_anothers_transformer_gets_a_mask(kind):
     model, samples = tiny_detr(level=1).eval(), unpadded()
@@ -116,6 +117,8 @@ def test_anothers_transformer_gets_a_mask(kind):
         model.transformer.__class__ = TransformerOfAnother
     elif kind == "foreign":
         model.transformer = Foreign(model.transformer)
+    elif kind == "layer":
+        model.transformer.encoder.layers[1].__class__ = LayerOfTheOriginal
     else:
         model.__class__ = DetectorOfAnother
     model.transformer.register_forward_pre_hook(lambda module, args: masks.append(args[1]))
@@ -137,6 +140,20 @@ def test_whoever_asks_gets_a_mask_and_may_write_in_it():
         assert not torch.equal(_flat(model(samples))[0][:, 0], _flat(model(moved))[0][:, 0])
     moved.mask = mask
     assert not moved.no_padding and moved.mask is mask
+
+
+def test_a_batch_that_was_pickled_with_a_plain_mask():
+    samples = with_mask(unpadded())
+    old = NestedTensor.__new__(NestedTensor)
+    old.__setstate__({"tensors": samples.tensors, "mask": samples.mask})
+    assert old.mask is samples.mask and not old.no_padding
+
+
+def test_the_share_of_padding_is_known_without_a_mask():
+    samples, padded = unpadded(), with_mask(unpadded())
+    padded.mask[0] = True
+    assert [share for _, _, share in WithPadding([(samples, ()), (padded, ())])] == [0.0, 0.5]
+    assert samples.no_padding
 
 
 def test_what_the_makers_of_batches_know():
