@@ -25,6 +25,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -484,7 +485,7 @@ def without_auto(config: Config) -> Config:
     workers, the original's."""
     chosen = {name: settings.auto for name, settings in _FLAGS.items() if settings.auto is not None}
     chosen = {name: value for name, value in chosen.items() if getattr(config, name) is None}
-    return dataclasses.replace(config, precision=known_precision(config.precision), **chosen)
+    return replace(config, precision=known_precision(config.precision), **chosen)
 
 
 def known_precision(precision: str) -> str:
@@ -537,6 +538,19 @@ def make_output_dir(path: str) -> Path:
         reason = "there is a file of that name" if Path(path).is_file() else error.strerror
         raise UsageError(f"--output_dir {path}: {reason}; expected a folder, or the name of a new one") from error
     return Path(path)
+
+
+def with_output_dir(config: Config) -> Config:
+    """The configuration with its `output_dir` made; "none" becomes the empty name: nothing is saved.
+
+    Raises:
+        UsageError: see `make_output_dir`.
+    """
+    if config.output_dir == NO_OUTPUT:
+        return replace(config, output_dir="")
+    if config.output_dir:
+        make_output_dir(config.output_dir)
+    return config
 
 
 def choose_device(name: str, precision: str = "fp32") -> str:

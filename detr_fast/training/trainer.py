@@ -17,7 +17,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from detr_fast.config import MODEL_SETTINGS, NO_OUTPUT, Config, check_for_training, make_output_dir, usage_errors
+from detr_fast.config import MODEL_SETTINGS, Config, check_for_training, usage_errors, with_output_dir
 from detr_fast.data.categories import Categories
 from detr_fast.distributed import (
     all_gather,
@@ -94,8 +94,8 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), read_weights: R
             config, weights = read_weights(config)
         task_of(config).check_image_size(config)
         is_new = not config.output_dir
-        config = _with_output_dir(config)
-        folder = make_output_dir(config.output_dir) if config.output_dir and is_main_process() else None
+        config = with_output_dir(_with_new_folder(config) if is_new else config)
+        folder = Path(config.output_dir) if config.output_dir and is_main_process() else None
     try:
         with locked(folder):
             with usage_errors():
@@ -108,10 +108,8 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), read_weights: R
             folder.rmdir()
 
 
-def _with_output_dir(config: Config) -> Config:
-    """The configuration with the folder that the first process has chosen, where none is given; "" for "none"."""
-    if config.output_dir:
-        return replace(config, output_dir="" if config.output_dir == NO_OUTPUT else config.output_dir)
+def _with_new_folder(config: Config) -> Config:
+    """The configuration with a folder that the first process has made."""
     made: Any = None
     if is_main_process():
         try:
@@ -151,8 +149,8 @@ class Trainer:
     ):
         self.callbacks = Callbacks(callbacks if is_main_process() else ())
         self.task, self.device = task_of(config), device
-        self.output_dir = make_output_dir(config.output_dir) if config.output_dir else None
-        config = with_data(config)
+        config = with_data(with_output_dir(config))
+        self.output_dir = Path(config.output_dir) if config.output_dir else None
         self.dataset_train: Any = self.task.build_dataset("train", config, uint8=True)
         self.categories: Categories = self.dataset_train.categories
         self.dataset_val: Any = self.task.build_dataset("val", config, categories=self.categories, uint8=True)

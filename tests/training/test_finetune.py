@@ -17,7 +17,8 @@ from detr_fast.config import PRESETS, Config
 from detr_fast.models.hub import published
 from detr_fast.tasks import task_of
 from detr_fast.training.checkpoint import read_checkpoint
-from detr_fast.training.trainer import train
+from detr_fast.training.setup import start
+from detr_fast.training.trainer import Trainer, train
 from tests.inference.tiny_models import checkpoint_of
 from tests.training.test_run import equal_states, rows
 
@@ -172,6 +173,12 @@ def test_early_stop_goes_on_counting_in_a_resumed_run(tiny_flags, monkeypatch, c
 
 
 # Where it is saved
+
+
+def test_none_saves_nothing_also_in_python(tiny_flags):
+    config = Config.from_arguments([*tiny_flags, "--epochs", "1", "--max_steps", "1", "--output_dir", "none"])
+    Trainer(*start(config)).run()
+    assert not list(Path().iterdir())
 
 
 def test_without_an_output_dir_a_folder_is_named_by_the_time(tiny_flags, capsys):
