@@ -56,6 +56,7 @@ def evaluate_loaded(loaded: Loaded, source: str) -> dict:
     """
     with usage_errors():
         task, categories = loaded.task, loaded.categories
+        task.check_backend(loaded.config)
         config = with_data(loaded.config, ids={name: number for number, name in loaded.names.items()})
         if categories is None:
             categories = task.bare_categories(config)
