@@ -212,7 +212,7 @@ class Trainer:
     def run(self) -> dict:
         """Trains to the end that the configuration sets. Returns the last epoch's log row, empty if none was left."""
         try:
-            with Interruption(self.config.checkpoint_every) as self._interruption:
+            with self.callbacks, Interruption(self.config.checkpoint_every) as self._interruption:
                 self.callbacks.start(self.config)
                 return self._run()
         except OSError as error:
@@ -228,7 +228,6 @@ class Trainer:
             self.loader_val.close()
             if self.log is not None:
                 self.log.close()
-            self.callbacks.end()
 
     def _run(self) -> dict:
         config, row = self.config, {}
