@@ -500,10 +500,10 @@ def check_for_training(config: Config) -> None:
         UsageError: says which flag, what it was and what is expected.
     """
     for name in ("tensorboard", "sample_images"):
-        if config.output_dir == NO_OUTPUT and getattr(config, name) != default_of(name):
+        if config.output_dir == NO_OUTPUT and getattr(config, name) not in (default_of(name), 0):
             raise UsageError(f"--{name} writes to --output_dir, which is none")
     if config.resume == "auto" and config.output_dir in ("", NO_OUTPUT):
-        raise UsageError("--resume auto looks in --output_dir, which is not given")
+        raise UsageError("--resume auto looks in --output_dir: give the folder of the run that is to go on")
     if config.preset == "finetune" and not (config.weights or config.resume or config.frozen_weights):
         raise UsageError("--preset finetune is for trained weights: give --weights, for instance detr_resnet50")
     if config.start_epoch >= config.epochs:

@@ -29,6 +29,7 @@ from detr_fast.distributed import (
     say,
 )
 from detr_fast.errors import InterruptedRun, UsageError
+from detr_fast.evaluation import Evaluator
 from detr_fast.models.weights import load_model, load_weights
 from detr_fast.tasks import task_of
 from detr_fast.tasks.paths import check_data, with_data
@@ -221,7 +222,8 @@ class Trainer:
             needed = megabytes(space_needed(self.output_dir, self._checkpoint_bytes()))
             raise OSError(
                 f"the disk of {self.output_dir} is full ({error.strerror}) after step "
-                f"{self.steps}; {self._kept} kept. Make {needed} free and continue with --resume auto"
+                f"{self.steps}; {self._kept} kept. Make {needed} free and continue with --output_dir {self.output_dir} "
+                "--resume auto"
             ) from error
         finally:
             self.loader_train.close()
@@ -324,9 +326,12 @@ class Trainer:
         number = signal_of(agreed)
         where = f"stopped by {signal.Signals(number).name} after step {self.steps}"
         if self.output_dir is None:
-            raise InterruptedRun(f"{where}; nothing is kept, there is no --output_dir", number)
+            raise InterruptedRun(f"{where}; nothing is kept (--output_dir none)", number)
         path = self.output_dir / "checkpoint.pth"
-        raise InterruptedRun(f"{where}; saved in {path}. To go on, add --resume auto to the same command", number)
+        raise InterruptedRun(
+            f"{where}; saved in {path}. To go on: the same command with --output_dir {self.output_dir} --resume auto",
+            number,
+        )
 
     def _at_last_step(self) -> bool:
         return bool(self.config.max_steps) and self.steps >= self.config.max_steps
@@ -348,16 +353,21 @@ class Trainer:
         self._share_buffers()
         is_last = self.epoch >= config.epochs or self._at_last_step()
         row = {f"train_{name}": value for name, value in train_stats.items()}
+        stats: dict[str, Any] = {}
+        evaluator = None
         if is_last or (epoch + 1) % config.eval_every == 0:
             # Saved before as well: an evaluation that fails costs no training.
             self._save(epoch, unevaluated=dict(train_stats))
-            row.update({f"test_{name}": value for name, value in self._evaluate(epoch, is_last).items()})
-        score = self.task.score({name.removeprefix("test_"): value for name, value in row.items()})
+            stats, evaluator = self._evaluate(epoch)
+            row.update({f"test_{name}": value for name, value in stats.items()})
+        score = self.task.score(stats)
         is_best = score is not None and (self.best is None or score > self.best)
         if is_best:
             self.best, self._stale = score, 0
         elif score is not None:
             self._stale += 1
+        if self.log is not None and evaluator is not None and (is_last or self._stops_early()):
+            write_report(self.output_dir, self.task, evaluator, self.dataset_val, self.annotations)
         row.update(epoch=epoch, n_parameters=self.n_parameters)
         if self.log is not None:
             self.log.append(row)
@@ -376,7 +386,7 @@ class Trainer:
         moments = 2 * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         return weights + moments + (weights if self.ema is not None else 0)
 
-    def _evaluate(self, epoch: int, is_last: bool) -> dict:
+    def _evaluate(self, epoch: int) -> tuple[dict[str, Any], Evaluator]:
         samples: dict[int, dict[str, Any]] = {}
 
         def keep(results):
@@ -401,9 +411,7 @@ class Trainer:
                 folder = self.output_dir / "samples"
                 folder.mkdir(exist_ok=True)
                 self._draw(folder / f"epoch{epoch:04}.png", dict(sorted(samples.items())))
-            if is_last:
-                write_report(self.output_dir, self.task, evaluator, self.dataset_val, self.annotations)
-        return stats
+        return stats, evaluator
 
     def _evaluate_model(self, on_results):
         return evaluate(
