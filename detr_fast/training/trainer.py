@@ -15,9 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor
 
-from detr_fast.config import MODEL_SETTINGS, Config, check_for_training, usage_errors, with_output_dir
+from detr_fast.config import Config, check_for_training, usage_errors, with_output_dir
 from detr_fast.data.categories import Categories
 from detr_fast.distributed import (
     all_gather,
@@ -35,7 +34,7 @@ from detr_fast.tasks import task_of
 from detr_fast.tasks.paths import check_data, with_data
 from detr_fast.tasks.pictures import draw_sheet
 from detr_fast.training.callbacks import Callback, Callbacks, callbacks_of
-from detr_fast.training.checkpoint import read_checkpoint, rng_state, save_checkpoint, set_rng_state
+from detr_fast.training.checkpoint import averaged_weights, read_checkpoint, rng_state, save_checkpoint, set_rng_state
 from detr_fast.training.curves import draw_curves
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.engine import evaluate, run_epoch
@@ -44,7 +43,7 @@ from detr_fast.training.folder import (
     is_full,
     locked,
     megabytes,
-    new_folder,
+    new_folder_of_all,
     remove_left_overs,
     size_of,
     space_needed,
@@ -54,6 +53,7 @@ from detr_fast.training.log import Metrics, RunLog
 from detr_fast.training.memory import probe_memory
 from detr_fast.training.optim import build_scheduler, load_optimizer, steps_every
 from detr_fast.training.report import write_report
+from detr_fast.training.resume import check_same_run
 from detr_fast.training.setup import build, chosen_for_gpu, loader_for, size_divisor, start, with_norm
 from detr_fast.training.step import build_step, distributed
 
@@ -95,7 +95,7 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), read_weights: R
             config, weights = read_weights(config)
         task_of(config).check_image_size(config)
         is_new = not config.output_dir
-        config = with_output_dir(_with_new_folder(config) if is_new else config)
+        config = with_output_dir(replace(config, output_dir=new_folder_of_all()) if is_new else config)
         folder = Path(config.output_dir) if config.output_dir and is_main_process() else None
     try:
         with locked(folder):
@@ -107,20 +107,6 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), read_weights: R
     finally:
         if is_new and folder is not None and not any(folder.iterdir()):  # the run was refused
             folder.rmdir()
-
-
-def _with_new_folder(config: Config) -> Config:
-    """The configuration with a folder that the first process has made."""
-    made: Any = None
-    if is_main_process():
-        try:
-            made = str(new_folder())
-        except UsageError as error:
-            made = error
-    made = all_gather(made)[0]
-    if isinstance(made, UsageError):
-        raise made
-    return replace(config, output_dir=made)
 
 
 class Trainer:
@@ -171,10 +157,10 @@ class Trainer:
         )
         self.n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if weights is not None:
-            for line in load_weights(self.model, _averaged(weights), config.weights):
+            for line in load_weights(self.model, averaged_weights(weights), config.weights):
                 say(f"--weights: not taken, starts fresh: {line}")
         if frozen is not None:
-            self.task.load_frozen(self.model, _averaged(frozen), f"--frozen_weights {config.frozen_weights}")
+            self.task.load_frozen(self.model, averaged_weights(frozen), f"--frozen_weights {config.frozen_weights}")
         self.step = build_step(self.model, self.criterion, config, device, say)
         self.optimizer, self.scaler = self.step.optimizer, self.step.scaler
         self.steps_per_epoch = math.ceil(len(self.loader_train) / config.accumulate_steps)
@@ -509,7 +495,7 @@ class Trainer:
         for name in ("weights", "frozen_weights"):
             if getattr(config, name):
                 say(f"--{name} is not read again: the run continues from {path}")
-        _check_same_run(config, checkpoint, self.categories)
+        check_same_run(config, checkpoint, self.categories)
         return config, checkpoint
 
     def _continue(self, checkpoint: dict) -> None:
@@ -558,40 +544,3 @@ class Trainer:
                 f"continuing {source} with {where}; it holds random states of {len(generators)} processes "
                 f"and there are {get_world_size()}: not the very same numbers as without the interruption"
             )
-
-
-def _averaged(checkpoint: Mapping) -> dict[str, Tensor]:
-    """A checkpoint's weights, averaged ones (EMA) where there are some."""
-    return checkpoint.get("ema", {}).get("values", checkpoint["model"])
-
-
-def _check_same_run(config: Config, checkpoint: Mapping, categories: Categories) -> None:
-    """Refuses to continue a checkpoint with another model or other classes; says what else differs."""
-    theirs, ours = checkpoint.get("args", {}), config.to_dict()
-    differing = {name: (theirs[name], ours[name]) for name in theirs if name in ours and theirs[name] != ours[name]}
-    model = [name for name in (*MODEL_SETTINGS, "dropout", "lr_schedule") if name in differing]
-    if model:
-        text = ", ".join(f"--{name} was {differing[name][0]} and is {differing[name][1]}" for name in model)
-        raise UsageError(f"--resume {config.resume}: {text}; to start a new run from its weights, use --weights")
-    if "categories" in checkpoint and checkpoint["categories"] != categories.to_dict():
-        raise UsageError(
-            f"--resume {config.resume}: it was trained for the categories {checkpoint['categories']['names']}, the "
-            f"data has {list(categories.names)}; to start a new run from its weights, use --weights"
-        )
-    own = {
-        "preset",
-        "resume",
-        "weights",
-        "output_dir",
-        "start_epoch",
-        "world_size",
-        "device",
-        "checkpoint_every",
-        "loader_timeout",
-        "probe_memory",
-    }
-    changed = [name for name in differing if name not in own and name not in MODEL_SETTINGS]
-    for name in changed:
-        kept = name in ("lr", "lr_backbone", "weight_decay")
-        note = "the checkpoint's is kept" if kept else "the new one counts"
-        say(f"--resume: --{name} was {differing[name][0]} and is {differing[name][1]}: {note}")
