@@ -25,6 +25,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -484,7 +485,7 @@ def without_auto(config: Config) -> Config:
     workers, the original's."""
     chosen = {name: settings.auto for name, settings in _FLAGS.items() if settings.auto is not None}
     chosen = {name: value for name, value in chosen.items() if getattr(config, name) is None}
-    return dataclasses.replace(config, precision=known_precision(config.precision), **chosen)
+    return replace(config, precision=known_precision(config.precision), **chosen)
 
 
 def known_precision(precision: str) -> str:
@@ -499,10 +500,10 @@ def check_for_training(config: Config) -> None:
         UsageError: says which flag, what it was and what is expected.
     """
     for name in ("tensorboard", "sample_images"):
-        if config.output_dir == NO_OUTPUT and getattr(config, name) != default_of(name):
+        if config.output_dir == NO_OUTPUT and getattr(config, name) not in (default_of(name), 0):
             raise UsageError(f"--{name} writes to --output_dir, which is none")
     if config.resume == "auto" and config.output_dir in ("", NO_OUTPUT):
-        raise UsageError("--resume auto looks in --output_dir, which is not given")
+        raise UsageError("--resume auto looks in --output_dir: give the folder of the run that is to go on")
     if config.preset == "finetune" and not (config.weights or config.resume or config.frozen_weights):
         raise UsageError("--preset finetune is for trained weights: give --weights, for instance detr_resnet50")
     if config.start_epoch >= config.epochs:
@@ -537,6 +538,19 @@ def make_output_dir(path: str) -> Path:
         reason = "there is a file of that name" if Path(path).is_file() else error.strerror
         raise UsageError(f"--output_dir {path}: {reason}; expected a folder, or the name of a new one") from error
     return Path(path)
+
+
+def with_output_dir(config: Config) -> Config:
+    """The configuration with its `output_dir` made; "none" becomes the empty name: nothing is saved.
+
+    Raises:
+        UsageError: see `make_output_dir`.
+    """
+    if config.output_dir == NO_OUTPUT:
+        return replace(config, output_dir="")
+    if config.output_dir:
+        make_output_dir(config.output_dir)
+    return config
 
 
 def choose_device(name: str, precision: str = "fp32") -> str:

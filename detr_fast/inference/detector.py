@@ -23,7 +23,7 @@ from detr_fast.config import (
     Config,
     choose_device,
     known_precision,
-    make_output_dir,
+    with_output_dir,
 )
 from detr_fast.data.categories import Categories
 from detr_fast.data.images import ImageReadError
@@ -248,8 +248,7 @@ class Detector:
         config = replace(self.config, **settings)
         if "image_size" in settings:
             loaded.task.check_image_size(config)
-        if config.output_dir:
-            make_output_dir(config.output_dir)
+        config = with_output_dir(config)
         return evaluate_loaded(replace(loaded, config=config), "the model")
 
     def train(

@@ -5,13 +5,12 @@ Source: facebookresearch/detr, main.py (``--eval``).
 
 import json
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from detr_fast.config import NO_OUTPUT, Config, make_output_dir, usage_errors
+from detr_fast.config import Config, usage_errors, with_output_dir
 from detr_fast.distributed import is_main_process
 from detr_fast.errors import UsageError
 from detr_fast.inference.loading import Loaded, load_for_inference
@@ -42,12 +41,8 @@ def evaluate_checkpoint(config: Config, given: Collection[str], path: str) -> di
     with usage_errors():
         task_of(config)  # refuses settings that do not go together
         check_data(config)
-        if config.output_dir == NO_OUTPUT:
-            config = replace(config, output_dir="")
         config, _ = start(config)
-        if config.output_dir:
-            make_output_dir(config.output_dir)
-        loaded = load_for_inference(config, given, path)
+        loaded = load_for_inference(with_output_dir(config), given, path)
     return evaluate_loaded(loaded, path)
 
 
@@ -61,6 +56,7 @@ def evaluate_loaded(loaded: Loaded, source: str) -> dict:
     """
     with usage_errors():
         task, categories = loaded.task, loaded.categories
+        task.check_backend(loaded.config)
         config = with_data(loaded.config, ids={name: number for number, name in loaded.names.items()})
         if categories is None:
             categories = task.bare_categories(config)

@@ -3,6 +3,7 @@
 Training, evaluation, prediction and the command line ask the task; none of them knows which tasks there are.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,6 +65,17 @@ class Task(ABC):
         for name in self.ignored_flags:
             if getattr(config, name) != default_of(name):
                 raise UsageError(f"--{name} does nothing with --dataset_file {self.dataset_file}")
+        self.check_backend(config)
+
+    def check_backend(self, config: Config) -> None:
+        """Refuses `eval_backend` where `evaluator` has no such argument.
+
+        Raises:
+            UsageError: it was chosen.
+        """
+        takes_it = "backend" in inspect.signature(self.evaluator).parameters
+        if config.eval_backend != default_of("eval_backend") and not takes_it:
+            raise UsageError(f"--eval_backend does nothing with --dataset_file {self.dataset_file}")
 
     def check_image_size(self, config: Config) -> None:
         """Refuses images without a single whole cell of the feature map. The model's settings are known by now.
@@ -183,7 +195,7 @@ class Task(ABC):
             annotations: what `annotations` returned.
             dataset: the validation set.
             output_dir: where files that belong to the evaluation go; empty: nowhere.
-            backend: who computes COCO's numbers, see `CocoEvaluator`.
+            backend: who computes COCO's numbers, see `CocoEvaluator`. A task without them leaves the argument out.
         """
 
     @abstractmethod

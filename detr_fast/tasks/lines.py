@@ -48,7 +48,7 @@ class Lines(Task):
     )  # fmt: skip
     ignored_flags = (
         "set_cost_bbox", "set_cost_giou", "bbox_loss_coef", "giou_loss_coef", "masks", "mask_loss_coef",
-        "dice_loss_coef", "eval_backend",
+        "dice_loss_coef",
     )  # fmt: skip
     postprocessor_names = ("line",)
     found = "lines"
@@ -132,7 +132,7 @@ class Lines(Task):
 
     # Results
 
-    def evaluator(self, annotations: COCO, dataset: Any, output_dir: str = "", backend: str = "auto") -> Evaluator:
+    def evaluator(self, annotations: COCO, dataset: Any, output_dir: str = "") -> Evaluator:
         return LineEvaluator(annotations)
 
     def page(self, evaluator: LineEvaluator) -> Page:

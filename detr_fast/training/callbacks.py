@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from detr_fast.config import Config
+from detr_fast.distributed import say
 from detr_fast.errors import CallbackError, UsageError
 from detr_fast.training.log import scalars
 
@@ -98,7 +99,7 @@ def callbacks_of(config: Config) -> list[Callback]:
 
 
 class Callbacks:
-    """Calls each of them; one that fails is named."""
+    """Calls each of them; one that fails is named. At the end of its ``with`` those that were started are ended."""
 
     def __init__(self, callbacks: Iterable[Callback]):
         self._callbacks: Sequence[Callback] = tuple(callbacks)
@@ -115,17 +116,23 @@ class Callbacks:
             with _named(callback, "on_epoch"):
                 callback.on_epoch(row)
 
-    def end(self) -> None:
-        """Ends those that were started, in the reverse order; the first failure is raised after the last."""
+    def __enter__(self) -> "Callbacks":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Ends those that were started, in the reverse order; the first failure is raised after the last. It is only
+        said where `error` ends the run already."""
         failure = None
         while self._started:
             callback = self._started.pop()
             try:
                 with _named(callback, "on_end"):
                     callback.on_end()
-            except CallbackError as error:
-                failure = failure or error
-        if failure is not None:
+            except CallbackError as failed:
+                failure = failure or failed
+        if failure is not None and error is not None:
+            say(str(failure))
+        elif failure is not None:
             raise failure
 
 

@@ -130,6 +130,11 @@ def _check_records(path: str | os.PathLike) -> None:
         )
 
 
+def averaged_weights(checkpoint: Mapping) -> dict[str, Tensor]:
+    """A checkpoint's weights, averaged ones (EMA) where there are some."""
+    return checkpoint.get("ema", {}).get("values", checkpoint["model"])
+
+
 def rng_state(device: torch.device) -> dict:
     """The states of Python's, NumPy's and torch's generators, and of `device`'s if it is a GPU, as plain values."""
     version, python, gauss = random.getstate()

@@ -212,7 +212,7 @@ def evaluate(
     criterion.eval()
     metrics, sum_of = Metrics(), LossSum(criterion.weight_dict)
     task = task_of_postprocessors(postprocessors) if task is None else task
-    # Only if it was chosen: a task of somebody else's need not know of it.
+    # Only if it was chosen: not every task has the argument.
     choice = {} if backend == "auto" else {"backend": backend}
     evaluator = task.evaluator(base_ds, data_loader.dataset, output_dir, **choice)
 

@@ -10,9 +10,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from detr_fast.distributed import all_gather, is_main_process
 from detr_fast.errors import UsageError
 
 try:
@@ -103,6 +105,20 @@ def new_folder() -> Path:
         except OSError as error:
             raise UsageError(f"no --output_dir, and {path} cannot be made: {error.strerror}") from error
     raise AssertionError
+
+
+def new_folder_of_all() -> str:
+    """The path of a `new_folder` that the first process has made, in every process."""
+    made: Any = None
+    if is_main_process():
+        try:
+            made = str(new_folder())
+        except UsageError as error:
+            made = error
+    made = all_gather(made)[0]
+    if isinstance(made, UsageError):
+        raise made
+    return made
 
 
 def remove_left_overs(folder: Path) -> None:

@@ -1,7 +1,5 @@
 """The largest batch is tried before training starts: a run that does not fit into memory ends at once."""
 
-import contextlib
-
 import numpy as np
 import torch
 
@@ -51,9 +49,11 @@ def probe_memory(step: TrainingStep, loader: EpochLoader, epoch: int) -> str:
             reserved = [torch.empty_like(p) for p in absent for _ in range(2)]
             with step.autocast():
                 outputs = outputs_of(model, samples)
-            # Where the matcher refuses NaN, the first step of training will say where it comes from.
-            with contextlib.suppress(ValueError):
-                step.losses(outputs, targets).total.backward()
+            try:
+                loss = step.losses(outputs, targets).total
+            except ValueError:  # the matcher refuses NaN; the first step of training will say where it comes from
+                return "--probe_memory: the largest batch has no loss; only its forward pass was tried"
+            loss.backward()
             del reserved
     finally:
         model.zero_grad(set_to_none=True)
@@ -74,6 +74,8 @@ def _largest_batch(loader: EpochLoader, epoch: int) -> list[tuple[int, int]]:
     sizes = np.array(SizePlanner(dataset.dataset, dataset.seed)(epoch, indices.tolist()))
     if isinstance(sampler, SizeGroupedBatchSampler):
         chosen = group_by_size(sizes, batch_size)[-1]
+    elif batch_size == 1:
+        chosen = [sizes.prod(axis=1).argmax()]
     else:  # the highest and the widest may meet
         extremes = sizes.argmax(axis=0).tolist()
         others = [i for i in np.argsort(-sizes.prod(axis=1)).tolist() if i not in extremes]

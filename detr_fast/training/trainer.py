@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from detr_fast.config import MODEL_SETTINGS, NO_OUTPUT, Config, check_for_training, make_output_dir, usage_errors
+from detr_fast.config import Config, check_for_training, usage_errors, with_output_dir
 from detr_fast.data.categories import Categories
 from detr_fast.distributed import (
     all_gather,
@@ -28,12 +27,13 @@ from detr_fast.distributed import (
     say,
 )
 from detr_fast.errors import InterruptedRun, UsageError
+from detr_fast.evaluation import Evaluator
 from detr_fast.models.weights import load_model, load_weights
 from detr_fast.tasks import task_of
 from detr_fast.tasks.paths import check_data, with_data
 from detr_fast.tasks.pictures import draw_sheet
 from detr_fast.training.callbacks import Callback, Callbacks, callbacks_of
-from detr_fast.training.checkpoint import read_checkpoint, rng_state, save_checkpoint, set_rng_state
+from detr_fast.training.checkpoint import averaged_weights, read_checkpoint, rng_state, save_checkpoint, set_rng_state
 from detr_fast.training.curves import draw_curves
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.engine import evaluate, run_epoch
@@ -42,7 +42,7 @@ from detr_fast.training.folder import (
     is_full,
     locked,
     megabytes,
-    new_folder,
+    new_folder_of_all,
     remove_left_overs,
     size_of,
     space_needed,
@@ -52,6 +52,7 @@ from detr_fast.training.log import Metrics, RunLog
 from detr_fast.training.memory import probe_memory
 from detr_fast.training.optim import build_scheduler, load_optimizer, steps_every
 from detr_fast.training.report import annotated_image, write_report
+from detr_fast.training.resume import check_same_run
 from detr_fast.training.setup import build, chosen_for_gpu, loader_for, size_divisor, start, with_norm
 from detr_fast.training.step import build_step, distributed
 
@@ -93,8 +94,8 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), read_weights: R
             config, weights = read_weights(config)
         task_of(config).check_image_size(config)
         is_new = not config.output_dir
-        config = _with_output_dir(config)
-        folder = make_output_dir(config.output_dir) if config.output_dir and is_main_process() else None
+        config = with_output_dir(replace(config, output_dir=new_folder_of_all()) if is_new else config)
+        folder = Path(config.output_dir) if config.output_dir and is_main_process() else None
     try:
         with locked(folder):
             with usage_errors():
@@ -105,22 +106,6 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), read_weights: R
     finally:
         if is_new and folder is not None and not any(folder.iterdir()):  # the run was refused
             folder.rmdir()
-
-
-def _with_output_dir(config: Config) -> Config:
-    """The configuration with the folder that the first process has chosen, where none is given; "" for "none"."""
-    if config.output_dir:
-        return replace(config, output_dir="" if config.output_dir == NO_OUTPUT else config.output_dir)
-    made: Any = None
-    if is_main_process():
-        try:
-            made = str(new_folder())
-        except UsageError as error:
-            made = error
-    made = all_gather(made)[0]
-    if isinstance(made, UsageError):
-        raise made
-    return replace(config, output_dir=made)
 
 
 class Trainer:
@@ -150,8 +135,8 @@ class Trainer:
     ):
         self.callbacks = Callbacks(callbacks if is_main_process() else ())
         self.task, self.device = task_of(config), device
-        self.output_dir = None if config.output_dir in ("", NO_OUTPUT) else make_output_dir(config.output_dir)
-        config = with_data(config)
+        config = with_data(with_output_dir(config))
+        self.output_dir = Path(config.output_dir) if config.output_dir else None
         self.dataset_train: Any = self.task.build_dataset("train", config, uint8=True)
         self.categories: Categories = self.dataset_train.categories
         self.dataset_val: Any = self.task.build_dataset("val", config, categories=self.categories, uint8=True)
@@ -171,10 +156,10 @@ class Trainer:
         )
         self.n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if weights is not None:
-            for line in load_weights(self.model, _averaged(weights), config.weights):
+            for line in load_weights(self.model, averaged_weights(weights), config.weights):
                 say(f"--weights: not taken, starts fresh: {line}")
         if frozen is not None:
-            self.task.load_frozen(self.model, _averaged(frozen), f"--frozen_weights {config.frozen_weights}")
+            self.task.load_frozen(self.model, averaged_weights(frozen), f"--frozen_weights {config.frozen_weights}")
         self.step = build_step(self.model, self.criterion, config, device, say)
         self.optimizer, self.scaler = self.step.optimizer, self.step.scaler
         self.steps_per_epoch = math.ceil(len(self.loader_train) / config.accumulate_steps)
@@ -213,7 +198,7 @@ class Trainer:
     def run(self) -> dict:
         """Trains to the end that the configuration sets. Returns the last epoch's log row, empty if none was left."""
         try:
-            with Interruption(self.config.checkpoint_every) as self._interruption:
+            with self.callbacks, Interruption(self.config.checkpoint_every) as self._interruption:
                 self.callbacks.start(self.config)
                 return self._run()
         except OSError as error:
@@ -222,14 +207,14 @@ class Trainer:
             needed = megabytes(space_needed(self.output_dir, self._checkpoint_bytes()))
             raise OSError(
                 f"the disk of {self.output_dir} is full ({error.strerror}) after step "
-                f"{self.steps}; {self._kept} kept. Make {needed} free and continue with --resume auto"
+                f"{self.steps}; {self._kept} kept. Make {needed} free and continue with --output_dir {self.output_dir} "
+                "--resume auto"
             ) from error
         finally:
             self.loader_train.close()
             self.loader_val.close()
             if self.log is not None:
                 self.log.close()
-            self.callbacks.end()
 
     def _run(self) -> dict:
         config, row = self.config, {}
@@ -326,9 +311,12 @@ class Trainer:
         number = signal_of(agreed)
         where = f"stopped by {signal.Signals(number).name} after step {self.steps}"
         if self.output_dir is None:
-            raise InterruptedRun(f"{where}; nothing is kept, there is no --output_dir", number)
+            raise InterruptedRun(f"{where}; nothing is kept (--output_dir none)", number)
         path = self.output_dir / "checkpoint.pth"
-        raise InterruptedRun(f"{where}; saved in {path}. To go on, add --resume auto to the same command", number)
+        raise InterruptedRun(
+            f"{where}; saved in {path}. To go on: the same command with --output_dir {self.output_dir} --resume auto",
+            number,
+        )
 
     def _at_last_step(self) -> bool:
         return bool(self.config.max_steps) and self.steps >= self.config.max_steps
@@ -350,16 +338,21 @@ class Trainer:
         self._share_buffers()
         is_last = self.epoch >= config.epochs or self._at_last_step()
         row = {f"train_{name}": value for name, value in train_stats.items()}
+        stats: dict[str, Any] = {}
+        evaluator = None
         if is_last or (epoch + 1) % config.eval_every == 0:
             # Saved before as well: an evaluation that fails costs no training.
             self._save(epoch, unevaluated=dict(train_stats))
-            row.update({f"test_{name}": value for name, value in self._evaluate(epoch, is_last).items()})
-        score = self.task.score({name.removeprefix("test_"): value for name, value in row.items()})
+            stats, evaluator = self._evaluate(epoch)
+            row.update({f"test_{name}": value for name, value in stats.items()})
+        score = self.task.score(stats)
         is_best = score is not None and (self.best is None or score > self.best)
         if is_best:
             self.best, self._stale = score, 0
         elif score is not None:
             self._stale += 1
+        if self.log is not None and evaluator is not None and (is_last or self._stops_early()):
+            write_report(self.output_dir, self.task, evaluator, self.dataset_val, self.annotations)
         row.update(epoch=epoch, n_parameters=self.n_parameters)
         if self.log is not None:
             self.log.append(row)
@@ -378,7 +371,7 @@ class Trainer:
         moments = 2 * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         return weights + moments + (weights if self.ema is not None else 0)
 
-    def _evaluate(self, epoch: int, is_last: bool) -> dict:
+    def _evaluate(self, epoch: int) -> tuple[dict[str, Any], Evaluator]:
         samples: dict[int, dict[str, Any]] = {}
 
         def keep(results):
@@ -403,9 +396,7 @@ class Trainer:
                 folder = self.output_dir / "samples"
                 folder.mkdir(exist_ok=True)
                 self._draw(folder / f"epoch{epoch:04}.png", dict(sorted(samples.items())))
-            if is_last:
-                write_report(self.output_dir, self.task, evaluator, self.dataset_val, self.annotations)
-        return stats
+        return stats, evaluator
 
     def _evaluate_model(self, on_results):
         return evaluate(
@@ -502,7 +493,7 @@ class Trainer:
         for name in ("weights", "frozen_weights"):
             if getattr(config, name):
                 say(f"--{name} is not read again: the run continues from {path}")
-        _check_same_run(config, checkpoint, self.categories)
+        check_same_run(config, checkpoint, self.categories)
         return config, checkpoint
 
     def _continue(self, checkpoint: dict) -> None:
@@ -551,40 +542,3 @@ class Trainer:
                 f"continuing {source} with {where}; it holds random states of {len(generators)} processes "
                 f"and there are {get_world_size()}: not the very same numbers as without the interruption"
             )
-
-
-def _averaged(checkpoint: Mapping) -> dict[str, Tensor]:
-    """A checkpoint's weights, averaged ones (EMA) where there are some."""
-    return checkpoint.get("ema", {}).get("values", checkpoint["model"])
-
-
-def _check_same_run(config: Config, checkpoint: Mapping, categories: Categories) -> None:
-    """Refuses to continue a checkpoint with another model or other classes; says what else differs."""
-    theirs, ours = checkpoint.get("args", {}), config.to_dict()
-    differing = {name: (theirs[name], ours[name]) for name in theirs if name in ours and theirs[name] != ours[name]}
-    model = [name for name in (*MODEL_SETTINGS, "dropout", "lr_schedule") if name in differing]
-    if model:
-        text = ", ".join(f"--{name} was {differing[name][0]} and is {differing[name][1]}" for name in model)
-        raise UsageError(f"--resume {config.resume}: {text}; to start a new run from its weights, use --weights")
-    if "categories" in checkpoint and checkpoint["categories"] != categories.to_dict():
-        raise UsageError(
-            f"--resume {config.resume}: it was trained for the categories {checkpoint['categories']['names']}, the "
-            f"data has {list(categories.names)}; to start a new run from its weights, use --weights"
-        )
-    own = {
-        "preset",
-        "resume",
-        "weights",
-        "output_dir",
-        "start_epoch",
-        "world_size",
-        "device",
-        "checkpoint_every",
-        "loader_timeout",
-        "probe_memory",
-    }
-    changed = [name for name in differing if name not in own and name not in MODEL_SETTINGS]
-    for name in changed:
-        kept = name in ("lr", "lr_backbone", "weight_decay")
-        note = "the checkpoint's is kept" if kept else "the new one counts"
-        say(f"--resume: --{name} was {differing[name][0]} and is {differing[name][1]}: {note}")

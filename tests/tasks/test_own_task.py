@@ -155,6 +155,14 @@ def test_it_trains_resumes_evaluates_and_predicts(count, trained, shapes, tmp_pa
     assert len(found) == 5 and all({"image_id", "file_name", "count"} == set(entry) for entry in found)
 
 
+def test_a_backend_that_its_evaluator_does_not_take_is_refused(trained, shapes, capsys):
+    data = ["--coco_path", str(shapes), "--image_size", "48", "--device", "cpu", "--num_workers", "0"]
+    data += ["--eval_backend", "pycocotools"]
+    assert main(["train", "--dataset_file", "objects_counted", *data]) == 2
+    assert main(["eval", *data, "--weights", str(trained)]) == 2
+    assert capsys.readouterr().err.count("--eval_backend does nothing with --dataset_file objects_counted") == 2
+
+
 def test_its_weights_and_post_processors_are_known_by_it(count):
     state = Counter().state_dict()
     assert task_of_weights(state, None, None) is count

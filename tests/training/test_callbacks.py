@@ -72,6 +72,18 @@ def test_a_failed_run_ends_its_callbacks(config, monkeypatch):
     assert [call[0] for call in recorder.calls] == ["start", "end"]
 
 
+def test_an_error_that_ends_the_run_is_not_hidden_by_a_callbacks(config, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise ValueError("broken")
+
+    recorder = Recorder()
+    recorder.on_end = fail
+    monkeypatch.setattr("detr_fast.training.trainer.run_epoch", fail)
+    with pytest.raises(ValueError, match="^broken$"):
+        train(config, callbacks=[recorder])
+    assert "Recorder.on_end failed: ValueError: broken" in capsys.readouterr().out
+
+
 def module(monkeypatch, name, functions):
     """A stand-in that notes its calls."""
     calls, stand_in = [], types.ModuleType(name)

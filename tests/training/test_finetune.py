@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import torch
 import detr_fast
 from detr_fast.cli import main
 from detr_fast.config import PRESETS, Config
+from detr_fast.errors import InterruptedRun
 from detr_fast.models.hub import published
 from detr_fast.tasks import task_of
 from detr_fast.training.checkpoint import read_checkpoint
-from detr_fast.training.trainer import train
+from detr_fast.training.setup import start
+from detr_fast.training.trainer import Trainer, train
 from tests.inference.tiny_models import checkpoint_of
 from tests.training.test_run import equal_states, rows
 
@@ -147,6 +150,7 @@ def test_early_stop_ends_after_evaluations_without_improvement(tiny_flags, monke
     )
     assert row["epoch"] == 5 and "test_coco_eval_bbox" in row
     assert read_checkpoint("run/checkpoint_best.pth")["epoch"] == 3
+    assert Path("run/eval/report.html").is_file()
 
 
 def test_early_stop_goes_on_counting_in_a_resumed_run(tiny_flags, monkeypatch, capsys):
@@ -174,6 +178,12 @@ def test_early_stop_goes_on_counting_in_a_resumed_run(tiny_flags, monkeypatch, c
 # Where it is saved
 
 
+def test_none_saves_nothing_also_in_python(tiny_flags):
+    config = Config.from_arguments([*tiny_flags, "--epochs", "1", "--max_steps", "1", "--output_dir", "none"])
+    Trainer(*start(config)).run()
+    assert not list(Path().iterdir())
+
+
 def test_without_an_output_dir_a_folder_is_named_by_the_time(tiny_flags, capsys):
     flags = [*tiny_flags, "--epochs", "1", "--max_steps", "1", "--output_dir", ""]
     for _ in range(2):
@@ -184,6 +194,23 @@ def test_without_an_output_dir_a_folder_is_named_by_the_time(tiny_flags, capsys)
         assert re.fullmatch(r"outputs/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_2)?", folder)
         assert Path(folder, "checkpoint.pth").is_file()
         assert read_checkpoint(f"{folder}/checkpoint.pth")["args"]["output_dir"] == folder
+
+
+def test_a_stopped_run_says_how_to_go_on_from_a_folder_that_was_not_given(tiny_flags):
+    class Stop:
+        def on_start(self, config):
+            signal.raise_signal(signal.SIGTERM)
+
+        def on_end(self):
+            pass
+
+    flags = [*tiny_flags, "--epochs", "1"]
+    with pytest.raises(InterruptedRun) as stopped:
+        train(Config.from_arguments([*flags, "--output_dir", ""]), callbacks=[Stop()])
+    said = str(stopped.value).partition("the same command with ")[2].split()
+    assert said[0] == "--output_dir" and said[2:] == ["--resume", "auto"]
+    assert main(["train", *flags, *said]) == 0
+    assert [row["epoch"] for row in rows(Path(said[1]))] == [0]
 
 
 @pytest.mark.slow

@@ -81,8 +81,8 @@ def test_a_largest_batch_that_does_not_fit_is_refused_before_training(tiny_flags
     assert "loss" not in said.out and not (tmp_path / "checkpoint.pth").exists()
 
 
-@pytest.mark.parametrize("grouped", [True, False])
-def test_the_batch_that_is_tried_is_the_largest(grouped):
+@pytest.mark.parametrize("grouped, batch_size", [(True, 2), (False, 2), (True, 1), (False, 1)])
+def test_the_batch_that_is_tried_is_the_largest(grouped, batch_size):
     sizes = [(10, 40), (64, 20), (30, 30), (20, 60), (59, 20), (25, 10), (10, 10), (12, 12)]
 
     class Sizes(torch.utils.data.Dataset):
@@ -94,10 +94,16 @@ def test_the_batch_that_is_tried_is_the_largest(grouped):
 
     from detr_fast.data import build_loader
 
-    loader = build_loader(Sizes(), 2, train=True, group_by_size=grouped)
+    if batch_size == 1:
+        sizes.append((50, 50))
+    loader = build_loader(Sizes(), batch_size, train=True, group_by_size=grouped)
     keys = memory._largest_batch(loader, 3)
-    # Grouped, an upright image never meets a lying one here; in the original's order the highest may meet the widest.
-    assert sorted(keys) == ([(3, 1), (3, 4)] if grouped else [(3, 1), (3, 3)])
+    if batch_size == 1:
+        assert keys == [(3, 8)]
+    else:
+        # Grouped, an upright image never meets a lying one here; in the original's order the highest may meet the
+        # widest.
+        assert sorted(keys) == ([(3, 1), (3, 4)] if grouped else [(3, 1), (3, 3)])
 
 
 def test_a_failed_try_leaves_everything_as_it_was(tiny_flags, monkeypatch):
@@ -113,6 +119,18 @@ def test_a_failed_try_leaves_everything_as_it_was(tiny_flags, monkeypatch):
         memory.probe_memory(run.step, run.loader_train, 0)
     assert equal_states(before, run.model.state_dict()) and equal_states(generators, rng_state(device))
     assert all(p.grad is None for p in run.model.parameters()) and not run.optimizer.state
+
+
+def test_a_batch_without_a_loss_is_not_said_to_fit(tiny_flags, monkeypatch):
+    from detr_fast.config import Config
+    from detr_fast.training import setup, trainer
+
+    def refuse(*_):
+        raise ValueError("NaN")
+
+    run = trainer.Trainer(*setup.start(Config.from_arguments([*tiny_flags, "--epochs", "1"])))
+    monkeypatch.setattr(run.criterion, "forward", refuse)
+    assert "only its forward pass was tried" in memory.probe_memory(run.step, run.loader_train, 0)
 
 
 @pytest.mark.gpu

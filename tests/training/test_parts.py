@@ -62,6 +62,7 @@ def test_given_flags_are_told_from_defaults():
         (["--hidden_dim", "100"], "divisible by --nheads"),
         (["--tensorboard", "--output_dir", "none"], "--output_dir, which is none"),
         (["--resume", "auto"], "--resume auto"),
+        (["--sample_images", "5", "--output_dir", "none"], "--output_dir, which is none"),
         (["--start_epoch", "300"], "nothing to train"),
     ],
 )
@@ -69,6 +70,10 @@ def test_flags_that_cannot_be_honoured_are_refused(argv, message):
     with pytest.raises(config.UsageError, match=message):
         task_of(parse(*argv))
         config.check_for_training(parse(*argv))
+
+
+def test_no_pictures_and_nothing_saved_go_together():
+    config.check_for_training(parse("--sample_images", "0", "--output_dir", "none"))
 
 
 def test_device_is_chosen_or_refused(monkeypatch):
