@@ -366,6 +366,25 @@ def test_a_malformed_xml_is_refused_by_name(coco, tmp_path, old, new, message):
     assert str(file) in str(caught.value)
 
 
+def test_what_validates_is_not_trained_with(coco, tmp_path):
+    """A list of all images, for training, beside that of the ones to validate; its lines end in a mark or not."""
+    lists = write_voc(coco, tmp_path / "voc") / "ImageSets" / "Main"
+    train, val = ((lists / f"{name}.txt").read_text() for name in ("train", "val"))
+    (lists / "train.txt").unlink()
+    (lists / "trainval.txt").write_text((train + val).replace("\n", "  1\n"))
+    layout = find_layout(tmp_path / "voc")
+    assert [len(content["images"]) for content in contents(layout)] == [11, 5]
+    assert not any("in train and in val" in line for line in layout.lines)
+
+
+def test_images_that_are_in_both_sets_are_said(coco, tmp_path):
+    pytest.importorskip("yaml")
+    folder = write_yolo(coco, tmp_path / "data")
+    (folder / "data.yaml").write_text("train: images\nval: images/val\nnames: [circle, square, triangle]\n")
+    layout = find_layout(folder)
+    assert any("5 images are in train and in val, the first: " in line for line in layout.lines)
+
+
 def test_a_list_that_names_an_absent_image_is_refused(coco, tmp_path):
     folder = write_voc(coco, tmp_path / "voc")
     next(iter((folder / "JPEGImages").glob("val_*"))).unlink()

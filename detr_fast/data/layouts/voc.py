@@ -54,11 +54,14 @@ def _voc_in_folders(root: Path, folder: Path, files: list[Path]) -> _Voc:
             continue
         images[name] = []
         for line in filter(None, map(str.strip, text_of(file).splitlines())):
-            stem = line if line in of_stem else line.split()[0]
+            stem = line if line in of_stem else line.rsplit(maxsplit=1)[0]
             if stem not in of_stem:
                 raise FileNotFoundError(f"{file} names {line!r}; there is no such image in {folder}")
             images[name].append((of_stem[stem], _xml_of(of_stem[stem], folder, root / "Annotations")))
     if images:
+        if "train" in images and not (lists / "train.txt").is_file():  # trainval has both
+            validating = set(images.get("val", []))
+            images["train"] = [each for each in images["train"] if each not in validating]
         return _Voc(root, images, files, [])
     listed = [(image, _xml_of(image, folder, root / "Annotations")) for image in images_in(folder)]
     notes = unused("train", {file for _, file in listed if file}, ".xml")
