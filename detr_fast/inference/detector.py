@@ -248,6 +248,8 @@ class Detector:
         config = replace(self.config, **settings)
         if "image_size" in settings:
             loaded.task.check_image_size(config)
+        if config.output_dir == NO_OUTPUT:
+            config = replace(config, output_dir="")
         if config.output_dir:
             make_output_dir(config.output_dir)
         return evaluate_loaded(replace(loaded, config=config), "the model")

@@ -177,11 +177,14 @@ def data(tmp_path_factory):
     return folder
 
 
-def test_evaluates(run_folder, data, tmp_path, capsys):
+def test_evaluates(run_folder, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = detr_fast.load(run_folder, device="cpu")
     stats = model.evaluate(val_ann=data / "ann.json", val_images=data, num_workers=0, output_dir=tmp_path / "new")
     assert len(stats["coco_eval_bbox"]) == 12 and capsys.readouterr().out.count("Average") == 12
     assert (tmp_path / "new" / "eval.pth").is_file()
+    model.evaluate(val_ann=data / "ann.json", val_images=data, num_workers=0, output_dir="none")
+    assert not (tmp_path / "none").exists()  # it means nowhere
     with pytest.raises(TypeError, match="evaluate takes no setting 'lr'"):
         model.evaluate(lr=1)
     with pytest.raises(ValueError, match="no val data"):
