@@ -49,7 +49,9 @@ class Picture:
             self.path = os.fspath(image)
         elif isinstance(image, Image.Image):
             if 0 in image.size:
-                raise ValueError(f"an image is a PIL image of {image.width}x{image.height} pixels; expected one at least")
+                raise ValueError(
+                    f"an image is a PIL image of {image.width}x{image.height} pixels; expected one at least"
+                )
             self._image = image
         elif isinstance(image, (np.ndarray, Tensor)):
             self._image = _from_array(image)
