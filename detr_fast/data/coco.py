@@ -215,11 +215,14 @@ class CocoDetection(torchvision.datasets.CocoDetection):
 
 
 def read_categories(ann_file: str | os.PathLike) -> list[dict]:
-    """The list ``categories`` of a COCO json; errors as of `read_annotations`."""
+    """The list ``categories`` of a COCO json; errors as of `read_annotations`, and ValueError where there are none."""
     try:
-        return columns.read_categories(ann_file)
+        categories = columns.read_categories(ann_file)
     except (OddAnnotations, OSError):
-        return read_annotations(ann_file)["categories"]
+        categories = read_annotations(ann_file)["categories"]
+    if not categories:
+        raise ValueError(f"{ann_file}: there are no categories")
+    return categories
 
 
 def _file_sizes(folder: str | os.PathLike, images: Sequence[dict]) -> dict[int, tuple[int, int]]:

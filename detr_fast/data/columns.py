@@ -183,8 +183,11 @@ def _layout(path: str | os.PathLike) -> tuple[dict[str, list[list[int]]], dict[s
             in_string = bool(inside[-1]) if len(inside) else in_string
             base += len(block)
     pieces, others = {}, {}
+    content = json.loads(bytes(rest))
+    if not isinstance(content, dict):
+        raise OddAnnotations("no object")
     with open(path, "rb") as file:
-        for key, value in json.loads(bytes(rest)).items():
+        for key, value in content.items():
             if not isinstance(value, list):
                 others[key] = value
                 continue

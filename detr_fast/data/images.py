@@ -114,6 +114,12 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return size[::-1] if _orientation(image) >= 5 else size
 
 
+def is_turned_in_place(image: Image.Image) -> bool:
+    """Whether the EXIF orientation turns or mirrors an image but leaves its size, so that `load_image` ignores it."""
+    orientation = _orientation(image)
+    return orientation in (2, 3, 4) or (orientation >= 5 and image.width == image.height)
+
+
 def stored_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) that decoding gives. Of a TIFF file that PIL will turn, older versions state the other one."""
     if image.format == "TIFF" and image.getexif().get(_ORIENTATION, 1) >= 5:

@@ -39,7 +39,7 @@ class Picture:
 
     Raises:
         TypeError: something else, or another dtype.
-        ValueError: another shape, or floats outside 0..1.
+        ValueError: another shape, no pixels, or floats outside 0..1.
     """
 
     def __init__(self, image: ImageLike, *, upright: bool = True):
@@ -49,6 +49,10 @@ class Picture:
         if isinstance(image, (str, os.PathLike)):
             self.path = os.fspath(image)
         elif isinstance(image, Image.Image):
+            if 0 in image.size:
+                raise ValueError(
+                    f"an image is a PIL image of {image.width}x{image.height} pixels; expected one at least"
+                )
             self._image = image
         elif isinstance(image, (np.ndarray, Tensor)):
             self._image = _from_array(image)

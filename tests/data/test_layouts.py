@@ -237,6 +237,23 @@ def test_labels_are_of_the_image_as_it_is_shown(tmp_path, suffix):
     assert image.size == (40, 60) and target["boxes"].tolist() == [[10, 0, 30, 30]]
 
 
+@pytest.mark.parametrize(
+    "orientation, size, is_said", [(1, (60, 40), 0), (3, (60, 40), 1), (6, (60, 40), 0), (6, (9, 9), 1)]
+)
+def test_turns_that_keep_the_size_and_shared_labels_are_said(tmp_path, orientation, size, is_said):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("a.jpg", "a.png", "b.jpg"):
+        Image.new("RGB", size).save(tmp_path / "images" / name, exif=exif)
+        (tmp_path / "labels" / name).with_suffix(".txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "classes.txt").write_text("thing\n")
+    lines = "\n".join(find_layout(tmp_path).lines)
+    assert lines.count(f"train: 3 images, the first {tmp_path}/images/a.jpg, are mirrored or turned") == is_said
+    assert f"train: 1 label files are of more than one image, the first: {tmp_path}/labels/a.txt" in lines
+
+
 @pytest.mark.parametrize("names", ["[circle, square, triangle]", "{0: circle, 1: square, 2: triangle}"])
 @pytest.mark.parametrize("kind", ["folders", "lists", "roboflow"])
 def test_what_a_data_yaml_may_say(coco, tmp_path, names, kind):
@@ -364,6 +381,25 @@ def test_a_malformed_xml_is_refused_by_name(coco, tmp_path, old, new, message):
     with pytest.raises(ValueError, match=message) as caught:
         find_layout(tmp_path / "voc")
     assert str(file) in str(caught.value)
+
+
+def test_what_validates_is_not_trained_with(coco, tmp_path):
+    """A list of all images, for training, beside that of the ones to validate; its lines end in a mark or not."""
+    lists = write_voc(coco, tmp_path / "voc") / "ImageSets" / "Main"
+    train, val = ((lists / f"{name}.txt").read_text() for name in ("train", "val"))
+    (lists / "train.txt").unlink()
+    (lists / "trainval.txt").write_text((train + val).replace("\n", "  1\n"))
+    layout = find_layout(tmp_path / "voc")
+    assert [len(content["images"]) for content in contents(layout)] == [11, 5]
+    assert not any("in train and in val" in line for line in layout.lines)
+
+
+def test_images_that_are_in_both_sets_are_said(coco, tmp_path):
+    pytest.importorskip("yaml")
+    folder = write_yolo(coco, tmp_path / "data")
+    (folder / "data.yaml").write_text("train: images\nval: images/val\nnames: [circle, square, triangle]\n")
+    layout = find_layout(folder)
+    assert any("5 images are in train and in val, the first: " in line for line in layout.lines)
 
 
 def test_a_list_that_names_an_absent_image_is_refused(coco, tmp_path):

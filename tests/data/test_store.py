@@ -281,6 +281,13 @@ def test_categories_alone(folder):
     written(folder, data)
     with pytest.raises(ValueError, match=r"categories\[0\] has id '7'"):
         read_categories(path)
+    written(folder, {**data, "categories": []})
+    with pytest.raises(ValueError, match="ann.json: there are no categories"):
+        read_categories(path)
+    for other in ([], [{"categories": []}], "text"):
+        written(folder, other)
+        with pytest.raises(ValueError, match="expected a COCO json object, got a"):
+            read_categories(path)
 
 
 def test_no_annotations_and_no_images(folder):

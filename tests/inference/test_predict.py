@@ -141,6 +141,7 @@ def test_folders_and_lists_keep_their_order(model, images, folder):
         (torch.zeros(40, 50, 3), ValueError, r"tensor of shape \[40, 50, 3\]; expected \[3, H, W\]"),
         (torch.zeros(2, 3, 40, 50), ValueError, "for several images give a list"),
         (np.zeros((0, 40, 3), np.uint8), ValueError, r"shape \[0, 40, 3\]"),
+        (Image.new("RGB", (0, 40)), ValueError, "PIL image of 0x40 pixels; expected one at least"),
         (np.zeros((40, 50, 3), np.int64), TypeError, "dtype int64; expected uint8, or floats in 0..1"),
         (torch.full((3, 40, 50), 200.0), ValueError, "floats is in 200..200; expected 0..1"),
         (torch.randn(3, 40, 50), ValueError, "not normalised"),

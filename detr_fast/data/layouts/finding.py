@@ -126,6 +126,10 @@ def _choose(found: Found) -> None:
     elif test is not None:
         found.notes.append(f"the {len(test.content['images'])} images of the test set are not used")
     if "val" in found.sets:
+        if "train" in found.sets and (shared := _files(found.sets["train"]) & _files(found.sets["val"])):
+            found.notes.append(
+                f"{len(shared)} images are in train and in val, the first: {min(shared)}: validation is too good"
+            )
         return
     train = found.sets["train"]
     images = train.content["images"]
@@ -151,6 +155,10 @@ def _choose(found: Found) -> None:
         for name, held_out in (("train", False), ("val", True))
     }
     found.notes.append(f"no validation set: {count} of the {len(images)} training images validate instead")
+
+
+def _files(each: ImageSet) -> set[str]:
+    return {os.path.join(each.images, image["file_name"]) for image in each.content["images"]}
 
 
 def _count(content: Mapping[str, Any]) -> str:

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detr_fast.data.layouts.files import WORDS, Found, ImageSet, categories_of, images_in, sizes_of, text_of, unused
+from detr_fast.data.layouts.files import (
+    WORDS,
+    Found,
+    ImageSet,
+    categories_of,
+    images_in,
+    label_notes,
+    sizes_of,
+    text_of,
+)
 
 
 @dataclass
@@ -39,7 +48,7 @@ def find_voc(root: Path) -> _Voc | None:
     for name, folder in flat.items():
         images[name] = [(image, _xml_of(image, folder, folder)) for image in images_in(folder)]
         annotations += sorted(folder.rglob("*.xml"))
-        notes += unused(name, {file for _, file in images[name] if file}, ".xml")
+        notes += label_notes(name, [file for _, file in images[name]], ".xml")
     return _Voc(root, images, annotations, notes) if flat else None
 
 
@@ -54,14 +63,17 @@ def _voc_in_folders(root: Path, folder: Path, files: list[Path]) -> _Voc:
             continue
         images[name] = []
         for line in filter(None, map(str.strip, text_of(file).splitlines())):
-            stem = line if line in of_stem else line.split()[0]
+            stem = line if line in of_stem else line.rsplit(maxsplit=1)[0]
             if stem not in of_stem:
                 raise FileNotFoundError(f"{file} names {line!r}; there is no such image in {folder}")
             images[name].append((of_stem[stem], _xml_of(of_stem[stem], folder, root / "Annotations")))
     if images:
+        if "train" in images and not (lists / "train.txt").is_file():  # trainval has both
+            validating = set(images.get("val", []))
+            images["train"] = [each for each in images["train"] if each not in validating]
         return _Voc(root, images, files, [])
     listed = [(image, _xml_of(image, folder, root / "Annotations")) for image in images_in(folder)]
-    notes = unused("train", {file for _, file in listed if file}, ".xml")
+    notes = label_notes("train", [file for _, file in listed], ".xml")
     return _Voc(root, {"train": listed}, files, notes)
 
 
@@ -93,7 +105,7 @@ def read_voc(voc: _Voc, known: Mapping[str, int]) -> Found:
         found.notes.append("boxes begin at 0: read as 0-based corners; VOC's own count from 1")
     difficult = 0
     for name, images in voc.images.items():
-        sizes = sizes_of([image for image, _ in images])
+        sizes = sizes_of(name, [image for image, _ in images], found.notes)
         content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
         for number, ((image, file), (width, height)) in enumerate(zip(images, sizes, strict=True), start=1):
             if file and [trees[file].findtext(f"size/{key}") for key in ("height", "width")] == [

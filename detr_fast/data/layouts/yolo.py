@@ -16,9 +16,9 @@ from detr_fast.data.layouts.files import (
     ImageSet,
     categories_of,
     images_in,
+    label_notes,
     sizes_of,
     text_of,
-    unused,
 )
 
 _SLACK = 0.01  # that a normalised coordinate may leave 0..1 by: rounding, not another unit
@@ -154,7 +154,7 @@ def read_yolo(described: _Yolo, known: Mapping[str, int]) -> Found:
                 f"{name}: none of the {len(images)} images has a label file; looked for {_yolo_places(images[0])[0]}"
                 " and the like"
             )
-        sizes = sizes_of(images)
+        sizes = sizes_of(name, images, found.notes)
         root = described.root
         if not all(image.is_relative_to(root) for image in images):
             root = Path(os.path.commonpath([root, *images]))
@@ -171,9 +171,7 @@ def read_yolo(described: _Yolo, known: Mapping[str, int]) -> Found:
         missing = labels.count(None)
         if missing:
             found.notes.append(f"{name}: {missing} images have no label file: taken as images without objects")
-        used = {label for label in labels if label}
-        if all(entry.is_dir() for entry in entries):  # a list may leave some out
-            found.notes += unused(name, used, ".txt")
+        found.notes += label_notes(name, labels, ".txt", is_list=not all(entry.is_dir() for entry in entries))
     return found
 
 
