@@ -65,6 +65,7 @@ def main(path: Path) -> None:
         _, outputs = run(notebook)
         os.chdir(path.parent)
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    outputs = json.loads(json.dumps(outputs).replace(f"{folder}/", ""))  # the folder is gone
     for number, (cell, output) in enumerate(zip(code, outputs, strict=True), start=1):
         cell["execution_count"], cell["outputs"] = number, output
     path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -73,7 +73,7 @@ def dataset_paths(image_set: str, config: DataConfig, kind: str = "instances") -
     else:
         absent = [name for name in (f"{image_set}_ann", f"{image_set}_images") if not own[name]]
         if absent:
-            raise ValueError(f"no {image_set} data: {' and '.join(absent)} not given; give them, coco_path, or data")
+            raise ValueError(f"no {image_set} data: {' and '.join(absent)} not given; give them, coco_path, or --data")
         images, annotations = Path(str(own[f"{image_set}_images"])), Path(str(own[f"{image_set}_ann"]))
     layout = f"; {root} should hold {{train,val}}2017/ and annotations/{kind}_{{train,val}}2017.json" if root else ""
     require(image_set, {"image folder": images}, {"annotation file": annotations}, layout)
