@@ -77,14 +77,20 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
+def _cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def opened(folder: Path, ann_file: Path, masks: bool, workers: int) -> dict:
     """Seconds and MB of one opening; with ``workers``, of an epoch as well."""
     from detr_fast.data import CocoDetection
 
     before, private_before = _peak(), private()
-    began, cpu = time.perf_counter(), time.process_time()
+    began, cpu, others = time.perf_counter(), time.process_time(), _cpu_of_children()
     dataset = CocoDetection(folder, ann_file, None, masks, cache_dir=folder)
     row = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+    row |= {"cpu of its processes": _cpu_of_children() - others, "load": os.getloadavg()[0]}
     row |= {"peak": _peak() - before, "private": private() - private_before}
     if workers:
         context = multiprocessing.get_context("fork")
@@ -155,11 +161,14 @@ def main(argv: list[str] | None = None) -> int:
                 rows["mapped, with masks"] = _alone(opened, Path(cache), ann_file, True, args.workers)
         size = os.path.getsize(ann_file) / 1e6
     print(f"{args.images} images, {args.annotations} annotations, {size:.0f} MB of json\n")
+    print("`load`: processes that wanted a core meanwhile, of this and other programs\n")
     print(
-        "| | seconds | of the CPU | MB at the peak | MB private | MB that a worker grows |\n|---|---|---|---|---|---|"
+        "| | seconds | load | CPU seconds | of its processes | MB at the peak | MB private | MB that a worker grows |"
     )
+    print("|---|---|---|---|---|---|---|---|")
     for name, row in rows.items():
-        numbers = [f"{row['seconds']:.2f}", f"{row['cpu']:.2f}", f"{row['peak']:.0f}", f"{row['private']:.0f}"]
+        numbers = [f"{row['seconds']:.2f}", f"{row['load']:.1f}", f"{row['cpu']:.2f}"]
+        numbers += [f"{row['cpu of its processes']:.2f}", f"{row['peak']:.0f}", f"{row['private']:.0f}"]
         growth = f"{row['growth of a worker']:.1f}" if "growth of a worker" in row else ""
         print(f"| {' | '.join([name, *numbers, growth])} |")
     if args.output:

@@ -20,6 +20,7 @@ import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, compress
 from operator import itemgetter, methodcaller
@@ -319,8 +320,9 @@ class _Workers:
         context = multiprocessing.get_context("fork") if processes > 1 else None
         for first in range(processes if context else 0):
             ours, theirs = context.Pipe(duplex=False)
-            shares = range(first, len(pieces), processes)
-            process = context.Process(target=_convert, args=(path, pieces, shares, lines, theirs), daemon=True)
+            inherited = [connection for _, connection in self._workers] + [ours]
+            arguments = (path, pieces, range(first, len(pieces), processes), lines, theirs, inherited)
+            process = context.Process(target=_convert, args=arguments, daemon=True)
             process.start()
             theirs.close()  # so that its end is noticed
             self._workers.append((process, ours))
@@ -353,10 +355,12 @@ class _Workers:
             process.close()
 
 
-def _convert(path: str | os.PathLike, pieces: list[list[int]], shares: range, lines: bool, connection) -> None:
+def _convert(path, pieces: list[list[int]], shares: range, lines: bool, connection, inherited: list) -> None:
     """What a worker does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with open(path, "rb") as file:
+    for end in inherited:
+        end.close()  # a pipe that nobody reads any more breaks, and this process ends
+    with open(path, "rb") as file, suppress(BrokenPipeError):
         for number in shares:
             try:
                 found = _piece(_entries(file, pieces, number), lines)

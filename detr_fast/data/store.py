@@ -3,8 +3,8 @@
 A large json is read once (see ``detr_fast.data.columns``). Its columns are kept in a cache file that every process maps
 into memory: opening it takes no time, the kernel keeps one copy for all ranks and workers, and as no Python object is
 made of what is not asked for, workers copy nothing. The file is used as long as size, time and checksums fit; it is
-written under another name and then renamed, so that processes that start together do not disturb each other. It holds
-numbers and json, nothing that is executed.
+written under another name and then renamed. Of processes that start together one makes it, and the others wait. It
+holds numbers and json, nothing that is executed.
 
 A file with something odd in it is held as Python objects instead, mended by ``detr_fast.data.validation``.
 """
@@ -17,8 +17,8 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,11 @@ from detr_fast.data.categories import Categories
 from detr_fast.data.columns import COMPRESSED, NO_SEGMENTATION, POLYGONS, OddAnnotations, entry_at, read_columns
 from detr_fast.data.images import header_sizes
 from detr_fast.data.validation import Findings, compare_categories, judge_boxes, stated_size
+
+try:
+    import fcntl
+except ImportError:  # Windows: processes that start together all read the json
+    fcntl = None
 
 VERSION = 1
 SMALLEST = 8 << 20  # bytes of a json that is worth a cache file
@@ -346,7 +351,10 @@ def open_store(
                 return judged(store)
         writer = _Writer.at(caches)
         if writer is not None:
-            with suppress(OSError), writer:  # such as a full disk
+            with suppress(OSError), writer, _turn(path) as has_waited:  # OSError: such as a full disk
+                store = _mapped(writer.cache, key, path) if has_waited else None
+                if store is not None:
+                    return judged(store)
                 columns = read_columns(path, writer.append, lines=lines)
                 opened = judged(Mapped(columns.arrays, columns.meta, path))
                 return (writer.finished(opened[0], key), *opened[1:])
@@ -356,6 +364,26 @@ def open_store(
         return judged(Mapped(columns.arrays, columns.meta, path))
     except (OSError, ValueError) as error:
         raise OddAnnotations(str(error)) from error
+
+
+@contextmanager
+def _turn(path: str) -> Iterator[bool]:
+    """Waits for another process that makes a cache of the same json; whether there was one.
+
+    The json itself is locked (advisory, for reading it does not matter): the kernel lets go of the lock when a process
+    ends, however it ends. Those who have waited do not wait for each other: if there is still no cache, there will be
+    none.
+    """
+    with open(path, "rb") as file:
+        has_waited = False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            has_waited = True
+        except (OSError, AttributeError):  # a file system or platform without locks
+            pass
+        yield has_waited
 
 
 def _key(path: str, lines: bool) -> dict[str, Any]:

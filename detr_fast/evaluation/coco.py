@@ -1,10 +1,12 @@
 """COCO's detection and segmentation metrics over one or several processes.
 
 Built on the public interface of pycocotools alone (``COCO``, ``COCO.loadRes``, ``COCOeval``), which faster-coco-eval
-has as well: predictions are only collected during the run and evaluated once at its end. faster-coco-eval matches and
-counts in C++, and pycocotools makes the twelve numbers of its arrays. Its precision of a single right detection is 1.0,
-pycocotools' 1 - 2e-16, so that means may differ in the last digit; and it counts a match with an annotation whose id is
-0, which pycocotools takes for none. hotcoco does it in Rust, see ``rust.py``.
+has as well: predictions are only collected during the run, as arrays, and evaluated once at its end. Both take
+dictionaries, and get a few categories at a time: a category's numbers do not depend on the others, and all of them at
+once take many times the memory. faster-coco-eval matches and counts in C++, and pycocotools makes the twelve numbers of
+its arrays. Its precision of a single right detection is 1.0, pycocotools' 1 - 2e-16, so that means may differ in the
+last digit; and it counts a match with an annotation whose id is 0, which pycocotools takes for none. hotcoco does it in
+Rust, see ``rust.py``.
 
 Source: facebookresearch/detr ``datasets/coco_eval.py``, whose numbers this equals.
 """
@@ -17,8 +19,8 @@ import importlib.util
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,13 +29,14 @@ from torch import Tensor
 from detr_fast.data.categories import category_name
 from detr_fast.distributed import all_gather, is_main_process
 from detr_fast.evaluation import rust
+from detr_fast.evaluation.detections import Detections
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
 
 IOU_TYPES = ("bbox", "segm")
 BACKENDS = ("auto", "pycocotools", "faster_coco_eval", "hotcoco")
+_TOGETHER = 8  # categories that are evaluated at a time
 
 
 class CocoEvaluator:
@@ -75,7 +78,7 @@ class CocoEvaluator:
         self._accumulated: dict[str, dict] = {}  # the backend's arrays, by IoU type
         self._known_ids = set(self.coco_gt.getImgIds())
         self._predictions = {}
-        self._merged: dict[int, dict] = {}  # all processes' predictions
+        self._merged = Detections.of_images({})  # all processes' predictions
 
     @property
     def img_ids(self) -> list:
@@ -106,25 +109,17 @@ class CocoEvaluator:
         Raises:
             ValueError: if no process has seen an image.
         """
-        merged = {}
-        for predictions in all_gather(self._predictions):
-            for image_id, prediction in predictions.items():
-                merged.setdefault(image_id, prediction)
-        if not merged:
+        self._merged = Detections.merged(all_gather(Detections.of_images(self._predictions)))
+        if not self._merged.image_ids:
             raise ValueError("there is nothing to evaluate: update() has seen no image")
-        self._merged = merged
-
-        image_ids = sorted(merged)
         for iou_type, coco_eval in self.coco_eval.items():
-            results = [r for image_id in image_ids for r in _results(image_id, merged[image_id], iou_type)]
-            coco_eval.params.imgIds = image_ids
+            coco_eval.params.imgIds = self._merged.image_ids
             with contextlib.redirect_stdout(io.StringIO()):
-                if self.backend == "pycocotools":
-                    self._accumulated[iou_type] = _by_pycocotools(coco_eval, self.coco_gt, results)
-                elif self.backend == "hotcoco":
-                    self._accumulated[iou_type] = rust.accumulated(self.coco_gt, results, coco_eval.params)
+                if self.backend == "hotcoco":
+                    self._accumulated[iou_type] = rust.accumulated(self.coco_gt, self._merged, coco_eval.params)
                 else:
-                    self._accumulated[iou_type] = _by_faster_coco_eval(coco_eval, self.coco_gt, results)
+                    evaluate = _by_pycocotools if self.backend == "pycocotools" else _by_faster_coco_eval
+                    self._accumulated[iou_type] = _by_groups(evaluate, self.coco_gt, self._merged, coco_eval.params)
 
     def accumulate(self) -> None:
         """Take over precision and recall, which :meth:`synchronize_between_processes` has computed.
@@ -207,23 +202,28 @@ class CocoEvaluator:
             iou_type: "bbox": entries have a "bbox"; "segm": a "segmentation" (run lengths).
             threshold: lowest score.
         """
-        entries = (entry for i in sorted(self._merged) for entry in _results(i, self._merged[i], iou_type))
-        return [entry for entry in entries if entry["score"] >= threshold]
+        return self.detections(threshold).entries(iou_type)
+
+    def detections(self, threshold: float = -math.inf) -> Detections:
+        """As :meth:`results`, in arrays."""
+        return self._merged.kept(self._merged.scores >= threshold)
 
     def result_of(self, image_id: int) -> dict[str, Tensor]:
         """An image's detections as :meth:`update` took them, after :meth:`synchronize_between_processes`."""
-        kept = self._merged[image_id]
-        boxes = torch.as_tensor(np.asarray(kept["boxes"])).reshape(-1, 4).float()
+        number = self._merged.image_ids.index(image_id)
+        end = int(self._merged.counts[: number + 1].sum())
+        rows = slice(end - int(self._merged.counts[number]), end)
+        boxes = torch.from_numpy(self._merged.boxes[rows]).float()
         result = {
-            "scores": torch.as_tensor(np.asarray(kept["scores"])).float(),
-            "labels": torch.as_tensor(np.asarray(kept["labels"])).long(),
+            "scores": torch.from_numpy(self._merged.scores[rows]).float(),
+            "labels": torch.from_numpy(self._merged.labels[rows]),
             "boxes": torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=1),
         }
         if "segm" in self.iou_types:
             image = self.coco_gt.imgs[image_id]
             from pycocotools import mask as mask_utils
 
-            masks = [torch.from_numpy(mask_utils.decode(rle)) for rle in kept["rles"]]
+            masks = [torch.from_numpy(mask_utils.decode(rle)) for rle in self._merged.rles[rows]]
             size = (image["height"], image["width"])
             result["masks"] = torch.stack(masks)[:, None] if masks else torch.zeros((0, 1, *size), dtype=torch.uint8)
         return result
@@ -231,7 +231,8 @@ class CocoEvaluator:
     def _prepare(self, image_id: int, prediction: Mapping[str, Tensor]) -> dict:
         """One image's predictions on the host, compact enough to be sent to other processes."""
         if not prediction:
-            return {"scores": [], "labels": [], "boxes": [], "rles": []}
+            none = np.zeros(0)
+            return {"scores": none, "labels": none.astype(np.int64), "boxes": none.reshape(0, 4), "rles": []}
         needed = ["scores", "labels", "boxes", *(["masks"] if "segm" in self.iou_types else [])]
         missing = [key for key in needed if key not in prediction]
         if missing:
@@ -278,52 +279,74 @@ def _resolved(backend: str) -> str:
     return backend
 
 
-def _by_pycocotools(coco_eval: COCOeval, coco_gt: COCO, results: list[dict]) -> dict:
+def _by_groups(evaluate: Callable, coco_gt: COCO, detections: Detections, params: Any) -> dict:
+    """What pycocotools' ``COCOeval.eval`` is after ``accumulate``, made of a few categories at a time.
+
+    Args:
+        evaluate: called with the annotations and the detections of some categories (all annotations, for the images
+            and categories), and with the parameters for them.
+    """
+    if not params.useCats:
+        return evaluate(coco_gt, coco_gt.dataset["annotations"], detections, params)
+    parts = []
+    for first in range(0, max(len(params.catIds), 1), _TOGETHER):
+        own = copy.copy(params)
+        own.catIds = params.catIds[first : first + _TOGETHER]
+        truth = [entry for entry in coco_gt.dataset["annotations"] if entry["category_id"] in set(own.catIds)]
+        parts.append(evaluate(coco_gt, truth, detections.of_categories(own.catIds), own))
+    arrays = {
+        name: np.concatenate([part[name] for part in parts], axis=axis)
+        for name, axis in (("precision", 2), ("recall", 1), ("scores", 2))
+    }
+    return {**parts[-1], "params": params, "counts": list(arrays["precision"].shape), **arrays}
+
+
+def _by_pycocotools(coco_gt: COCO, truth: list[dict], detections: Detections, params: Any) -> dict:
     from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
+    annotations = COCO()
+    images, categories = list(coco_gt.imgs.values()), list(coco_gt.cats.values())
+    annotations.dataset = {"images": images, "annotations": truth, "categories": categories}
+    annotations.createIndex()
     # loadRes cannot take an empty list.
-    coco_eval.cocoDt = coco_gt.loadRes(results) if results else COCO()
-    coco_eval.evaluate()
-    coco_eval.accumulate()
-    return coco_eval.eval
+    found = annotations.loadRes(detections.entries(params.iouType)) if len(detections) else COCO()
+    evaluation = COCOeval(annotations, found, params.iouType)
+    evaluation.params = params
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation.eval
 
 
-def _by_faster_coco_eval(coco_eval: COCOeval, coco_gt: COCO, results: list[dict]) -> dict:
+def _by_faster_coco_eval(coco_gt: COCO, truth: list[dict], detections: Detections, params: Any) -> dict:
     from faster_coco_eval import COCO as FasterCOCO
     from faster_coco_eval import COCOeval_faster
 
     # It takes no negative ids, and fewer forms of masks: it gets positions among the evaluated ids, and compressed RLE.
-    image_of = {image_id: n for n, image_id in enumerate(coco_eval.params.imgIds, 1)}
-    category_of = {category_id: n for n, category_id in enumerate(coco_eval.params.catIds, 1)}
-    has_masks = coco_eval.params.iouType == "segm"
+    image_of = {image_id: n for n, image_id in enumerate(params.imgIds, 1)}
+    category_of = {category_id: n for n, category_id in enumerate(params.catIds, 1)}
+    has_masks = params.iouType == "segm"
 
     def renumbered(entry: Mapping) -> dict:
         return {**entry, "image_id": image_of[entry["image_id"]], "category_id": category_of[entry["category_id"]]}
 
-    truth = []
-    for n, entry in enumerate(coco_gt.dataset["annotations"], 1):
+    kept = []
+    for n, entry in enumerate(truth, 1):
         if entry["image_id"] in image_of and entry["category_id"] in category_of:
-            kept = {name: entry[name] for name in ("image_id", "category_id", "bbox", "area")}
-            kept |= {"id": n, "iscrowd": entry.get("iscrowd", 0)}
-            truth.append(renumbered(kept | ({"segmentation": coco_gt.annToRLE(entry)} if has_masks else {})))
+            own = {name: entry[name] for name in ("image_id", "category_id", "bbox", "area")}
+            own |= {"id": n, "iscrowd": entry.get("iscrowd", 0)}
+            kept.append(renumbered(own | ({"segmentation": coco_gt.annToRLE(entry)} if has_masks else {})))
     annotations = FasterCOCO()
     annotations.dataset = {
         "images": [{**coco_gt.imgs[image_id], "id": n} for image_id, n in image_of.items()],
-        "annotations": truth,
+        "annotations": kept,
         "categories": [{"id": n} for n in category_of.values()],
     }
     annotations.createIndex()
-    found = annotations.loadRes([renumbered(entry) for entry in results if entry["category_id"] in category_of])
-    faster = COCOeval_faster(annotations, found, coco_eval.params.iouType)
+    known = detections.of_categories(category_of)
+    found = annotations.loadRes([renumbered(entry) for entry in known.entries(params.iouType)])
+    faster = COCOeval_faster(annotations, found, params.iouType)
     faster.params.imgIds = list(image_of.values())
     faster.evaluate()
     faster.accumulate()
     return faster.eval
-
-
-def _results(image_id: int, prediction: dict, iou_type: str) -> Iterator[dict]:
-    """One image's predictions as COCO's result format has them."""
-    key, shapes = ("bbox", prediction["boxes"]) if iou_type == "bbox" else ("segmentation", prediction["rles"])
-    for score, label, shape in zip(prediction["scores"], prediction["labels"], shapes, strict=True):
-        shape = shape.tolist() if iou_type == "bbox" else dict(shape)
-        yield {"image_id": image_id, "category_id": int(label), key: shape, "score": float(score)}

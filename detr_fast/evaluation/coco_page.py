@@ -72,7 +72,7 @@ def _confusion(evaluator: CocoEvaluator, kind: str) -> tuple[Confusion | None, l
     if not rust.is_usable():
         return None, ["There is no confusion matrix: it needs the package hotcoco (pip install hotcoco)."]
     params = evaluator.coco_eval[kind].params
-    counts = rust.confusion(evaluator.coco_gt, evaluator.results(kind, SCORE), params, iou=IOU)
+    counts = rust.confusion(evaluator.coco_gt, evaluator.detections(SCORE), params, iou=IOU)
     note = (
         f"Rows: annotated classes; columns: predicted ones, with a score of at least {SCORE} and an IoU of at least "
         f"{IOU}. The last column is missed objects, the last row false alarms. Colours are shares of a row."

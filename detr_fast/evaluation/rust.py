@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from detr_fast.evaluation.detections import Detections
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
@@ -25,15 +27,15 @@ def is_usable() -> bool:
     return importlib.util.find_spec("hotcoco") is not None and _started_in in (None, os.getpid())
 
 
-def accumulated(coco_gt: COCO, results: Sequence[Mapping], params: Any) -> dict:
+def accumulated(coco_gt: COCO, detections: Detections, params: Any) -> dict:
     """What pycocotools' ``COCOeval.eval`` is after ``accumulate``, but for "params" and "date".
 
     Args:
         coco_gt: the annotations.
-        results: detections in COCO's format, of images and of any categories.
+        detections: of the images that count and of any categories.
         params: pycocotools' parameters: the IoU type, the images and the categories that count.
     """
-    evaluation = _evaluation(coco_gt, results, params)
+    evaluation = _evaluation(coco_gt, detections, params)
     evaluation.evaluate()
     evaluation.accumulate()
     found = evaluation.eval
@@ -41,22 +43,22 @@ def accumulated(coco_gt: COCO, results: Sequence[Mapping], params: Any) -> dict:
     return {**arrays, "counts": list(arrays["precision"].shape)}
 
 
-def confusion(coco_gt: COCO, results: Sequence[Mapping], params: Any, *, iou: float) -> np.ndarray:
+def confusion(coco_gt: COCO, detections: Detections, params: Any, *, iou: float) -> np.ndarray:
     """What the objects of each category were taken for.
 
     Args:
-        coco_gt, results, params: as `accumulated`'s.
+        coco_gt, detections, params: as `accumulated`'s.
         iou: overlap from which a detection belongs to an object, of whatever category.
 
     Returns:
         [K + 1, K + 1] counts, a row for each category of the objects and a column for each of the detections, in the
         order of `params.catIds`; the last row is false alarms, the last column missed objects.
     """
-    matrix = _evaluation(coco_gt, results, params).confusion_matrix(iou_thr=iou)["matrix"]
+    matrix = _evaluation(coco_gt, detections, params).confusion_matrix(iou_thr=iou)["matrix"]
     return np.asarray(matrix).astype(np.int64)
 
 
-def _evaluation(coco_gt: COCO, results: Sequence[Mapping], params: Any) -> Any:
+def _evaluation(coco_gt: COCO, detections: Detections, params: Any) -> Any:
     global _started_in
     import hotcoco
 
@@ -85,22 +87,19 @@ def _evaluation(coco_gt: COCO, results: Sequence[Mapping], params: Any) -> Any:
             "categories": [{"id": n, "name": str(n)} for n in category_of.values()],
         }
     )
-    known = [entry for entry in results if entry["category_id"] in category_of]
+    known = detections.of_categories(category_of)
+    images = np.array([image_of[image_id] for image_id in known.image_ids], dtype=np.int64)[known.images]
+    labels, which = np.unique(known.labels, return_inverse=True)
+    categories = np.array([category_of[label] for label in labels.tolist()], dtype=np.int64)[which]
     if has_masks:
         found: Any = [
-            {
-                "image_id": image_of[entry["image_id"]],
-                "category_id": category_of[entry["category_id"]],
-                "segmentation": _text(entry["segmentation"]),
-                "score": entry["score"],
-            }
-            for entry in known
+            {"image_id": image, "category_id": category, "segmentation": _text(rle), "score": score}
+            for image, category, rle, score in zip(
+                images.tolist(), categories.tolist(), known.rles, known.scores.tolist(), strict=True
+            )
         ]
     else:
-        found = np.array(
-            [(image_of[e["image_id"]], *e["bbox"], e["score"], category_of[e["category_id"]]) for e in known],
-            dtype=np.float64,
-        ).reshape(-1, 7)
+        found = np.column_stack((images, known.boxes, known.scores, categories))
     evaluation = hotcoco.COCOeval(annotations, annotations.load_res(found), params.iouType)
     evaluation.params.img_ids = list(image_of.values())
     evaluation.params.cat_ids = list(category_of.values())

@@ -1,10 +1,16 @@
 """Annotations as columns: the same items and the same words as from the json's own objects, in and out of the cache."""
 
 import copy
+import fcntl
 import json
+import multiprocessing
 import os
 import pickle
+import signal
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -259,6 +265,135 @@ def test_many_at_once(folder, cached):
         stores = list(pool.map(lambda _: opened(), range(8)))
     assert len(caches(folder)) == 1
     assert all(s.annotations(2) == stores[0].annotations(2) for s in stores)
+
+
+def test_of_many_at_once_one_reads_the_json(folder, cached, monkeypatch):
+    opened = cached[1]
+    read, started = [], threading.Event()
+
+    def reading(*args, **options):
+        read.append(1)
+        started.set()
+        time.sleep(0.3)
+        return columns.read_columns(*args, **options)
+
+    monkeypatch.setattr(store, "read_columns", reading)
+    with ThreadPoolExecutor(5) as pool:
+        first = pool.submit(opened)
+        started.wait()
+        others = [pool.submit(opened) for _ in range(4)]
+        assert all(other.result().cache == first.result().cache for other in others)
+    assert len(read) == 1
+    # The next one with a change waits for nobody: the lock is gone.
+    (folder / "ann.json").write_text((folder / "ann.json").read_text() + " ")
+    opened()
+    assert len(read) == 2
+
+
+def test_those_who_waited_for_nothing_read_the_json_themselves(folder, cached, monkeypatch):
+    opened = cached[1]
+    started, failed = threading.Event(), []
+
+    def reading(*args, **options):
+        if not started.is_set():
+            started.set()
+            time.sleep(0.2)
+            failed.append(1)
+            raise OddAnnotations
+        return columns.read_columns(*args, **options)
+
+    monkeypatch.setattr(store, "read_columns", reading)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(opened)
+        started.wait()
+        assert len(pool.submit(opened).result(timeout=10)) == 5 and failed
+        with pytest.raises(OddAnnotations):
+            first.result()
+
+
+@pytest.fixture
+def several(monkeypatch):
+    """Three processes convert even a small json, a few entries at a time."""
+    monkeypatch.setattr(columns, "_BLOCK", 300)
+    monkeypatch.setattr(columns, "_SHARED", 0)
+    monkeypatch.setattr(columns, "_num_processes", lambda: 3)
+
+
+def read(path, **options):
+    polygons = [np.zeros(0)]
+    got = columns.read_columns(path, polygons.append, lines=False, **options)
+    return {**got.arrays, "polygons": np.concatenate(polygons)}, got.meta
+
+
+@pytest.mark.parametrize("end", [None, "killed"])
+def test_several_processes_give_the_same_columns(folder, monkeypatch, several, end):
+    data = content()
+    data["annotations"] += [
+        {**entry, "id": entry["id"] + 100 * n} for n in range(1, 9) for entry in data["annotations"]
+    ]
+    path = written(folder, data)
+    arrays, meta = read(path)
+    assert len(meta["pieces"]["annotations"]) > 12
+    if end == "killed":  # in the middle of its work
+        convert, here = columns._piece, os.getpid()
+
+        def dies(entries, lines):
+            if os.getpid() != here and any(entry["id"] == 404 for entry in entries):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return convert(entries, lines)
+
+        monkeypatch.setattr(columns, "_piece", dies)
+        again, meta_again = read(path)
+    else:
+        monkeypatch.setattr(columns, "_num_processes", lambda: 1)
+        again, meta_again = read(path)
+    assert again.keys() == arrays.keys() and meta_again == meta
+    for name, values in arrays.items():
+        assert values.dtype == again[name].dtype and np.array_equal(values, again[name]), name
+    assert not multiprocessing.active_children()
+
+
+def test_several_processes_refuse_what_is_odd(folder, several):
+    data = content()
+    data["annotations"][-1]["bbox"] = [1, 2, 3]
+    path = written(folder, data)
+    with pytest.raises(OddAnnotations, match="length"):
+        read(path)
+    assert not multiprocessing.active_children()
+
+
+def test_workers_end_with_the_process_that_forked_them(folder, cached, several):
+    data = content()
+    data["annotations"] = [{**data["annotations"][0], "id": n, "note": "x" * 3000} for n in range(3000)]
+    path = written(folder, data)
+
+    def stops(_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    opening = multiprocessing.get_context("fork").Process(
+        target=columns.read_columns, args=(path, stops), kwargs={"lines": False}
+    )
+    with store._turn(path) as has_waited:  # the lock is inherited by all of them
+        opening.start()
+        opening.join()
+        assert opening.exitcode == -signal.SIGKILL and not has_waited
+    deadline = time.monotonic() + 10
+    with open(path, "rb") as file:
+        while time.monotonic() < deadline:
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.05)
+    pytest.fail("a worker is still there")
+
+
+def test_no_process_is_forked_beside_threads(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert columns._num_processes() == (columns._MOST_PROCESSES if threading.active_count() == 1 else 1)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(columns._num_processes).result() == 1
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert columns._num_processes() == 1
 
 
 def test_a_pickled_data_set_maps_the_file_itself(folder, cached):

@@ -1,6 +1,7 @@
 """CocoEvaluator: numbers by hand, which images count, several processes, and what it refuses."""
 
 import contextlib
+import copy
 import importlib.util
 import io
 import json
@@ -14,6 +15,7 @@ from detr_fast.evaluation import CocoEvaluator, rust
 from detr_fast.evaluation import coco as coco_module
 
 COCO = pytest.importorskip("pycocotools.coco").COCO
+mask_utils = pytest.importorskip("pycocotools.mask")
 COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 9, "name": "bird"}]
@@ -208,6 +210,54 @@ def test_equals_pycocotools_on_a_result_file(coco_mini, tmp_path, backend):
     for name in ("precision", "recall", "scores"):
         np.testing.assert_allclose(evaluator.coco_eval["bbox"].eval[name], expected.eval[name], rtol=0, atol=tolerance)
     np.testing.assert_allclose(evaluator.coco_eval["bbox"].stats, expected.stats, rtol=0, atol=tolerance)
+
+
+def test_equals_the_evaluation_of_all_categories_at_once(backend):
+    """Boxes and masks of 20 categories with crowds, scores that tie, labels without a category, and repeated images."""
+    rng = np.random.default_rng(0)
+    ids = [40, 7, 12, 1003, 5, 88]
+    objects = [(i, int(c) * 3, rng.integers(5, 40, 4).tolist()) for i in ids for c in rng.integers(1, 21, 12)]
+    coco = make_coco(objects, [{"id": 3 * n, "name": str(n)} for n in range(1, 21)])
+    coco.dataset["images"] = [{"id": i, "height": 80, "width": 100} for i in [*ids, 2]]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    for entry in coco.dataset["annotations"][::9]:
+        entry["iscrowd"] = 1
+        entry["segmentation"] = coco.annToRLE(entry)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    predictions, results = {2: {}}, {"bbox": [], "segm": []}
+    for image in ids:
+        near = [(c, [*(rng.integers(-2, 3, 2) + box[:2]), *box[2:]]) for i, c, box in objects if i == image]
+        near += [(int(rng.integers(1, 62)), rng.integers(1, 40, 4).tolist()) for _ in range(8)]
+        predictions[image] = predict(*((float(rng.integers(1, 20)) / 20, c, box) for c, box in near))
+    for image in sorted(ids):
+        kept = predictions[image]
+        for score, label, (x0, y0, x1, y1), mask in zip(*kept.values(), strict=True):
+            row = {"image_id": image, "category_id": int(label), "score": float(score)}
+            results["bbox"].append({**row, "bbox": [float(v) for v in (x0, y0, x1 - x0, y1 - y0)]})
+            rle = mask_utils.encode(np.asfortranarray(mask[0].to(torch.uint8).numpy()))
+            results["segm"].append({**row, "segmentation": rle})
+    evaluator = run([predictions, {7: {}, 40: predictions[12]}], ("bbox", "segm"), coco)
+    for kind, entries in results.items():
+        assert evaluator.results(kind) == entries
+        assert evaluator.results(kind, 0.5) == [entry for entry in entries if entry["score"] >= 0.5]
+        with contextlib.redirect_stdout(io.StringIO()):
+            expected = COCOeval(coco, coco.loadRes(copy.deepcopy(entries)), kind)
+            expected.params.imgIds = sorted(predictions)
+            expected.evaluate()
+            expected.accumulate()
+            expected.summarize()
+        assert 0.1 < expected.stats[0] < 0.9
+        tolerance = 1e-14 if backend == "faster_coco_eval" else 0
+        got = evaluator.coco_eval[kind]
+        assert got.eval["counts"] == expected.eval["counts"]
+        for name in ("precision", "recall", "scores"):
+            np.testing.assert_allclose(got.eval[name], expected.eval[name], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(got.stats, expected.stats, rtol=0, atol=tolerance)
+    for name, values in evaluator.result_of(12).items():
+        assert torch.equal(values, predictions[12][name].to(values.dtype)), name
+    assert evaluator.result_of(2)["masks"].shape == (0, 1, 80, 100)
 
 
 def merging_process(rank, folder, backend):
