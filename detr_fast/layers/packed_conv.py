@@ -1,6 +1,5 @@
 """Convolutions with frozen norms for inference on a CPU, their folded weights kept in oneDNN's own order."""
 
-import platform
 import weakref
 from typing import NamedTuple
 
@@ -8,12 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.ops._dispatch import kernels_chosen
-
-_HAS_ONEDNN = (
-    platform.machine() in ("x86_64", "AMD64")
-    and torch.backends.mkldnn.is_available()
-    and all(hasattr(torch.ops.mkldnn, name) for name in ("_convolution_pointwise", "_convolution_pointwise_"))
-)
+from detr_fast.ops._onednn import HAS_ONEDNN
 
 
 class _Kept(NamedTuple):
@@ -99,7 +93,7 @@ class PackedConvs:
 
 def runs_packed(x: Tensor) -> bool:
     """Whether `PackedConvs` takes x, in autocast's dtype if that is on: on x86, without gradients, where oneDNN is."""
-    if not _HAS_ONEDNN or type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled():
+    if not HAS_ONEDNN or type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled():
         return False
     if not torch.backends.mkldnn.enabled or torch.jit.is_tracing() or kernels_chosen(x.device) or x.numel() == 0:
         return False

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d, PositionEmbeddingLearned, PositionEmbeddingSine
+from detr_fast.layers.linear import is_altered
 from detr_fast.layers.norm import frozen_affines
 from detr_fast.layers.packed_conv import PackedConvs, runs_packed
 from detr_fast.models.weights import load_file, load_url
@@ -136,7 +137,7 @@ class ResNetBody(nn.Module):
         for module in self.modules():
             if module is self:
                 continue
-            if type(module) not in _FUSABLE or "forward" in module.__dict__ or _has_hooks(module):
+            if type(module) not in _FUSABLE or is_altered(module):
                 return False
             if type(module) is nn.Conv2d and (module.bias is not None or module.padding_mode != "zeros"):
                 return False
@@ -147,12 +148,6 @@ class ResNetBody(nn.Module):
 def _pool_of_any_size(x: Tensor, pool: nn.MaxPool2d) -> Tensor:
     """The result of `pool`, computed at stride 1 and then subsampled."""
     return F.max_pool2d(x, pool.kernel_size, 1, pool.padding)[:, :, :: pool.stride, :: pool.stride]
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _conv(x: Tensor, conv: nn.Conv2d, affine: Affine, residual: Tensor | None = None, **options: Any) -> Tensor:

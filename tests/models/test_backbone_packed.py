@@ -12,13 +12,13 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from detr_fast.layers import FrozenBatchNorm2d
-from detr_fast.layers import packed_conv as packed_conv_module
 from detr_fast.models.backbone import BackboneBase
+from detr_fast.ops._onednn import HAS_ONEDNN
 from detr_fast.training.ema import ModelEma
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="runs without the interpreter"),
-    pytest.mark.skipif(not packed_conv_module._HAS_ONEDNN, reason="PyTorch without oneDNN"),
+    pytest.mark.skipif(not HAS_ONEDNN, reason="PyTorch without oneDNN"),
 ]
 
 NARROW = dict(block=Bottleneck, width_per_group=4)
