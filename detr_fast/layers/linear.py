@@ -56,7 +56,7 @@ def is_altered(module: nn.Module) -> bool:
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN computes this: no subclass, transform, tangent or tracer that wants to see `F.linear`."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.jit.is_tracing():
         return False
     return (
         type(x) is Tensor
@@ -67,7 +67,6 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.is_contiguous()
         and takes_product(x.numel() // max(x.shape[-1], 1), x, weight)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )

@@ -3,6 +3,7 @@
 Source: facebookresearch/detr, models/backbone.py.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d, PositionEmbeddingLearned, PositionEmbeddingSine
 from detr_fast.layers.linear import is_altered
 from detr_fast.layers.norm import frozen_affines
-from detr_fast.layers.packed_conv import PackedConvs, runs_packed
+from detr_fast.layers.packed_conv import NotFinite, PackedConvs, runs_packed
 from detr_fast.models.weights import load_file, load_url
 from detr_fast.nested_tensor import NestedTensor, is_nested_tensor, is_unpadded
 from detr_fast.ops._dispatch import refuse_transforms
@@ -95,9 +96,14 @@ class ResNetBody(nn.Module):
         return out
 
     def _forward_fused(self, x: Tensor) -> dict[str, Tensor]:
+        if not self.training and runs_packed(x):
+            with contextlib.suppress(NotFinite):
+                return self._forward_folded(x, packed=True)
+        return self._forward_folded(x, packed=False)
+
+    def _forward_folded(self, x: Tensor, *, packed: bool) -> dict[str, Tensor]:
         norms = [module for module in self.modules() if type(module) is FrozenBatchNorm2d]
         affines = dict(zip(norms, frozen_affines(norms), strict=True))
-        packed = not self.training and runs_packed(x)
         if packed:
             refuse_transforms("folded_conv", x)
             if torch.is_autocast_enabled("cpu"):

@@ -37,7 +37,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def convolves_slowly(x: Tensor, weight: Tensor, stride, padding, groups: int) -> bool:
-    """Whether PyTorch would compute this convolution without oneDNN, which is faster: on one thread, 1x1, few images."""
+    """Whether PyTorch computes this convolution without oneDNN, which is faster: 1x1, one thread, few images."""
     return (
         HAS_ONEDNN
         and x.device.type == "cpu"
