@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", choices=["auto", "yes", "no"], default="auto",
         help="measure providers that need torch.compile; auto: on a GPU",
     )  # fmt: skip
+    parser.add_argument(
+        "--case", nargs="+", choices=["one", "four", "mixed"], help="infer: only these; the others stay in the results"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the inputs")
     parser.add_argument("--output", type=Path, help="folder of the results; default: benchmarks/results/<device>")
     parser.add_argument("--no-plots", "--no_plots", action="store_true", help="no pictures beside the results")

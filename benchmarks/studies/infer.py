@@ -36,7 +36,7 @@ from detr_fast.training.regions import compile_regions
 
 from ..harness.measure import reason_of
 from ..harness.provenance import device_name, provenance, slug
-from ..harness.results import save, suite_record
+from ..harness.results import load_record, save, suite_record
 from ..harness.timing import clock_for, interleave, quantiles
 from ..shapes import BatchShape
 from .same_training import plausible_norms
@@ -281,6 +281,15 @@ def measure_case(
     return list(rows.values())
 
 
+def cases_before(path: Path, provenance: dict) -> list[dict]:
+    """The rows of an earlier run that differs from this one in nothing but its date and cases."""
+    if not path.is_file():
+        return []
+    before = load_record(path)
+    same = before["provenance"] | {"date": None} == provenance | {"date": None}
+    return before["inference"] if same else []
+
+
 def print_rows(rows: list[Row]) -> None:
     sizes = ", ".join(f"{height}x{width}" for height, width in rows[0].sizes)
     print(f"\ninfer: {rows[0].case}: {sizes}; {1 - rows[0].valid:.0%} of the padded batch is padding")
@@ -310,13 +319,15 @@ def run_infer(args: argparse.Namespace, device: torch.device) -> int:
     model, config = build_model("tiny" if args.quick else "R50")
     record = suite_record("infer", provenance(device), ["infer"], None) | {"inference": []}
     folder = args.output or Path("benchmarks/results") / slug(device_name(device))
+    if args.case and not (args.no_save or args.check_only):
+        record["inference"] = cases_before(folder / "infer.json", record["provenance"])
     with room_to_compile():
         chosen = providers(model, config, args.compile == "yes")
         if args.provider:
             parts = [part.lower() for part in args.provider]
             chosen = {n: p for n, p in chosen.items() if n == AS_SHIPPED or any(part in n.lower() for part in parts)}
         for shape in cases(0.1 if args.quick else 1.0):
-            if args.batch and shape.batch not in args.batch:
+            if (args.batch and shape.batch not in args.batch) or (args.case and shape.name not in args.case):
                 continue
             if args.budget is not None and time.monotonic() - started > args.budget:
                 record["not_measured"].append({"case": shape.name, "reason": f"time budget of {args.budget:g} s"})
@@ -327,7 +338,8 @@ def run_infer(args: argparse.Namespace, device: torch.device) -> int:
                 seconds=1.0 if args.quick else 60.0, min_rounds=3 if args.quick else 5,
             )  # fmt: skip
             print_rows(rows)
-            record["inference"] += [asdict(row) for row in rows]
+            others = [row for row in record["inference"] if row["case"] != shape.name]
+            record["inference"] = others + [asdict(row) for row in rows]
             if not args.no_save and not args.check_only:
                 print(f"results: {save(record, folder)}")
     ours = [row for row in record["inference"] if row["provider"].startswith("detr_fast")]

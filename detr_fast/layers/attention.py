@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_fast.layers.linear import apply_linear, linear
 from detr_fast.ops._attention_chunked import zero_rows
 from detr_fast.ops.attention import attention_of_projections, split_projections
 
@@ -126,7 +127,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             out, _ = attention_of_projections(
                 projections, key_padding_mask, dropout_p, query_padding_mask=query_padding_mask
             )
-        out = self.out_proj(out.transpose(1, 2).flatten(2))  # [B, Lq, E]
+        out = apply_linear(self.out_proj, out.transpose(1, 2).flatten(2))  # [B, Lq, E]
 
         if not need_weights:
             weights = None
@@ -180,7 +181,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             if is_length_first and x.stride(0) < x.stride(1):
                 # A view of batch-first memory: in that order the product copies nothing.
                 x, is_length_first = x.transpose(0, 1), False
-            x = F.linear(x, weight, part)
+            x = linear(x, weight, part)
             x = x.unflatten(-1, (size, self.num_heads, self.head_dim))
             if not batched:
                 x = x.unsqueeze(0)

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_fast.layers.linear import apply_linear
+
 
 class MLP(nn.Module):
     """`num_layers` linear layers with a ReLU after each but the last.
@@ -31,5 +33,5 @@ class MLP(nn.Module):
         """[..., input_dim] → [..., output_dim]."""
         *hidden, last = self.layers
         for layer in hidden:
-            x = F.relu(layer(x))
-        return last(x)
+            x = F.relu(apply_linear(layer, x))
+        return apply_linear(last, x)

@@ -1,6 +1,5 @@
 """Convolutions with frozen norms for inference on a CPU, their folded weights kept in oneDNN's own order."""
 
-import platform
 import weakref
 from typing import NamedTuple
 
@@ -8,12 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.ops._dispatch import kernels_chosen
-
-_HAS_ONEDNN = (
-    platform.machine() in ("x86_64", "AMD64")
-    and torch.backends.mkldnn.is_available()
-    and all(hasattr(torch.ops.mkldnn, name) for name in ("_convolution_pointwise", "_convolution_pointwise_"))
-)
+from detr_fast.ops._onednn import HAS_ONEDNN
 
 
 class _Kept(NamedTuple):
@@ -22,6 +16,11 @@ class _Kept(NamedTuple):
     sources: tuple[Tensor, ...]
     weight: Tensor
     bias: Tensor | None
+    is_finite: bool
+
+
+class NotFinite(ArithmeticError):
+    """A weight holds NaN or infinity."""
 
 
 class PackedConvs:
@@ -31,6 +30,9 @@ class PackedConvs:
     compares weight, scale and bias bit by bit with those that the kept ones were made of: version counters would miss
     what is written through `.data` or a numpy view. The comparison reads the weights once, which takes about a
     hundredth of the convolution's time.
+
+    oneDNN's ReLU makes 0 of NaN, which must be seen in the results: weights and images that are not finite are
+    refused.
 
     Copies and pickles are empty: what is kept is no state.
     """
@@ -68,8 +70,13 @@ class PackedConvs:
 
         Returns:
             [B, O, h, w] in x's dtype, channels-last.
+
+        Raises:
+            NotFinite: weight, scale or bias hold NaN or infinity.
         """
-        weight, bias = self._folded(x, conv, *affine)
+        weight, bias, is_finite = self._folded(x, conv, *affine)
+        if not is_finite:
+            raise NotFinite
         geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(
@@ -80,11 +87,14 @@ class PackedConvs:
             return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, weight, bias, *geometry, *added)
         return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, weight, bias, *geometry, *added)
 
-    def _folded(self, x: Tensor, conv: nn.Conv2d, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _folded(
+        self, x: Tensor, conv: nn.Conv2d, scale: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, bool]:
         sources = (conv.weight.detach(), scale) if bias is None else (conv.weight.detach(), scale, bias)
         kept = self._kept.get(conv)
         if kept is None or kept.weight.dtype != x.dtype or not _same_bits(kept.sources, sources):
             folded = (sources[0] * scale[:, None, None, None]).to(x.dtype)
+            is_finite = _is_finite(folded) and (bias is None or _is_finite(bias))
             if x.shape[1] > 3:  # the stem's is faster as it is
                 folded = torch._C._nn.mkldnn_reorder_conv2d_weight(
                     folded.contiguous().to_mkldnn(), conv.padding, conv.stride, conv.dilation, conv.groups, x.shape
@@ -92,19 +102,26 @@ class PackedConvs:
             else:
                 folded = folded.contiguous(memory_format=torch.channels_last)
             copies = tuple(source.clone() for source in sources)
-            kept = _Kept(copies, folded, None if bias is None else bias.to(x.dtype))
+            kept = _Kept(copies, folded, None if bias is None else bias.to(x.dtype), is_finite)
             self._kept[conv] = kept
-        return kept.weight, kept.bias
+        return kept.weight, kept.bias, kept.is_finite
 
 
 def runs_packed(x: Tensor) -> bool:
-    """Whether `PackedConvs` takes x, in autocast's dtype if that is on: on x86, without gradients, where oneDNN is."""
-    if not _HAS_ONEDNN or type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled():
+    """Whether `PackedConvs` takes x, in autocast's dtype if that is on: finite, on x86, without gradients."""
+    if not HAS_ONEDNN or type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled():
         return False
     if not torch.backends.mkldnn.enabled or torch.jit.is_tracing() or kernels_chosen(x.device) or x.numel() == 0:
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())):
+        return False
+    return _is_finite(x)
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether no element is NaN or infinite, which their sum shows in one pass."""
+    return bool(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite())
 
 
 def _same_bits(before: tuple[Tensor, ...], now: tuple[Tensor, ...]) -> bool:

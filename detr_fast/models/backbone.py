@@ -3,6 +3,7 @@
 Source: facebookresearch/detr, models/backbone.py.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from functools import partial
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from detr_fast.layers import BatchNorm2d, FrozenBatchNorm2d, PositionEmbeddingLearned, PositionEmbeddingSine
+from detr_fast.layers.linear import is_altered
 from detr_fast.layers.norm import frozen_affines
-from detr_fast.layers.packed_conv import PackedConvs, runs_packed
+from detr_fast.layers.packed_conv import NotFinite, PackedConvs, runs_packed
 from detr_fast.models.weights import load_file, load_url
 from detr_fast.nested_tensor import NestedTensor, is_nested_tensor, is_unpadded
 from detr_fast.ops._dispatch import refuse_transforms
@@ -94,9 +96,14 @@ class ResNetBody(nn.Module):
         return out
 
     def _forward_fused(self, x: Tensor) -> dict[str, Tensor]:
+        if not self.training and runs_packed(x):
+            with contextlib.suppress(NotFinite):
+                return self._forward_folded(x, packed=True)
+        return self._forward_folded(x, packed=False)
+
+    def _forward_folded(self, x: Tensor, *, packed: bool) -> dict[str, Tensor]:
         norms = [module for module in self.modules() if type(module) is FrozenBatchNorm2d]
         affines = dict(zip(norms, frozen_affines(norms), strict=True))
-        packed = not self.training and runs_packed(x)
         if packed:
             refuse_transforms("folded_conv", x, *self.parameters())
             if torch.is_autocast_enabled("cpu"):
@@ -140,7 +147,7 @@ class ResNetBody(nn.Module):
         for module in self.modules():
             if module is self:
                 continue
-            if type(module) not in _FUSABLE or "forward" in module.__dict__ or _has_hooks(module):
+            if type(module) not in _FUSABLE or is_altered(module):
                 return False
             if type(module) is nn.Conv2d and (module.bias is not None or module.padding_mode != "zeros"):
                 return False
@@ -151,12 +158,6 @@ class ResNetBody(nn.Module):
 def _pool_of_any_size(x: Tensor, pool: nn.MaxPool2d) -> Tensor:
     """The result of `pool`, computed at stride 1 and then subsampled."""
     return F.max_pool2d(x, pool.kernel_size, 1, pool.padding)[:, :, :: pool.stride, :: pool.stride]
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _conv(x: Tensor, conv: nn.Conv2d, affine: Affine, residual: Tensor | None = None, **options: Any) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from detr_fast.layers import MLP
+from detr_fast.layers.linear import apply_linear, apply_projection
 from detr_fast.models.transformer import mask_for, set_skip_padded_queries
 from detr_fast.nested_tensor import NestedTensor, is_nested_tensor, nested_tensor_from_tensor_list
 
@@ -59,7 +60,9 @@ class DETR(nn.Module):
         features, positions = self.backbone(samples)
         src, mask = features[-1].tensors, mask_for(self.transformer, features[-1])
         query_embed = self.query_embed.weight
-        return self.outputs(self.transformer(self.input_proj(src), mask, query_embed, positions[-1])[0])
+        return self.outputs(
+            self.transformer(apply_projection(self.input_proj, src), mask, query_embed, positions[-1])[0]
+        )
 
     def outputs(self, hs: Tensor) -> dict:
         """What `forward` returns, from the decoder's outputs hs [layers, B, num_queries, d_model]."""
@@ -90,7 +93,7 @@ def head_outputs(
     """
     if set_aux_loss is None:
         hs = hs[-1:]
-    logits = class_embed(hs)
+    logits = apply_linear(class_embed, hs)
     values = embed(hs).sigmoid()
     out = {"pred_logits": logits[-1], name: values[-1]}
     if set_aux_loss is not None:

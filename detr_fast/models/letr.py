@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from detr_fast import _moved
 from detr_fast.layers import MLP
+from detr_fast.layers.linear import apply_projection
 from detr_fast.models import transformer as detr_transformer
 from detr_fast.models.backbone import Joiner
 from detr_fast.models.detr import as_nested, aux_outputs, head_outputs
@@ -163,7 +164,7 @@ class LETR(nn.Module):
         src, mask = level.tensors, mask_for(self.transformer, level)
         position = positions[self.args.layer1_num]
         query_embed = self.query_embed.weight
-        return self.transformer(self.input_proj(src), mask, query_embed, position)[0]
+        return self.transformer(apply_projection(self.input_proj, src), mask, query_embed, position)[0]
 
 
 class LETRstack(nn.Module):
@@ -240,7 +241,7 @@ class LETRstack(nn.Module):
         level = features[self.args.layer2_num]
         src, mask = level.tensors, mask_for(self.transformer, level)
         position = positions[self.args.layer2_num]
-        hs = self.transformer(self.input_proj(src), mask, query_embed, position)[0]
+        hs = self.transformer(apply_projection(self.input_proj, src), mask, query_embed, position)[0]
         return _line_outputs(self, hs), None
 
 

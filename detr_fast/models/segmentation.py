@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_fast.layers.linear import apply_projection
 from detr_fast.models.backbone import Joiner
 from detr_fast.models.detr import DETR, as_nested
 from detr_fast.models.transformer import mask_for, set_skip_padded_queries
@@ -77,7 +78,7 @@ class DETRsegm(nn.Module):
         options = {"last_only": True} if isinstance(backbone, Joiner) else {}
         features, positions = backbone(samples, **options)
         mask = mask_for(self.detr.transformer, features[-1])
-        src = self.detr.input_proj(features[-1].tensors)
+        src = apply_projection(self.detr.input_proj, features[-1].tensors)
         query_embed = self.detr.query_embed.weight
         hs, memory = self.detr.transformer(src, mask, query_embed, positions[-1])
         out = self.detr.outputs(hs)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from detr_fast.layers import MultiheadAttention
+from detr_fast.layers.linear import apply_linear
 from detr_fast.nested_tensor import NestedTensor, is_unpadded
 from detr_fast.ops.attention import remember_valid_rows
 
@@ -344,7 +345,8 @@ class TransformerEncoderLayer(nn.Module):
         return _attend(self.self_attn, q, k, x, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(self.activation(self.linear1(x))))
+        x = self.dropout(self.activation(apply_linear(self.linear1, x)))
+        return apply_linear(self.linear2, x)
 
 
 class TransformerDecoderLayer(nn.Module):
@@ -458,7 +460,8 @@ class TransformerDecoderLayer(nn.Module):
         return _attend(self.multihead_attn, q, k, memory, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(self.activation(self.linear1(x))))
+        x = self.dropout(self.activation(apply_linear(self.linear1, x)))
+        return apply_linear(self.linear2, x)
 
 
 def _transposed(x: Tensor | None) -> Tensor | None:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.ops._dispatch import refuse_transforms
+from detr_fast.ops._onednn import convolution_gradients, convolve, convolves_slowly
 from detr_fast.ops.pointwise_conv import pointwise_conv, pointwise_conv_input_grad, runs_kernel
 
 Affine = tuple[Tensor, Tensor | None]
@@ -169,7 +170,11 @@ def _convolve(x, folded, bias, residual, relu, stride, padding, dilation, groups
         if residual is None:
             return _cudnn_relu(x, folded, bias, *geometry)
         return _cudnn_add_relu(x, folded, residual.contiguous(memory_format=memory_format), 1.0, bias, *geometry)
-    out = F.conv2d(x, folded, bias, *geometry).contiguous(memory_format=memory_format)
+    if convolves_slowly(x, folded, stride, padding, groups):
+        out = convolve(x, folded, bias)
+    else:
+        out = F.conv2d(x, folded, bias, *geometry)
+    out = out.contiguous(memory_format=memory_format)
     if residual is not None:
         out += residual
     return out.relu_() if relu else out
@@ -218,9 +223,13 @@ def _backward(
     if weight_needed or not in_product:
         convolved = x_needed and not in_product
         folded = _fold(x, weight, scale) if convolved else _shape_alone(x, weight.shape)
-        grad_x, grad_folded, _ = torch.ops.aten.convolution_backward(
-            grad, x, folded, None, stride, padding, dilation, False, (0, 0), groups, (convolved, weight_needed, False)
-        )
+        if convolves_slowly(x, folded, stride, padding, groups):
+            grad_x, grad_folded = convolution_gradients(grad, x, folded, convolved, weight_needed)
+        else:
+            grad_x, grad_folded, _ = torch.ops.aten.convolution_backward(
+                grad, x, folded, None, stride, padding, dilation, False, (0, 0), groups,
+                (convolved, weight_needed, False),
+            )  # fmt: skip
     if in_product:
         # Folded into the transposed order, in which the product reads it.
         folded = x.new_empty(weight.shape[1], weight.shape[0], 1, 1).transpose(0, 1)

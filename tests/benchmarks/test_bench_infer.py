@@ -28,6 +28,16 @@ def test_what_is_saved(tmp_path, capsys):
     assert "37% of the padded batch is padding" in capsys.readouterr().out
 
 
+def test_cases_measured_one_by_one_are_kept(tmp_path):
+    command = ["infer", "--quick", "--device", "cpu", "--output", str(tmp_path), "--provider", "none", "--case"]
+    for case in ("mixed", "one", "mixed"):
+        assert main([*command, case]) == 0
+    record = load_record(tmp_path / "infer.json")
+    assert [row["case"] for row in record["inference"]] == ["one", "mixed"]
+    assert infer.cases_before(tmp_path / "infer.json", record["provenance"] | {"date": "later"}) != []
+    assert infer.cases_before(tmp_path / "infer.json", record["provenance"] | {"threads": 99}) == []
+
+
 def test_wrong_outputs_are_not_timed(monkeypatch):
     torch.manual_seed(0)
     model, config = infer.build_model("tiny")

@@ -13,13 +13,13 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from detr_fast.layers import FrozenBatchNorm2d
-from detr_fast.layers import packed_conv as packed_conv_module
 from detr_fast.models.backbone import BackboneBase
+from detr_fast.ops._onednn import HAS_ONEDNN
 from detr_fast.training.ema import ModelEma
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="runs without the interpreter"),
-    pytest.mark.skipif(not packed_conv_module._HAS_ONEDNN, reason="PyTorch without oneDNN"),
+    pytest.mark.skipif(not HAS_ONEDNN, reason="PyTorch without oneDNN"),
 ]
 
 NARROW = dict(block=Bottleneck, width_per_group=4)
@@ -209,13 +209,30 @@ def test_unchanged_weights_are_folded_once(monkeypatch):
     fold = torch._C._nn.mkldnn_reorder_conv2d_weight
     monkeypatch.setattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", lambda *a: folds.append(a) or fold(*a))
     body = _body()
-    body.layer1[0].conv1.weight[0, 0] = torch.nan  # which does not equal itself
     for size in ((40, 40), (40, 33), (40, 40)):
         body(torch.randn(1, 3, *size))
     assert len(folds) == sum(isinstance(m, nn.Conv2d) for m in body.modules()) - 1  # the stem is not reordered
     body.layer1[0].conv1.weight.mul_(2)
     body(torch.randn(1, 3, 40, 40))
     assert len(folds) == sum(isinstance(m, nn.Conv2d) for m in body.modules())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@torch.no_grad()
+def test_nan_and_infinity_reach_the_results(value):
+    """oneDNN's ReLU would make 0 of NaN."""
+    body, x = _body(), torch.randn(2, 3, 40, 40)
+    _assert_same(body, x)
+    x[0, 0, 20, 20] = value
+    out, expected = body(x)["1"], _modules(body, x)["1"]
+    assert torch.equal(out.isfinite(), expected.isfinite()) and not out[0].isfinite().all() and out[1].isfinite().all()
+    for tensor in (body.layer2[0].conv2.weight, body.layer2[0].bn2.bias):
+        before = tensor.clone()
+        tensor[0] = value
+        out, expected = body(x[1:])["1"], _modules(body, x[1:])["1"]
+        assert torch.equal(out.isfinite(), expected.isfinite()) and not out.isfinite().all()
+        tensor.copy_(before)
+    _assert_same(body, x[1:])
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m)), "saved"])
