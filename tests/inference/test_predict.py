@@ -151,7 +151,11 @@ def test_folders_and_lists_keep_their_order(model, images, folder):
         ("absent.jpg", ImageReadError, "absent.jpg does not exist"),
         ("http://127.0.0.1:9/x.jpg", ImageReadError, "could not get http.*refused.*give the file's path"),
     ],
-    ids=lambda value: f"{type(value).__name__}{list(value.shape)}" if hasattr(value, "shape") else str(value),
+    ids=lambda value: (
+        f"{type(value).__name__}{list(getattr(value, 'shape', None) or getattr(value, 'size', None) or [])}"
+        if hasattr(value, "shape") or hasattr(value, "size")
+        else str(value)
+    ),
 )
 def test_what_is_no_image_is_refused(model, image, error, message):
     with pytest.raises(error, match=message):
