@@ -84,6 +84,9 @@ def test_eval_writes_a_report_and_a_results_file_that_coco_reads(own_data, check
     for entry in content["annotations"]:  # what pycocotools wants to be there
         entry.update(iscrowd=0, area=entry["bbox"][2] * entry["bbox"][3])
     (tmp_path / "ann.json").write_text(json.dumps(content))
+    found = json.loads((tmp_path / "results.json").read_text())
+    ids = {category["id"] for category in content["categories"]}
+    assert {entry["category_id"] for entry in found} <= ids and not ids & {0, 1}  # ids, and no labels
     coco = COCO(str(tmp_path / "ann.json"))
     again = COCOeval(coco, coco.loadRes(str(tmp_path / "results.json")), "bbox")
     again.evaluate()

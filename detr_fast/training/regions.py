@@ -53,6 +53,8 @@ class _FallBack:
     def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
         try:
             return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
+        except torch._dynamo.exc.RestartAnalysis:  # no failure: the trace is asked for again, with other assumptions
+            raise
         except Exception as error:  # whatever a compiler raises
             if not self.told:
                 self.told = True

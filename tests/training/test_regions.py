@@ -61,3 +61,14 @@ def test_failing_backend_is_told_once_and_falls_back():
 def test_nothing_to_compile_is_an_error():
     with pytest.raises(ValueError, match="nothing to compile: Linear has none of TransformerEncoderLayer"):
         compile_regions(nn.Linear(2, 2), print)
+
+
+def test_a_restart_of_the_trace_is_no_failure():
+    def restarts(graph, inputs):
+        raise torch._dynamo.exc.TensorifyScalarRestartAnalysis
+
+    torch._dynamo.register_backend(restarts, name="restarts_for_test")
+    lines = []
+    with pytest.raises(torch._dynamo.exc.RestartAnalysis):
+        regions._FallBack("restarts_for_test", lines.append)(None, [])
+    assert not lines
