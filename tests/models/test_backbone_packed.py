@@ -12,10 +12,12 @@ from plain_detr import randomize_norms
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from detr_fast.benchmarks.studies import infer
 from detr_fast.layers import FrozenBatchNorm2d
 from detr_fast.models.backbone import BackboneBase
 from detr_fast.ops._onednn import HAS_ONEDNN
 from detr_fast.training.ema import ModelEma
+from detr_fast.training.regions import compile_regions
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="runs without the interpreter"),
@@ -92,6 +94,20 @@ def test_in_float64_and_with_gradients_nothing_is_packed():
     body.eval().double()
     with torch.no_grad():
         body(torch.randn(1, 3, 32, 32).double())
+    assert len(body._packed) == 0
+
+
+@torch.no_grad()
+def test_the_backbone_of_a_model_compiled_by_regions_is_packed():
+    model = infer.build_model("tiny")[0]
+    compiled = copy.deepcopy(model)
+    compile_regions(compiled, pytest.fail, backend="eager")
+    x = torch.randn(1, 3, 64, 96)
+    for name, value in compiled(x).items():
+        assert torch.allclose(value, model(x)[name], atol=1e-5)
+    assert len(compiled.backbone[0].body._packed) == len(model.backbone[0].body._packed) > 0
+    body = _body()
+    torch.compile(body, backend="eager")(x)  # whole, it is the compiler's to fuse
     assert len(body._packed) == 0
 
 
