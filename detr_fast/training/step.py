@@ -1,5 +1,6 @@
 """The training step: how a model is laid out, computed and updated. The trainer and the benchmark build it here."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,13 @@ from detr_fast.training.casts import CastWeights
 from detr_fast.training.graphs import Graphs
 from detr_fast.training.optim import build_optimizer
 from detr_fast.training.regions import compile_regions
+
+# The name of DistributedDataParallel's switch, which torch 2.14 has renamed.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+)
 
 # The names are `detr_fast.config.PRECISIONS`.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -132,8 +140,8 @@ def distributed(step: TrainingStep) -> None:
     step.model = nn.parallel.DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=has_statistics,
         gradient_as_bucket_view=True,
+        **{_SYNC_BUFFERS: has_statistics},
     )
     if isinstance(step.call, CastWeights):
         step.call.model = step.model
