@@ -251,7 +251,7 @@ FAULTS = [
           "numbers = tuple(value for name, value in self._weight_dict.items() if name in names)",
           "tests/training/test_step.py"),
     Fault("trained-statistics-not-exchanged", "detr_fast/training/step.py",
-          "broadcast_buffers=has_statistics", "broadcast_buffers=False",
+          "{_SYNC_BUFFERS: has_statistics}", "{_SYNC_BUFFERS: False}",
           "tests/training/test_step.py"),
     Fault("resume-forgets-random-states", "detr_fast/training/trainer.py",
           "set_rng_state(generators[get_rank()], self.device)", "rng_state(self.device)",

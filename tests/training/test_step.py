@@ -148,7 +148,7 @@ def test_statistics_are_exchanged_where_they_are_trained(norm, shares):
     ours = step.TrainingStep(model, mock.Mock(weight_dict={}), None, CPU)
     with mock.patch.object(nn.parallel, "DistributedDataParallel") as wrapper:
         step.distributed(ours)
-    assert wrapper.call_args.kwargs["broadcast_buffers"] is shares
+    assert wrapper.call_args.kwargs[step._SYNC_BUFFERS] is shares
     assert ours.model is wrapper.return_value
 
 
