@@ -18,6 +18,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
+
+from ..harness.provenance import provenance
 
 CLASSES = 80
 _AT_A_TIME = 20_000
@@ -172,8 +175,10 @@ def main(argv: list[str] | None = None) -> int:
         growth = f"{row['growth of a worker']:.1f}" if "growth of a worker" in row else ""
         print(f"| {' | '.join([name, *numbers, growth])} |")
     if args.output:
+        record = {"provenance": provenance(torch.device("cpu")), "images": args.images, "annotations": args.annotations}
+        record |= {"polygons": not args.boxes, "json_mb": size, "rows": rows}
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"json_mb": size, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
