@@ -57,7 +57,7 @@ setup(
         "scipy>=1.10",
         "tqdm>=4.60",
         "pillow>=10.1",
-        "pyyaml>=6",
+        "pyyaml>=6.0.1",
     ],
     extras_require={
         "viz": VIZ,
