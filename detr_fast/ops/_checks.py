@@ -5,6 +5,8 @@ from torch import Tensor
 
 def is_number(value) -> bool:
     """What `float()` takes and is one number."""
+    if isinstance(value, (int, float)):  # a symbolic number of torch.compile, too, whose attributes 2.11 cannot ask for
+        return True
     return hasattr(value, "__float__") and not (isinstance(value, Tensor) and value.dim() > 0)
 
 
