@@ -12,6 +12,8 @@ def is_number(value) -> bool:
 
 def is_integer(value) -> bool:
     """What counts and is one number; torch's symbolic integers included."""
+    if isinstance(value, int):
+        return True
     return hasattr(value, "__index__") and not (isinstance(value, Tensor) and value.dim() > 0)
 
 

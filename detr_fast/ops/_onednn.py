@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 _OPS = ("_linear_pointwise", "_convolution_pointwise", "_convolution_pointwise_")
+# torch 2.11's fused convolution fails in some basic blocks ("could not create a memory"); tested from 2.14 on.
 HAS_ONEDNN = (
-    platform.machine() in ("x86_64", "AMD64")
+    torch.__version__ >= (2, 14)
+    and platform.machine() in ("x86_64", "AMD64")
     and torch.backends.mkldnn.is_available()
     and all(hasattr(torch.ops.mkldnn, name) for name in _OPS)
 )
