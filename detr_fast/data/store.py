@@ -103,7 +103,8 @@ class Mapped:
     Args:
         arrays, meta: of the columns, with "polygons" float64 among the arrays.
         ann_file: the json, from which messages are made.
-        cache, mapping: the file that the arrays are mapped from, and its map; None: they are in memory.
+        cache, key, mapping: the file that the arrays are mapped from, what it was made of, and its map; None: they are
+            in memory.
     """
 
     def __init__(
@@ -112,9 +113,11 @@ class Mapped:
         meta: dict[str, Any],
         ann_file: str,
         cache: str | None = None,
+        key: dict[str, Any] | None = None,
         mapping: mmap.mmap | None = None,
     ):
-        self.arrays, self.meta, self.ann_file, self.cache, self.mapping = arrays, meta, ann_file, cache, mapping
+        self.arrays, self.meta, self.ann_file = arrays, meta, ann_file
+        self.cache, self.key, self.mapping = cache, key, mapping
         self.sizes = arrays["stated"]
         self._read = 0  # images whose annotations have been asked for
 
@@ -123,7 +126,7 @@ class Mapped:
         if self.cache is None:
             return _unpickled, (self.arrays, self.meta, self.ann_file, self.sizes)
         own = None if self.sizes is self.arrays["stated"] else self.sizes
-        return _mapped_again, (self.cache, self.ann_file, own)
+        return _mapped_again, (self.cache, self.key, self.ann_file, own)
 
     def __len__(self) -> int:
         return len(self.arrays["image_ids"])
@@ -471,11 +474,8 @@ class _Writer:
             self.path.unlink()
 
 
-def _mapped(cache: str | os.PathLike, key: dict[str, Any] | None, ann_file: str) -> Mapped | None:
-    """The store in a cache file; None where there is none, or one of something else, or a damaged one.
-
-    ``key`` None: any that is whole.
-    """
+def _mapped(cache: str | os.PathLike, key: dict[str, Any], ann_file: str) -> Mapped | None:
+    """The store in a cache file; None where there is none, or one of something else, or a damaged one."""
     try:
         with open(cache, "rb") as file:
             end = file.seek(0, os.SEEK_END) - _FOOTER.size
@@ -486,7 +486,7 @@ def _mapped(cache: str | os.PathLike, key: dict[str, Any] | None, ann_file: str)
             file.seek(start)
             text = file.read(length)
             directory = json.loads(text) if zlib.crc32(text) == crc else {}
-            if not directory or (key is not None and directory["key"] != key):
+            if not directory or directory["key"] != key:
                 return None
             for entry in directory["arrays"].values():
                 if entry["dtype"] not in _DTYPES or entry["offset"] + _nbytes(entry) > start:
@@ -500,13 +500,13 @@ def _mapped(cache: str | os.PathLike, key: dict[str, Any] | None, ann_file: str)
         name: np.frombuffer(data, entry["dtype"], int(np.prod(entry["shape"])), entry["offset"]).reshape(entry["shape"])
         for name, entry in directory["arrays"].items()
     }
-    return Mapped(arrays, directory["meta"], ann_file, os.fspath(cache), data)
+    return Mapped(arrays, directory["meta"], ann_file, os.fspath(cache), key, data)
 
 
-def _mapped_again(cache: str, ann_file: str, sizes: np.ndarray | None) -> Mapped:
-    store = _mapped(cache, None, ann_file)
+def _mapped_again(cache: str, key: dict[str, Any], ann_file: str, sizes: np.ndarray | None) -> Mapped:
+    store = _mapped(cache, key, ann_file)
     if store is None:
-        raise OSError(f"{cache}, which another process reads annotations from, is gone or damaged")
+        raise OSError(f"{cache}, which another process reads annotations from, is gone, damaged or of another json")
     if sizes is not None:
         store.sizes = sizes
     return store

@@ -53,7 +53,8 @@ class CocoEvaluator:
         coco_gt: the annotations; a copy is kept, because pycocotools writes into them.
         iou_types: any of "bbox" and "segm".
         backend: who computes the numbers: "pycocotools", "faster_coco_eval" or "hotcoco" (both with
-            ``pip install detr_fast[eval]``), or "auto": hotcoco or else faster_coco_eval where they are installed.
+            ``pip install detr_fast[eval]``), or "auto": hotcoco or else faster_coco_eval where they are installed,
+            but pycocotools where an annotation has the id 0.
 
     Raises:
         TypeError: if ``iou_types`` is not a list or tuple.
@@ -72,7 +73,9 @@ class CocoEvaluator:
         except ImportError as error:
             raise ImportError("evaluation needs pycocotools (pip install pycocotools)") from error
         self.iou_types = list(iou_types)
-        self.backend = _resolved(backend)
+        if backend == "auto" and 0 in coco_gt.anns:
+            backend = "pycocotools"  # which takes a match with this id for none, as the original does; others do not
+        self.backend = resolved_backend(backend)
         self.coco_gt = copy.deepcopy(coco_gt)
         self.coco_eval = {t: COCOeval(self.coco_gt, iouType=t) for t in self.iou_types}
         self._accumulated: dict[str, dict] = {}  # the backend's arrays, by IoU type
@@ -267,8 +270,12 @@ class CocoEvaluator:
         return [mask_utils.encode(np.asfortranarray(mask)) for mask in pixels]
 
 
-def _resolved(backend: str) -> str:
-    """The backend that is meant, if it is there."""
+def resolved_backend(backend: str) -> str:
+    """The backend that is meant.
+
+    Raises:
+        ImportError: it is not installed. ValueError: an unknown one.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     installed = [name for name in ("hotcoco", "faster_coco_eval") if importlib.util.find_spec(name) is not None]
@@ -292,7 +299,8 @@ def _by_groups(evaluate: Callable, coco_gt: COCO, detections: Detections, params
     for first in range(0, max(len(params.catIds), 1), _TOGETHER):
         own = copy.copy(params)
         own.catIds = params.catIds[first : first + _TOGETHER]
-        truth = [entry for entry in coco_gt.dataset["annotations"] if entry["category_id"] in set(own.catIds)]
+        wanted = set(own.catIds)
+        truth = [entry for entry in coco_gt.dataset["annotations"] if entry["category_id"] in wanted]
         parts.append(evaluate(coco_gt, truth, detections.of_categories(own.catIds), own))
     arrays = {
         name: np.concatenate([part[name] for part in parts], axis=axis)

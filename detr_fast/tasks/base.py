@@ -17,6 +17,7 @@ from detr_fast.data.categories import Categories
 from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Compose, RandomHorizontalFlip
 from detr_fast.errors import UsageError
 from detr_fast.evaluation import Evaluator
+from detr_fast.evaluation.coco import resolved_backend
 from detr_fast.evaluation.report import Page, Table
 
 Built = tuple[nn.Module, nn.Module, dict[str, nn.Module]]
@@ -68,14 +69,19 @@ class Task(ABC):
         self.check_backend(config)
 
     def check_backend(self, config: Config) -> None:
-        """Refuses `eval_backend` where `evaluator` has no such argument.
+        """Refuses an `eval_backend` that is not installed, or any where `evaluator` has no such argument.
 
         Raises:
             UsageError: it was chosen.
         """
-        takes_it = "backend" in inspect.signature(self.evaluator).parameters
-        if config.eval_backend != default_of("eval_backend") and not takes_it:
+        if config.eval_backend == default_of("eval_backend"):
+            return
+        if "backend" not in inspect.signature(self.evaluator).parameters:
             raise UsageError(f"--eval_backend does nothing with --dataset_file {self.dataset_file}")
+        try:
+            resolved_backend(config.eval_backend)
+        except ImportError as error:
+            raise UsageError(f"--eval_backend: {error}") from error
 
     def check_image_size(self, config: Config) -> None:
         """Refuses images without a single whole cell of the feature map. The model's settings are known by now.

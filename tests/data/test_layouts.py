@@ -47,8 +47,6 @@ def targets(folder):
 
 @pytest.mark.parametrize("layout", ["roboflow", "yolo", "yolo without yaml", "yolo polygons", "voc"])
 def test_all_layouts_give_the_same_targets(coco, tmp_path, layout):
-    if layout in ("yolo", "yolo polygons"):
-        pytest.importorskip("yaml")
     options = {"yolo without yaml": {"yaml": False}, "yolo polygons": {"polygons": True}}.get(layout, {})
     folder = WRITERS[layout.split()[0]](coco, tmp_path / "data", **options)
     expected, categories = targets(coco)
@@ -66,8 +64,6 @@ def test_all_layouts_give_the_same_targets(coco, tmp_path, layout):
 
 @pytest.mark.parametrize("layout", ["coco", *WRITERS])
 def test_the_command_line_checks_trains_and_evaluates_each_layout(coco, tmp_path, capsys, layout):
-    if layout == "yolo":
-        pytest.importorskip("yaml")
     folder = coco if layout == "coco" else WRITERS[layout](coco, tmp_path / "data")
     data, run = ["--data", str(folder)], tmp_path / "run"
     assert main(["check-data", *data]) == 0
@@ -257,7 +253,6 @@ def test_turns_that_keep_the_size_and_shared_labels_are_said(tmp_path, orientati
 @pytest.mark.parametrize("names", ["[circle, square, triangle]", "{0: circle, 1: square, 2: triangle}"])
 @pytest.mark.parametrize("kind", ["folders", "lists", "roboflow"])
 def test_what_a_data_yaml_may_say(coco, tmp_path, names, kind):
-    pytest.importorskip("yaml")
     folder = write_yolo(coco, tmp_path / "data", yaml=False)
     sets = {"folders": ("images/train", ["images/val"]), "lists": ("train.txt", "val.txt")}.get(kind)
     for name in ("train", "val"):
@@ -282,7 +277,6 @@ def test_what_a_data_yaml_may_say(coco, tmp_path, names, kind):
 
 
 def test_images_beside_the_folder_of_the_yaml_are_found(coco, tmp_path):
-    pytest.importorskip("yaml")
     folder = write_yolo(coco, tmp_path / "data")
     (folder / "settings").mkdir()
     text = (folder / "data.yaml").read_text().replace("path: .", "path: ''").replace("images/", "../images/")
@@ -302,7 +296,6 @@ def test_images_beside_the_folder_of_the_yaml_are_found(coco, tmp_path):
     ],
 )
 def test_a_malformed_data_yaml_is_refused(coco, tmp_path, text, message):
-    pytest.importorskip("yaml")
     folder = write_yolo(coco, tmp_path / "data", yaml=False)
     (folder / "data.yaml").write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -395,7 +388,6 @@ def test_what_validates_is_not_trained_with(coco, tmp_path):
 
 
 def test_images_that_are_in_both_sets_are_said(coco, tmp_path):
-    pytest.importorskip("yaml")
     folder = write_yolo(coco, tmp_path / "data")
     (folder / "data.yaml").write_text("train: images\nval: images/val\nnames: [circle, square, triangle]\n")
     layout = find_layout(folder)
@@ -452,8 +444,6 @@ def test_published_weights_are_evaluated_by_cocos_names(coco, tmp_path, monkeypa
 
 @pytest.mark.parametrize("layout", WRITERS)
 def test_an_archive_unpacked_into_its_own_folder_is_found(coco, tmp_path, layout):
-    if layout == "yolo":
-        pytest.importorskip("yaml")
     inner = WRITERS[layout](coco, tmp_path / "data" / "Shapes.v1")
     (tmp_path / "data" / "__MACOSX").mkdir()
     next(inner.rglob("*.jpg")).with_name("._1.jpg").write_bytes(b"no image")
@@ -462,7 +452,6 @@ def test_an_archive_unpacked_into_its_own_folder_is_found(coco, tmp_path, layout
 
 
 def test_a_yaml_of_a_test_set_alone_and_with_backslashes(coco, tmp_path):
-    pytest.importorskip("yaml")
     folder = write_yolo(coco, tmp_path / "data")
     (folder / "data.yaml").write_text("test: ..\\images\\val\nnames: [circle, square, triangle]\n")
     (layout,) = contents(find_layout(folder))

@@ -405,6 +405,11 @@ def test_a_pickled_data_set_maps_the_file_itself(folder, cached):
     copied = pickle.loads(text)
     assert copied.ids == data.ids and copied.image_size(3) == (HEIGHT, WIDTH)
     assert torch.equal(copied[2][1]["boxes"], data[2][1]["boxes"])
+    # Whoever opens the changed json makes another cache, which this data set's workers must not take for theirs.
+    os.utime(path, ns=(1, 1))
+    assert CocoDetection(folder, path, None)._store.cache == data._store.cache
+    with pytest.raises(OSError, match="gone, damaged or of another json"):
+        pickle.loads(text)
 
 
 def test_categories_alone(folder):

@@ -28,7 +28,7 @@ def backend(request, monkeypatch):
     """Every test of this file with each."""
     if request.param != "pycocotools":
         pytest.importorskip(request.param)
-    monkeypatch.setattr(coco_module, "_resolved", lambda asked: request.param)
+    monkeypatch.setattr(coco_module, "resolved_backend", lambda asked: request.param)
     return request.param
 
 
@@ -261,7 +261,7 @@ def test_equals_the_evaluation_of_all_categories_at_once(backend):
 
 
 def merging_process(rank, folder, backend):
-    coco_module._resolved = lambda asked: backend  # this process ends with it
+    coco_module.resolved_backend = lambda asked: backend  # this process ends with it
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     # Image 1 comes to both, right in the first process and wrong in the second; 2 is empty in both.
     batches = ([{5: perfect(5), 1: perfect(1)}], [{2: {}, 1: predict((0.9, 3, (60, 60, 20, 10)))}, {3: perfect(3)}])
@@ -380,3 +380,15 @@ def test_auto_takes_the_fastest_backend_that_is_installed(monkeypatch, installed
     for absent in {"faster_coco_eval", "hotcoco"} - set(installed):
         with pytest.raises(ImportError, match=rf"'{absent}': it is not installed \(pip install detr_fast\[eval\]\)"):
             CocoEvaluator(make_coco(), ["bbox"], backend=absent)
+
+
+def test_auto_takes_pycocotools_where_an_annotation_has_id_0(monkeypatch):
+    """It counts a match with it as none, which the original's numbers are made of."""
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    coco = make_coco()
+    assert CocoEvaluator(coco, ["bbox"]).backend == "hotcoco"
+    coco.dataset["annotations"][0]["id"] = 0
+    coco.createIndex()
+    assert CocoEvaluator(coco, ["bbox"]).backend == "pycocotools"
+    assert CocoEvaluator(coco, ["bbox"], backend="hotcoco").backend == "hotcoco"

@@ -163,6 +163,13 @@ def test_a_backend_that_its_evaluator_does_not_take_is_refused(trained, shapes, 
     assert capsys.readouterr().err.count("--eval_backend does nothing with --dataset_file objects_counted") == 2
 
 
+def test_a_backend_that_is_not_installed_is_refused_before_training(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for command in (["train"], ["eval", "--weights", "nowhere.pth"]):
+        assert main([*command, "--coco_path", "nowhere", "--device", "cpu", "--eval_backend", "hotcoco"]) == 2
+        assert "--eval_backend: backend='hotcoco': it is not installed" in capsys.readouterr().err
+
+
 def test_its_weights_and_post_processors_are_known_by_it(count):
     state = Counter().state_dict()
     assert task_of_weights(state, None, None) is count
