@@ -205,7 +205,7 @@ FAULTS = [
           '"images": [image for image in images if image["id"] in held or not held_out]',
           "tests/data/test_layouts.py"),
     Fault("store-of-a-changed-json", "detr_fast/data/store.py",
-          'or (key is not None and directory["key"] != key)', "",
+          'not directory or directory["key"] != key', "not directory",
           "tests/data/test_store.py"),
     Fault("turned-image-not-turned", "detr_fast/data/images.py",
           "return own != size and own == size[::-1] and orientation >= 5", "return False",
