@@ -110,7 +110,7 @@ class ResNetBody(nn.Module):
                 x = x.to(torch.get_autocast_dtype("cpu"))
         if packed or x.device.type == "cuda":
             x = x.contiguous(memory_format=torch.channels_last)
-        x = self.maxpool((self._packed if packed else _conv)(x, self.conv1, affines[self.bn1]))
+        x = _pool_channels_last((self._packed if packed else _conv)(x, self.conv1, affines[self.bn1]), self.maxpool)
         out = {}
         # Whether x is a ReLU's output that only the next block reads: then that block masks the gradient.
         masks_input_grad = False
@@ -158,6 +158,13 @@ class ResNetBody(nn.Module):
 def _pool_of_any_size(x: Tensor, pool: nn.MaxPool2d) -> Tensor:
     """The result of `pool`, computed at stride 1 and then subsampled."""
     return F.max_pool2d(x, pool.kernel_size, 1, pool.padding)[:, :, :: pool.stride, :: pool.stride]
+
+
+def _pool_channels_last(x: Tensor, pool: nn.MaxPool2d) -> Tensor:
+    """The result of `pool`, in x's memory format. In the contiguous one a CPU takes 19 times as long."""
+    if x.device.type != "cpu" or not x.is_contiguous():
+        return pool(x)
+    return pool(x.contiguous(memory_format=torch.channels_last)).contiguous()
 
 
 def _conv(x: Tensor, conv: nn.Conv2d, affine: Affine, residual: Tensor | None = None, **options: Any) -> Tensor:

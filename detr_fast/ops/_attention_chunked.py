@@ -40,6 +40,7 @@ def chunked_forward(
     *,
     out,
     logsumexp,
+    kept=None,
 ):
     """`attention` of checked arguments, written into `out` and `logsumexp`.
 
@@ -50,6 +51,8 @@ def chunked_forward(
         drop_scale: multiplies what is kept.
         out: [B, H, Lq, Dv], the inputs' dtype.
         logsumexp: [B, H, Lq], float32 or wider.
+        kept: a list to which each chunk's probabilities and dropout mask are appended, for `chunked_backward`; None
+            where they are not wanted, or too many.
     """
     heads = query.shape[1]
     for group in _groups(query, key, key_padding_mask, query_padding_mask, seed):
@@ -70,9 +73,13 @@ def chunked_forward(
                 probs = torch.softmax(scores, dim=-1)
                 # The largest probability is 1 / Σ exp(score - largest score).
                 flat_lse[s, r] = scores.amax(dim=-1) - probs.amax(dim=-1).log_()
+                dropped = probs
                 if seed is not None:
-                    probs.mul_(group.keep(seed, heads, s, r, probs, drop_threshold))
-                torch.bmm(probs, v[s], out=flat_result[s, r])
+                    keep = group.keep(seed, heads, s, r, probs, drop_threshold)
+                    if kept is not None:
+                        kept += (probs, keep)
+                    dropped = probs.mul_(keep) if kept is None else probs * keep
+                torch.bmm(dropped, v[s], out=flat_result[s, r])
         group.put(out, group.queries, zero_rows(result, group.idle), 0)
         if group.idle is not None:
             lse = lse.masked_fill(group.idle[:, None], torch.inf)
@@ -96,6 +103,7 @@ def chunked_backward(
     grad_query,
     grad_key,
     grad_value,
+    kept=(),
 ):
     """Gradients of query, key and value, written into `grad_query`, `grad_key` and `grad_value`.
 
@@ -103,9 +111,11 @@ def chunked_backward(
         grad_out: [B, H, Lq, Dv].
         out, logsumexp: what `attention` gave.
         grad_query, grad_key, grad_value: shaped as query, key and value, the inputs' dtype.
+        kept: what `chunked_forward` put into its list; if empty, it is computed again.
         The others: as `chunked_forward`'s.
     """
     heads = query.shape[1]
+    remaining = iter(kept)
     for group in _groups(query, key, key_padding_mask, query_padding_mask, seed):
         q, k, v = group.inputs(query, key, value)
         grad = zero_rows(group.take(grad_out, group.queries).to(q.dtype), group.idle)
@@ -118,11 +128,15 @@ def chunked_backward(
             q, k, v, bias = _flat(q * scale, k, v if seed is None else v * drop_scale, group.bias)
             grad = grad.flatten(0, 1)
             for s, r in _chunks(q, k):
-                probs = torch.softmax(torch.baddbmm(bias[s], q[s, r], k[s].mT), dim=-1)
+                probs = next(remaining, None)
+                if probs is None:
+                    probs = torch.softmax(torch.baddbmm(bias[s], q[s, r], k[s].mT), dim=-1)
                 grad_probs = torch.bmm(grad[s, r], v[s].mT)
                 dropped = probs
                 if seed is not None:
-                    keep = group.keep(seed, heads, s, r, probs, drop_threshold)
+                    keep = next(remaining, None)
+                    if keep is None:
+                        keep = group.keep(seed, heads, s, r, probs, drop_threshold)
                     grad_probs.mul_(keep)
                     dropped = probs * keep
                 grad_v[s].baddbmm_(dropped.mT, grad[s, r])
@@ -201,6 +215,11 @@ class _Group:
             drawn = drawn.gather(2, columns[slices // heads][:, None].expand(drawn.shape))
         # Comparing into floats is several times faster than into bools that are then multiplied.
         return torch.ge(drawn, drop_threshold, out=torch.empty_like(probs))
+
+
+def keeps_chunks(query: torch.Tensor, key: torch.Tensor, seed: torch.Tensor | None) -> bool:
+    """Whether the forward keeps its chunks for the backward: where together they are no more than one may have."""
+    return seed is not None and query.shape[:3].numel() * key.shape[2] <= _CPU_CHUNK
 
 
 def _groups(query, key, key_padding_mask, query_padding_mask, seed) -> list[_Group]:

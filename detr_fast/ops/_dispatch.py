@@ -67,6 +67,21 @@ def use_kernel(device: torch.device, op: str) -> bool:
     return is_trusted(op, device)
 
 
+def calls_plainly(tensor: torch.Tensor) -> bool:
+    """True if an op on `tensor` is to call its plain PyTorch itself instead of torch's library, which only traces need.
+
+    On a CPU the library's layers of Python take longer than the convolution of a small image.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.device.type == "cpu"
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0  # fake tensors, counters of operators
+        and not kernels_chosen(tensor.device)
+    )
+
+
 def refuse_transforms(op: str, *tensors: torch.Tensor) -> None:
     """Raise where `op` would lose the tangents of forward-mode differentiation or fail inside `torch.func`.
 

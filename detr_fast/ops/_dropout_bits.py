@@ -6,6 +6,8 @@ _ROUNDS = 7
 _A, _B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 _LOW_32 = 0xFFFFFFFF
+# Elements up to which a CPU computes in NumPy, whose calls cost a third, and with one thread.
+_SMALL = 2**18
 
 
 def philox(keys, c0, c1, c2, c3):
@@ -57,12 +59,15 @@ def dropout_bytes(seed: torch.Tensor, slices: torch.Tensor, rows: torch.Tensor, 
     """
     blocks = (k_len + 63) // 64
     size = (len(slices), len(rows), blocks)
-    keys, groups = round_keys(seed), torch.arange(4 * blocks, device=seed.device)
-    counter = (rows[:, None], groups, slices[:, None, None], torch.zeros_like(seed))
+    keys, groups, zero = round_keys(seed), torch.arange(4 * blocks, device=seed.device), torch.zeros_like(seed)
     drawn = torch.empty(*size, 8, 4, dtype=torch.int16, device=seed.device)
+    target = drawn
+    if seed.device.type == "cpu" and drawn.numel() <= _SMALL:
+        slices, rows, groups, zero, target = (x.numpy() for x in (slices, rows, groups, zero, drawn))
+    counter = (rows[:, None], groups, slices[:, None, None], zero)
     # Within 64 columns, 16 bits of word w of group g are the columns 16 w + 2 g (low half) or 16 w + 8 + 2 g (high) and
     # the next: the four groups' halves are next to each other.
     for i, word in enumerate(philox(keys, *counter)):
-        drawn[:, :, :, 2 * i] = word.reshape(*size, 4)
-        drawn[:, :, :, 2 * i + 1] = word.reshape(*size, 4) >> 16
+        target[:, :, :, 2 * i] = word.reshape(*size, 4)
+        target[:, :, :, 2 * i + 1] = word.reshape(*size, 4) >> 16
     return drawn.view(*size[:2], 32 * blocks).view(torch.uint8)[..., :k_len]

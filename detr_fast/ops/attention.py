@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.function import once_differentiable
 
-from detr_fast.ops._attention_chunked import chunked_backward, chunked_forward, zero_rows
+from detr_fast.ops._attention_chunked import chunked_backward, chunked_forward, keeps_chunks, zero_rows
 from detr_fast.ops._checks import is_number
-from detr_fast.ops._dispatch import refuse_transforms, use_kernel
+from detr_fast.ops._dispatch import calls_plainly, refuse_transforms, use_kernel
 from detr_fast.ops._dropout_bits import dropout_bytes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -88,7 +88,10 @@ def attention(
     if scale <= 0:
         query, scale = query * scale, 1.0
     masks = (key_padding_mask, query_padding_mask)
-    return _attention(query, key, value, *_options(query, value, *masks, dropout_p, seed, scale))
+    options = _options(query, value, *masks, dropout_p, seed, scale)
+    if calls_plainly(query):
+        return _PlainAttention.apply(*options[:5], *(x.transpose(1, 2).unsqueeze(2) for x in (query, key, value)))
+    return _attention(query, key, value, *options)
 
 
 def attention_of_projections(
@@ -120,7 +123,10 @@ def attention_of_projections(
     _check(query, key, value, key_padding_mask, query_padding_mask, dropout_p, seed)
     refuse_transforms("attention", *projections)
     masks, scale = (key_padding_mask, query_padding_mask), query.shape[-1] ** -0.5
-    return _packed_attention(projections, *_options(query, value, *masks, dropout_p, seed, scale))
+    options = _options(query, value, *masks, dropout_p, seed, scale)
+    if calls_plainly(query):
+        return _PlainAttention.apply(*options[:5], *projections)
+    return _packed_attention(projections, *options)
 
 
 def split_projections(projections: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -396,7 +402,7 @@ def _remembered_rows(mask: torch.Tensor) -> torch.Tensor:
 
 def _forward(
     query, key, value, key_padding_mask, dropout_p, seed, scale, query_padding_mask=None, valid_keys=None,
-    valid_queries=None,
+    valid_queries=None, kept=None,
 ):  # fmt: skip
     out, logsumexp = _empty_outputs(query, value)
     dropout = (seed, _dropout_threshold(dropout_p), _dropout_scale(dropout_p))
@@ -409,7 +415,7 @@ def _forward(
     else:
         masks = (key_padding_mask, query_padding_mask)
         with torch.autocast(query.device.type, enabled=False):
-            chunked_forward(query, key, value, *masks, *dropout, scale, out=out, logsumexp=logsumexp)
+            chunked_forward(query, key, value, *masks, *dropout, scale, out=out, logsumexp=logsumexp, kept=kept)
     return out, logsumexp
 
 
@@ -419,18 +425,18 @@ def _forward_fake(query, key, value, *_, **__):
 
 def _backward(
     grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale, query_padding_mask=None,
-    valid_keys=None, valid_queries=None,
+    valid_keys=None, valid_queries=None, kept=(),
 ):  # fmt: skip
     grads = _empty_gradients(query, key, value)
     lists = (valid_keys, valid_queries)
     options = (key_padding_mask, dropout_p, seed, scale, query_padding_mask, *lists)
-    _write_gradients(grads, grad_out, query, key, value, out, logsumexp, *options)
+    _write_gradients(grads, grad_out, query, key, value, out, logsumexp, *options, kept)
     return grads
 
 
 def _write_gradients(
     grads, grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale, query_padding_mask,
-    valid_keys, valid_queries,
+    valid_keys=None, valid_queries=None, kept=(),
 ):  # fmt: skip
     """Into `grads`, those of query, key and value, of any strides."""
     inputs = (grad_out, query, key, value, out, logsumexp)
@@ -445,7 +451,7 @@ def _write_gradients(
     else:
         masks = (key_padding_mask, query_padding_mask)
         with torch.autocast(query.device.type, enabled=False):
-            chunked_backward(*inputs, *masks, *dropout, scale, **outputs)
+            chunked_backward(*inputs, *masks, *dropout, scale, **outputs, kept=kept)
 
 
 def _backward_fake(grad_out, query, key, value, *_, **__):
@@ -505,9 +511,10 @@ def _packed_forward_fake(projections, *_):
     return _empty_outputs(query, value)
 
 
-def _packed_backward(grad_out, projections, out, logsumexp, *options):
+def _packed_backward(grad_out, projections, out, logsumexp, *options, kept=()):
     grads = [torch.empty_like(x) for x in projections]
-    _write_gradients(split_projections(grads), grad_out, *split_projections(projections), out, logsumexp, *options)
+    tensors = (grad_out, *split_projections(projections), out, logsumexp)
+    _write_gradients(split_projections(grads), *tensors, *options, kept=kept)
     return grads
 
 
@@ -549,3 +556,36 @@ _packed_attention_backward = torch.library.custom_op(
 _packed_attention_backward.register_fake(_packed_backward_fake)
 _packed_attention.register_autograd(_packed_differentiate, setup_context=_packed_save_for_backward)
 _packed_attention.register_vmap(_attention_vmap)
+
+
+class _PlainAttention(torch.autograd.Function):
+    """`packed_attention` where no kernel runs, without the library's layers of Python; `setup_context` has its own."""
+
+    @staticmethod
+    def forward(ctx, key_padding_mask, dropout_p, seed, scale, query_padding_mask, *projections):
+        query, key, value = split_projections(projections)
+        kept = [] if keeps_chunks(query, key, seed) else None
+        options = (key_padding_mask, dropout_p, seed, scale, query_padding_mask)
+        out, logsumexp = _forward(query, key, value, *options, kept=kept)
+        ctx.dropout_p, ctx.scale = dropout_p, scale
+        ctx.mark_non_differentiable(logsumexp)
+        ctx.set_materialize_grads(False)
+        masks = (key_padding_mask, query_padding_mask)
+        ctx.save_for_backward(out, logsumexp, *masks, seed, *projections, *kept or ())
+        ctx.projections = len(projections)
+        return out, logsumexp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, _):
+        out, logsumexp, key_padding_mask, query_padding_mask, seed, *rest = ctx.saved_tensors
+        projections, kept = rest[: ctx.projections], rest[ctx.projections :]
+        if grad_out is None:
+            return (None,) * (5 + len(projections))
+        options = (key_padding_mask, ctx.dropout_p, seed, ctx.scale, query_padding_mask)
+        if len(projections) == 3:
+            grads = _backward(grad_out, *split_projections(projections), out, logsumexp, *options, kept=kept)
+            grads = [x.transpose(1, 2).unsqueeze(2) for x in grads]
+        else:
+            grads = _packed_backward(grad_out, projections, out, logsumexp, *options, kept=kept)
+        return *[None] * 5, *grads

@@ -20,11 +20,13 @@ The weights are folded in float32 (float64 for float64) and rounded once to the 
 op runs the folded formula; `folded_conv_reference` is the unfolded one, to test against.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr_fast.ops._dispatch import refuse_transforms
+from detr_fast.ops._dispatch import calls_plainly, refuse_transforms
 from detr_fast.ops._onednn import convolution_gradients, convolve, convolves_slowly
 from detr_fast.ops.pointwise_conv import pointwise_conv, pointwise_conv_input_grad, runs_kernel
 
@@ -74,7 +76,8 @@ def folded_conv(
     """
     x, residual = _checked(x, weight, scale, bias, residual)
     geometry = (stride, padding, dilation, groups)
-    return _folded_conv(x, weight, scale, bias, residual, relu, *geometry, masks_input_grad, grad_is_masked)
+    function = _PlainFoldedConv.apply if calls_plainly(x) else _folded_conv
+    return function(x, weight, scale, bias, residual, relu, *geometry, masks_input_grad, grad_is_masked)
 
 
 def forked_folded_conv(
@@ -156,8 +159,34 @@ def _forward(
     masks_input_grad=False, grad_is_masked=False,
 ) -> Tensor:  # fmt: skip
     with torch.no_grad():
+        if _scales_result(x, weight, scale, _result_shape(x, weight, stride, padding, dilation)):
+            return _convolve_then_scale(x, weight, scale, bias, residual, relu, stride, padding, dilation, groups)
         folded = _fold(x, weight, scale)
         return _convolve(x, folded, bias, residual, relu, stride, padding, dilation, groups)
+
+
+def _result_shape(x, weight, stride, padding, dilation) -> tuple[int, ...]:
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    return x.shape[0], weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+
+
+def _scales_result(x: Tensor, weight: Tensor, scale: Tensor, result_shape) -> bool:
+    """Whether `scale` multiplies the convolution's result, not the weight: on a CPU, whichever is smaller."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == scale.dtype
+        and math.prod(result_shape) < weight.numel()
+        and not runs_kernel(x)
+    )
+
+
+def _convolve_then_scale(x, weight, scale, bias, residual, relu, stride, padding, dilation, groups) -> Tensor:
+    out = _convolution(x, weight, None, stride, padding, dilation, groups)
+    scale = scale[:, None, None]
+    out = out.mul_(scale) if bias is None else torch.addcmul(bias[:, None, None], out, scale)
+    if residual is not None:
+        out += residual
+    return out.relu_() if relu else out
 
 
 def _convolve(x, folded, bias, residual, relu, stride, padding, dilation, groups) -> Tensor:
@@ -170,14 +199,19 @@ def _convolve(x, folded, bias, residual, relu, stride, padding, dilation, groups
         if residual is None:
             return _cudnn_relu(x, folded, bias, *geometry)
         return _cudnn_add_relu(x, folded, residual.contiguous(memory_format=memory_format), 1.0, bias, *geometry)
-    if convolves_slowly(x, folded, stride, padding, groups):
-        out = convolve(x, folded, bias)
-    else:
-        out = F.conv2d(x, folded, bias, *geometry)
-    out = out.contiguous(memory_format=memory_format)
+    out = _convolution(x, folded, bias, *geometry)
     if residual is not None:
         out += residual
     return out.relu_() if relu else out
+
+
+def _convolution(x, weight, bias, stride, padding, dilation, groups) -> Tensor:
+    """In x's memory format."""
+    if convolves_slowly(x, weight, stride, padding, groups):
+        out = convolve(x, weight, bias)
+    else:
+        out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return out.contiguous(memory_format=_format(x))
 
 
 def _is_product(x: Tensor, folded: Tensor, stride, padding, groups: int) -> bool:
@@ -219,10 +253,16 @@ def _backward(
         masked: then set the gradient in x to zero where x is 0 or less.
     """
     in_product = x_needed and (masked or shortcut is not None) and _is_product(x, weight, stride, padding, groups)
+    scales_result = _scales_result(x, weight, scale, grad.shape)
+    if scales_result:
+        grad = grad * scale[:, None, None]
     grad_x = grad_folded = None
     if weight_needed or not in_product:
         convolved = x_needed and not in_product
-        folded = _fold(x, weight, scale) if convolved else _shape_alone(x, weight.shape)
+        if scales_result:
+            folded = weight
+        else:
+            folded = _fold(x, weight, scale) if convolved else _shape_alone(x, weight.shape)
         if convolves_slowly(x, folded, stride, padding, groups):
             grad_x, grad_folded = convolution_gradients(grad, x, folded, convolved, weight_needed)
         else:
@@ -243,6 +283,8 @@ def _backward(
             torch.ops.aten.threshold_backward.grad_input(grad_x, x, 0, grad_input=grad_x)
     else:
         grad_x = _empty_gradient(x, False)
+    if scales_result and weight_needed:
+        return grad_x, grad_folded.contiguous(memory_format=_format(weight))
     grad_weight = _empty_gradient(weight, weight_needed)
     if weight_needed:
         torch.mul(grad_folded, scale[:, None, None, None], out=grad_weight)
@@ -281,7 +323,8 @@ def _gradients(ctx, x, weight, scale, grad, shortcut) -> tuple[Tensor | None, Te
     if not (x_needed or weight_needed):
         return None, None
     x = _shape_alone(grad, ctx.x_shape) if x is None else x
-    grad_x, grad_weight = _folded_conv_backward(
+    backward = _backward if calls_plainly(grad) else _folded_conv_backward
+    grad_x, grad_weight = backward(
         grad, x, weight, scale, shortcut, *ctx.geometry, x_needed, weight_needed, ctx.masks_input_grad
     )
     return grad_x if x_needed else None, grad_weight if weight_needed else None
@@ -295,6 +338,18 @@ def _differentiate(ctx, grad):
     return *_gradients(ctx, x, weight, scale, grad, None), None, None, grad if residual_needed else None, *[None] * 7
 
 
+class _PlainFoldedConv(torch.autograd.Function):
+    """`folded_conv` on a CPU, without the library's layers of Python; `setup_context` has its own."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        out = _forward(*inputs)
+        _save_for_backward(ctx, inputs, out)
+        return out
+
+    backward = staticmethod(torch.autograd.function.once_differentiable(_differentiate))
+
+
 class _Fork(torch.autograd.Function):
     """`forked_folded_conv`. No op of the library: those may not return an input."""
 
@@ -302,7 +357,8 @@ class _Fork(torch.autograd.Function):
     def forward(ctx, x, weight, scale, bias, stride, padding, dilation, groups, masks_input_grad):
         ctx.geometry, ctx.masks_input_grad = (stride, padding, dilation, groups), masks_input_grad
         _save(ctx, x, weight, scale, None)
-        out = _folded_conv(x, weight, scale, bias, None, True, stride, padding, dilation, groups, False, True)
+        function = _forward if calls_plainly(x) else _folded_conv
+        out = function(x, weight, scale, bias, None, True, stride, padding, dilation, groups, False, True)
         return out, x.view_as(x)
 
     @staticmethod

@@ -6,9 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pairwise import pairwise
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from detr_fast.ops import _attention_chunked, applied_dropout, attention, attention_dropout_mask, attention_reference
+from detr_fast.ops import (
+    _attention_chunked,
+    _dropout_bits,
+    applied_dropout,
+    attention,
+    attention_dropout_mask,
+    attention_reference,
+)
 from detr_fast.ops.attention import attention_of_projections, split_projections
 
 SEED = torch.tensor([12345678901234567])
@@ -581,3 +589,55 @@ def test_attention_of_projections_rejects():
         attention_of_projections(make_projections((3,)), torch.zeros(2, 6, dtype=torch.bool))
     with pytest.raises(TypeError, match="float32"):
         attention_of_projections([make_projections((2, 1))[0], make_projections((2, 1), torch.float32)[1]])
+
+
+@pytest.mark.parametrize("chunk", [2**20, 2**8])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_eager_attention_on_a_cpu_is_the_ops_without_the_library(packing, dropout_p, chunk, grouping, monkeypatch):
+    """Bit for bit; with dropout the backward draws again only where the forward's chunks were too many to keep."""
+    monkeypatch.setattr(_attention_chunked, "_CPU_CHUNK", chunk)
+    draws = []
+
+    def drawn(*args):
+        draws.append(args)
+        return dropout_bytes(*args)
+
+    dropout_bytes = _attention_chunked.dropout_bytes
+    monkeypatch.setattr(_attention_chunked, "dropout_bytes", drawn)
+    projections = make_projections(packing, torch.float32)
+    mask = make_mask(7)
+    out, lse = attention_of_projections(projections, mask, dropout_p, seed=SEED, query_padding_mask=mask)
+    assert type(out.grad_fn).__name__ == "_PlainAttentionBackward"
+    in_forward = len(draws)
+    cotangent = torch.randn_like(out)
+    grads = torch.autograd.grad(out, projections, cotangent)
+    assert (in_forward > 0) == (dropout_p > 0)
+    assert len(draws) == in_forward * (1 if chunk == 2**20 else 2)
+
+    options = (mask, dropout_p, SEED if dropout_p else None, projections[0].shape[-1] ** -0.5, mask, None, None)
+    want, want_lse = torch.ops.detr_fast.packed_attention(projections, *options)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    for grad, expected in zip(grads, torch.autograd.grad(want, projections, cotangent), strict=True):
+        assert torch.equal(grad, expected)
+
+
+def test_attention_under_a_dispatch_mode_is_one_op():
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names = []
+    inputs = make_inputs()
+    with Names():
+        attention(*inputs)
+    assert "detr_fast.attention.default" in names
+
+
+@pytest.mark.parametrize("k_len", [1, 64, 70, 200])
+def test_dropout_bytes_of_numpy_are_those_of_torch(k_len, monkeypatch):
+    arguments = (SEED, torch.arange(3, 9), torch.tensor([0, 5, 6, 2**31]), k_len)
+    in_numpy = _dropout_bits.dropout_bytes(*arguments)
+    monkeypatch.setattr(_dropout_bits, "_SMALL", 0)
+    assert torch.equal(in_numpy, _dropout_bits.dropout_bytes(*arguments))

@@ -75,6 +75,41 @@ def test_folded_conv_matches_reference(name, channels_last, dtype):
         assert (value - right).abs().max() <= tolerance * right.abs().max()
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_scale_is_applied_to_whichever_is_smaller(name, channels_last, monkeypatch):
+    """A CPU multiplies a large image's weight, or a small image's result."""
+    folded = []
+    fold = folded_conv_module._fold
+    monkeypatch.setattr(folded_conv_module, "_fold", lambda *args: folded.append(args) or fold(*args))
+    tensors, options = _case(name)
+    for size in ((6, 5), (40, 33)):
+        x, residual = torch.randn(1, 4, *size).double(), torch.randn(1, 6, *size).double()
+        x = x.to(memory_format=torch.channels_last) if channels_last else x
+        stride = options.get("stride", (1, 1))
+        sized = [x.requires_grad_(), *tensors[1:4], None if tensors[4] is None else residual.requires_grad_()]
+        folded.clear()
+        out, gradients = _gradients(folded_conv, sized, options)
+        small = out.numel() < tensors[1].numel()
+        assert (size, stride) != ((40, 33), (1, 1)) or not small
+        assert len(folded) == (0 if small else 2)
+        assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        expected, expected_gradients = _gradients(folded_conv_reference, sized, options)
+        for value, right in zip((out, *gradients), (expected, *expected_gradients), strict=True):
+            torch.testing.assert_close(value, right, rtol=1e-10, atol=1e-10)
+
+
+def test_eager_calls_on_a_cpu_are_the_ops_without_the_library():
+    """Bit for bit."""
+    tensors, options = _case("residual", torch.float32)
+    out, gradients = _gradients(folded_conv, tensors, options)
+    assert type(out.grad_fn).__name__ == "_PlainFoldedConvBackward"
+    arguments = _op_arguments("residual", torch.float32)[5:]
+    want, expected = _gradients(lambda *t: torch.ops.detr_fast.folded_conv(*t, *arguments), tensors, {})
+    for value, right in zip((out, *gradients), (want, *expected), strict=True):
+        assert torch.equal(value, right)
+
+
 FORKS = {name: CASES[name] for name in ("1x1", "3x3-stride2", "3x3-groups", "no-bias")}
 
 
@@ -168,7 +203,7 @@ def test_double_backward_is_an_error():
     tensors, options = _case("1x1")
     out = folded_conv(*tensors, **options)
     (gradient,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match="no autograd formula|differentiate twice"):
         gradient.sum().backward()
 
 
