@@ -15,26 +15,24 @@ def philox(keys, c0, c1, c2, c3):
 
     Args:
         keys: `round_keys`.
-        c0, c1, c2, c3: the counter's words, int64 tensors in 0..2**32 - 1, shapes that broadcast.
+        c0, c1, c2, c3: the counter's words, int64 tensors or arrays in 0..2**32 - 1, shapes that broadcast.
     """
-    for k0, k1 in keys:
+    for i, (k0, k1) in enumerate(keys):
         # A product may wrap around in int64: its 64 bits are right all the same. c1 and c3 keep bits above their low
         # 32, which are masked off when the words become c0 and c2.
         product_0, product_2 = c0 * _A, c2 * _B
-        c0 = _xor(_xor(product_2 >> 32, c1), k0)
+        c0, c2 = product_2 >> 32, product_0 >> 32
+        if i < 3:  # the words' shapes still grow
+            c0, c2 = c0 ^ c1, c2 ^ c3
+        else:  # allocating would cost more than computing
+            c0 ^= c1
+            c2 ^= c3
+        c0 ^= k0
         c0 &= _LOW_32
-        c2 = _xor(_xor(product_0 >> 32, c3), k1)
+        c2 ^= k1
         c2 &= _LOW_32
         c1, c3 = product_2, product_0
     return c0, c1, c2, c3
-
-
-def _xor(mine, other):
-    """mine ^ other, in the memory of `mine` where that is large enough: allocating costs more than computing."""
-    if not isinstance(other, int) and other.shape not in (mine.shape, (1,)):
-        return mine ^ other
-    mine ^= other
-    return mine
 
 
 def round_keys(seed: torch.Tensor) -> list[tuple]:
