@@ -233,7 +233,7 @@ from detr_fast.cli import main
 from detr_fast.data import check
 
 def slow(folder, task):
-    print("begun", flush=True)
+    os.write(1, b"begun\n")
     time.sleep(0.05)
     return 64, 64
 
