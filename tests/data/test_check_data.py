@@ -233,7 +233,7 @@ from detr_fast.cli import main
 from detr_fast.data import check
 
 def slow(folder, task):
-    os.write(1, b"begun\n")
+    os.write(1, b"begun\\n")
     time.sleep(0.05)
     return 64, 64
 
