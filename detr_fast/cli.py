@@ -280,6 +280,12 @@ def _check_data_parser() -> argparse.ArgumentParser:
         )
     add_flags(parser, DataConfig, only=("allow_outside",))
     parser.add_argument(
+        "--num_workers",
+        type=int,
+        metavar="N",
+        help="processes that decode images (default: one for each core; 0: none, threads of this one)",
+    )
+    parser.add_argument(
         "--fix",
         metavar="OUT.json",
         help="of one set: write its annotations with what can be mended without guessing, and list that",
@@ -292,18 +298,19 @@ def _check_data(args: argparse.Namespace, given: set[str]) -> int:
 
     if args.coco_panoptic_path and not args.coco_path:
         raise UsageError("--coco_panoptic_path needs --coco_path, the folder of the images")
+    always = {"fix", "allow_outside", "num_workers"}
     pairs: list[tuple[Any, Any]] = []
     if args.data:
         from detr_fast.data.layouts import find_layout
 
-        if given - {"fix", "allow_outside"} != {"data"}:
+        if given - always != {"data"}:
             raise UsageError("give either --data or the other folders and jsons, not both")
         with usage_errors():
             layout = find_layout(args.data)
         print("\n".join([*layout.lines, ""]))
         pairs = [(split.images, split.annotations) for split in layout.splits.values()]
     if args.coco_path:
-        if given - {"fix", "allow_outside", "coco_panoptic_path"} != {"coco_path"}:
+        if given - always - {"coco_panoptic_path"} != {"coco_path"}:
             raise UsageError("give either --coco_path or the folders and jsons of own data, not both")
         for name in ("val",) if args.coco_panoptic_path else ("train", "val"):
             pairs.append((f"{args.coco_path}/{name}2017", f"{args.coco_path}/annotations/instances_{name}2017.json"))
@@ -324,20 +331,21 @@ def _check_data(args: argparse.Namespace, given: set[str]) -> int:
         done = mend_file(images, annotations, args.fix)
         print("\n".join([f"{args.fix}: {annotations} with {len(done)} kinds of mending", *done, ""]))
         pairs = [(images, args.fix)]
-    reports = []
+    options: dict[str, Any] = {"allow_outside": args.allow_outside, "num_workers": args.num_workers, "progress": True}
+    panoptic = ("train", "val") if args.coco_panoptic_path else ()
+    several = len(pairs) + len(panoptic) > 1  # then the verdicts come together, last
+    reports: list[Any] = []
     for images, annotations in pairs:
         # The second file, of validation, is judged by the classes of the first.
         categories = reports[0].categories if reports else None
-        reports.append(check_coco(images, annotations, categories=categories, allow_outside=args.allow_outside))
-        print(reports[-1])
-        print()
-    for name in ("train", "val") if args.coco_panoptic_path else ():
+        reports.append(check_coco(images, annotations, categories=categories, **options))
+        print(reports[-1].details if several else reports[-1], end="\n\n", flush=True)
+    for name in panoptic:
         root = args.coco_panoptic_path
         paths = f"{root}/panoptic_{name}2017", f"{root}/annotations/panoptic_{name}2017.json"
-        reports.append(check_panoptic(f"{args.coco_path}/{name}2017", *paths, allow_outside=args.allow_outside))
-        print(reports[-1])
-        print()
-    if len(reports) > 1:
+        reports.append(check_panoptic(f"{args.coco_path}/{name}2017", *paths, **options))
+        print(reports[-1].details, end="\n\n", flush=True)
+    if several:
         print("\n".join(f"{report.ann_file}: {report.verdict}" for report in reports))
     return max(report.exit_code for report in reports)
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
+import signal
+import sys
+import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from detr_fast.data.annotations import add_line_boxes, check_content, read_json, read_panoptic
 from detr_fast.data.categories import Categories
@@ -17,6 +28,7 @@ from detr_fast.data.validation import Findings, outside_problem, stated_size, va
 
 _UNLABELLED = 0  # the id of pixels that belong to no segment
 _SHOWN = 10  # examples printed for each kind of problem
+_AT_A_TIME = 4  # images that a process is given at a time; after ctrl-C it decodes those it has
 
 
 @dataclass
@@ -59,6 +71,11 @@ class DatasetReport:
         return 0 if self.ok else 1
 
     def __str__(self) -> str:
+        return f"{self.details}\n{self.verdict}"
+
+    @property
+    def details(self) -> str:
+        """What there is and what is wrong, without the verdict."""
         lines = [
             f"{self.ann_file} "
             + ("alone, no image was read" if self.images_dir is None else f"with images in {self.images_dir}"),
@@ -73,7 +90,7 @@ class DatasetReport:
                 if len(messages) > _SHOWN:
                     lines.append(f"  … and {len(messages) - _SHOWN} more")
         # A json can hold names that no terminal can print: lone halves of a surrogate pair.
-        return "\n".join([*lines, self.verdict]).encode("utf-8", "backslashreplace").decode()
+        return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
 
 def check_coco(
@@ -81,6 +98,8 @@ def check_coco(
     ann_file: str | os.PathLike,
     *,
     num_threads: int = 8,
+    num_workers: int | None = 0,
+    progress: bool = False,
     categories: Categories | None = None,
     allow_outside: bool = False,
 ) -> DatasetReport:
@@ -98,13 +117,20 @@ def check_coco(
     Args:
         images_dir: folder to which the json's ``file_name`` are relative. None: only the json is read.
         ann_file: COCO json. One whose annotations have a ``line`` and no ``bbox`` is read as one of line segments.
-        num_threads: images decoded at a time.
+        num_threads: images decoded at a time, without ``num_workers``.
+        num_workers: processes that decode images instead of threads, None: one for each core. What is found, and its
+            order, is the same.
+        progress: show a bar on stderr, if that is a terminal.
         categories: classes with which those of the json must agree, for instance the training set's.
         allow_outside: take file names that lead out of ``images_dir``.
 
     Returns:
         a ``DatasetReport``; nothing is raised for what is wrong with the data.
+
+    Raises:
+        ChildProcessError: one of the processes was killed.
     """
+    pool = _Pool(num_workers, num_threads, progress)
     report = DatasetReport(None if images_dir is None else Path(images_dir), Path(ann_file))
     try:
         content = read_json(ann_file)
@@ -127,7 +153,7 @@ def check_coco(
         for problem in outside.values():
             found.error("image outside the folder", problem)
         inside = [entry for entry in content["images"] if entry["id"] not in outside]
-        sizes = _check_images(report.images_dir, inside, num_threads, found)
+        sizes = _check_images(report.images_dir, inside, pool, found)
     if content["categories"]:
         report.categories = Categories.from_coco(content["categories"])
         names = dict(zip(report.categories.ids, report.categories.names, strict=True))
@@ -149,6 +175,8 @@ def check_panoptic(
     ann_file: str | os.PathLike,
     *,
     num_threads: int = 8,
+    num_workers: int | None = 0,
+    progress: bool = False,
     allow_outside: bool = False,
 ) -> DatasetReport:
     """Reads a COCO panoptic json and decodes every image and every PNG of segments, as ``CocoPanoptic`` will.
@@ -162,13 +190,20 @@ def check_panoptic(
     Args:
         images_dir, segments_dir: folders to which the ``file_name`` of images and annotations are relative.
         ann_file: COCO panoptic json.
-        num_threads: images decoded at a time.
+        num_threads: images decoded at a time, without ``num_workers``.
+        num_workers: processes that decode images instead of threads, None: one for each core. What is found, and its
+            order, is the same.
+        progress: show a bar on stderr, if that is a terminal.
         allow_outside: take file names that lead out of their folder.
 
     Returns:
         a ``DatasetReport`` in which segments are counted as annotations; nothing is raised for what is wrong with the
         data.
+
+    Raises:
+        ChildProcessError: one of the processes was killed.
     """
+    pool = _Pool(num_workers, num_threads, progress)
     report = DatasetReport(Path(images_dir), Path(ann_file))
     found = Findings()
     report.errors, report.warnings = found.errors, found.warnings
@@ -195,8 +230,8 @@ def check_panoptic(
     if absent:
         return report
 
-    outside = {} if allow_outside else _outside(folders["image folder"], images)
-    sizes = _check_images(folders["image folder"], [e for e in images if e["id"] not in outside], num_threads, found)
+    outside: dict[Any, str] = {} if allow_outside else {**_outside(folders["image folder"], images)}
+    sizes = _check_images(folders["image folder"], [e for e in images if e["id"] not in outside], pool, found)
     for image in images:
         size, stated = sizes.get(image["id"]), (image["width"], image["height"])
         if size not in (None, stated):
@@ -213,18 +248,17 @@ def check_panoptic(
         found.error("image outside the folder", problem)
     inside = [entry for entry in annotations if ("segments", entry["image_id"]) not in outside]
 
-    def judge(annotation: dict) -> Findings:
-        return _judged_segments(folders["folder of segments"], annotation, sizes.get(annotation["image_id"]))
-
-    with ThreadPoolExecutor(num_threads) as pool:
-        for judged in pool.map(judge, inside):
-            found = found.joined(judged)
+    judge = partial(_judged_segments, folders["folder of segments"])
+    tasks = [(annotation, sizes.get(annotation["image_id"])) for annotation in inside]
+    for judged in pool.results(judge, tasks, "segments"):
+        found = found.joined(judged)
     report.errors, report.warnings = found.errors, found.warnings
     return report
 
 
-def _judged_segments(folder: Path, annotation: dict, size: tuple[int, int] | None) -> Findings:
-    """Compares one PNG with the list of its segments; ``size``: (width, height) of its image, if that is known."""
+def _judged_segments(folder: Path, task: tuple[dict, tuple[int, int] | None]) -> Findings:
+    """Compares one PNG with the list of its segments; the task: (annotation, (width, height) of its image if known)."""
+    annotation, size = task
     found, path = Findings(), folder / annotation["file_name"]
     try:
         pixels = load_segment_ids(path)
@@ -259,20 +293,96 @@ def _outside(folder: Path, images: list[dict]) -> dict[int, str]:
     return {number: problem for number, problem in problems if problem is not None}
 
 
-def _check_images(folder: Path, images: list[dict], num_threads: int, found: Findings) -> dict[int, tuple[int, int]]:
+def _check_images(folder: Path, images: list[dict], pool: _Pool, found: Findings) -> dict[int, tuple[int, int]]:
     """Decodes all files; returns image id → (width, height) of those that can be read."""
-
-    def decode(entry: dict) -> tuple[int, int] | ImageReadError:
-        try:
-            return load_image(folder / entry["file_name"], entry["id"], size=stated_size(entry)).size
-        except ImageReadError as error:
-            return error
-
     sizes = {}
-    with ThreadPoolExecutor(num_threads) as pool:
-        for entry, result in zip(images, pool.map(decode, images), strict=True):
-            if isinstance(result, ImageReadError):
-                found.error("missing image" if isinstance(result, MissingImageError) else "corrupt image", str(result))
-            else:
-                sizes[entry["id"]] = result
+    tasks = [(entry["file_name"], entry["id"], stated_size(entry)) for entry in images]
+    for entry, result in zip(images, pool.results(partial(_decoded_size, folder), tasks, "images"), strict=True):
+        if isinstance(result, ImageReadError):
+            found.error("missing image" if isinstance(result, MissingImageError) else "corrupt image", str(result))
+        else:
+            sizes[entry["id"]] = result
     return sizes
+
+
+def _decoded_size(folder: Path, task: tuple[str, int, tuple[int, int] | None]) -> tuple[int, int] | ImageReadError:
+    """(width, height) of an image, or what is wrong with it; the task: (file name, id, stated size)."""
+    name, image_id, size = task
+    try:
+        return load_image(folder / name, image_id, size=size).size
+    except ImageReadError as error:
+        return error
+
+
+# Several at a time
+
+
+@dataclass
+class _Pool:
+    """How images are gone through; the arguments are those of ``check_coco``."""
+
+    num_workers: int | None
+    num_threads: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if self.num_workers is None:
+            self.num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers is {self.num_workers}; expected 0 or more")
+
+    def results(self, function: Callable[[Any], Any], tasks: Sequence, what: str) -> Iterator:
+        """``function`` of every task, in order.
+
+        Raises:
+            ChildProcessError: one of the processes was killed.
+        """
+        # A daemon may have no processes of its own.
+        most = 0 if multiprocessing.current_process().daemon else -(-len(tasks) // _AT_A_TIME)
+        num_workers = min(self.num_workers or 0, most)
+        disable = None if self.progress else True  # None: unless it is a terminal
+        done = 0
+        try:
+            with _executor(num_workers, self.num_threads) as executor:
+                results = executor.map(function, tasks, chunksize=_AT_A_TIME)
+                with _Bar(
+                    total=len(tasks), desc=what, unit="", disable=disable, leave=False, dynamic_ncols=True
+                ) as bar:
+                    for result in results:
+                        yield result
+                        done += 1
+                        bar.update()
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                f"a process that decodes {what} was killed, perhaps for want of memory, when {done} of {len(tasks)} "
+                "were done; --num_workers states how many there are (0: none, threads instead)"
+            ) from error
+
+
+class _Bar(tqdm):
+    """A progress bar without tqdm's thread, so that no process is forked beside it."""
+
+    monitor_interval = 0
+
+
+def _executor(num_workers: int, num_threads: int) -> ProcessPoolExecutor | ThreadPoolExecutor:
+    if not num_workers:
+        return ThreadPoolExecutor(num_threads)
+    # As a loader's workers; others would import torch first, which takes seconds.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_begin)
+
+
+def _begin() -> None:
+    """What a process does first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C goes to all; the first process ends the others
+    gc.freeze()  # else a collection would copy the json that it shares with the first process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without its parent a process would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -285,7 +285,7 @@ class ConvertCocoPolysToMask:
             "size": size.clone(),
         }
         if self.return_masks:
-            result["masks"] = self._masks(objects, height, width)[keep]
+            result["masks"] = self._masks(objects, keep, height, width)
         count = max((len(entry["keypoints"]) for entry in objects if "keypoints" in entry), default=None)
         if count is not None:
             # Objects without keypoints, or with fewer than another has, get invisible ones.
@@ -295,13 +295,16 @@ class ConvertCocoPolysToMask:
         return image, result
 
     @staticmethod
-    def _masks(objects: Sequence[dict], height: int, width: int) -> torch.Tensor:
-        masks = []
+    def _masks(objects: Sequence[dict], keep: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """uint8 [N, height, width] of those objects that ``keep`` (bool) names, each written where it stays."""
         for entry in objects:
             if "segmentation" not in entry:
                 raise ValueError(f"annotation {entry.get('id')!r} has no segmentation, but masks are asked for")
-            masks.append(segmentation_to_mask(entry["segmentation"], height, width))
-        return torch.stack(masks) if masks else torch.zeros((0, height, width), dtype=torch.uint8)
+        kept = [objects[row] for row in keep.nonzero().flatten().tolist()]
+        masks = torch.empty((len(kept), height, width), dtype=torch.uint8)
+        for mask, entry in zip(masks, kept, strict=True):
+            mask.copy_(segmentation_to_mask(entry["segmentation"], height, width))
+        return masks
 
 
 def get_coco_api_from_dataset(dataset) -> COCO | None:

@@ -42,7 +42,6 @@ _FOOTER = struct.Struct("<QQI8s")  # where the directory starts, its bytes, its 
 _DTYPES = {"uint8", "int32", "int64", "float64"}
 _PAGE = 4096
 _WHOLE = 1 << 20  # bytes up to which an array's checksum is of all of it; beyond, of pages spread over it
-_KEPT = 4  # images whose pages a process keeps mapped
 SAMPLED = 1000  # files whose size is compared with the json's before training
 
 
@@ -119,7 +118,6 @@ class Mapped:
         self.arrays, self.meta, self.ann_file = arrays, meta, ann_file
         self.cache, self.key, self.mapping = cache, key, mapping
         self.sizes = arrays["stated"]
-        self._read = 0  # images whose annotations have been asked for
 
     def __reduce__(self):
         # Another process maps the file itself.
@@ -146,11 +144,15 @@ class Mapped:
         return (width, height) if width else None
 
     def annotations(self, index: int, *, segmentations: bool = True) -> list[dict]:
-        arrays = self.arrays
-        self._read += 1
-        if self.mapping is not None and self._read % _KEPT == 0 and hasattr(mmap, "MADV_DONTNEED"):
-            # Else every process would hold, in time, all pages that it has ever looked at. The kernel keeps them.
+        entries = self._entries(index, segmentations)
+        if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            # Else every process would hold, in time, all pages that it has ever looked at: a file system may map
+            # megabytes for one number. The kernel keeps them.
             self.mapping.madvise(mmap.MADV_DONTNEED)
+        return entries
+
+    def _entries(self, index: int, segmentations: bool) -> list[dict]:
+        arrays = self.arrays
         start, end = arrays["offsets"][index : index + 2].tolist()
         rows = slice(start, end)
         image_id = self.image_id(index)

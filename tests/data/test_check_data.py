@@ -1,8 +1,13 @@
 """`check-data`, training and evaluation with files outside their folder, panoptic data, and damaged images."""
 
+import io
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -134,6 +139,121 @@ def test_the_verdict_comes_last(data, capsys):
     rename(data, lambda folder, name: f"../{name}")
     assert main(["check-data", *own(data, "train", "val")]) == 1
     assert capsys.readouterr().out.splitlines()[-2:] == [f"{data}/ann.json: 1 error"] * 2
+
+
+def test_ok_is_said_once_for_each_set(data, capsys):
+    assert main(["check-data", *own(data, "train")]) == 0
+    assert re.findall(r"\bok\b", capsys.readouterr().out) == ["ok"]
+    assert main(["check-data", *own(data, "train", "val")]) == 0
+    assert capsys.readouterr().out.splitlines().count(f"{data}/ann.json: ok") == 2
+    assert main(["check-data", *own(data, "train", "val")]) == 0
+    assert len(re.findall(r"\bok\b", capsys.readouterr().out)) == 2
+
+
+# Several processes
+
+
+@pytest.fixture
+def many(data):
+    """Fifty images, of which three cannot be read."""
+    content = json.loads((data / "ann.json").read_text())
+    image = content["images"][0]
+    content["images"] = [{**image, "id": i, "file_name": f"{i}.png"} for i in range(1, 51)]
+    for i in range(1, 51):
+        shutil.copy(data / "images" / image["file_name"], data / "images" / f"{i}.png")
+    for i, damage in ((40, b""), (7, b"text")):
+        (data / "images" / f"{i}.png").write_bytes(damage)
+    (data / "images" / "23.png").unlink()
+    (data / "ann.json").write_text(json.dumps(content))
+    return data
+
+
+@pytest.mark.parametrize("workers", [2, None])
+def test_processes_find_what_threads_find(many, workers):
+    expected = check_coco(many / "images", many / "ann.json")
+    got = check_coco(many / "images", many / "ann.json", num_workers=workers)
+    assert got == expected and list(got.errors.items()) == list(expected.errors.items())
+    assert [len(messages) for messages in got.errors.values()] == [2, 1] and str(got) == str(expected)
+
+
+def test_processes_find_what_threads_find_in_panoptic_data(panoptic):
+    folder, content = panoptic
+    content["images"][0]["width"], content["images"][1]["file_name"] = 9, "none.png"
+    set_png(folder, [[300] * 7] * 3 + [[5] * 7] * 3)
+    (folder / "ann.json").write_text(json.dumps(content))
+    reports = [
+        check_panoptic(folder / "images", folder / "png", folder / "ann.json", num_workers=workers)
+        for workers in (0, 2)
+    ]
+    assert reports[0] == reports[1] and str(reports[0]) == str(reports[1]) and len(reports[0].errors) == 3
+
+
+def test_the_number_of_processes_is_stated(many, capsys):
+    lines = []
+    for workers in "012":
+        assert main(["check-data", *own(many, "train"), "--num_workers", workers]) == 1
+        lines.append(capsys.readouterr())
+    assert lines[0] == lines[1] == lines[2] and lines[0].err == ""  # no bar, as this is no terminal
+    assert main(["check-data", *own(many, "train"), "--num_workers", "-1"]) == 2
+    assert "num_workers is -1; expected 0 or more" in capsys.readouterr().err
+
+
+def killed_at_30(folder, task):
+    if task[0] == "30.png":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 64, 64
+
+
+def test_a_killed_process_is_an_error(many, capsys, monkeypatch):
+    monkeypatch.setattr("detr_fast.data.check._decoded_size", killed_at_30)
+    assert main(["check-data", *own(many, "train"), "--num_workers", "2"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and re.fullmatch(
+        r"detr-fast: error: a process that decodes images was killed, perhaps for want of memory, when \d+ of 50 were "
+        r"done; --num_workers states how many there are \(0: none, threads instead\)\n",
+        said.err,
+    )
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_a_bar(many, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    assert main(["check-data", *own(many, "train"), "--num_workers", "2"]) == 1
+    assert "images" in sys.stderr.getvalue() and "50" in sys.stderr.getvalue()
+    assert sys.stderr.getvalue().endswith("\r") and "\r" not in capsys.readouterr().out
+
+
+_SLOW = """
+import os, sys, time
+from detr_fast.cli import main
+from detr_fast.data import check
+
+def slow(folder, task):
+    os.write(1, b"begun\\n")
+    time.sleep(0.05)
+    return 64, 64
+
+check._decoded_size = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_an_interrupted_check_leaves_no_process(many, number, code):
+    argv = [sys.executable, "-c", _SLOW, "check-data", *own(many, "train"), "--num_workers", "2"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout.readline() == "begun\n"
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: to all
+    else:
+        process.kill()  # the first process alone
+    out, err = process.communicate(timeout=60)  # ends when nobody holds the pipes any more
+    assert process.returncode == code and out.count("begun") < 48
+    assert err == ("detr-fast: interrupted\n" if number == signal.SIGINT else "")
 
 
 # Panoptic

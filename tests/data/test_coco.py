@@ -65,6 +65,18 @@ def test_target_drops_crowds_and_degenerate_boxes_and_clamps(write):
     assert target["masks"][0].sum() == 400 and target["masks"][0, 10:30, 10:30].all() and not target["masks"][1].any()
 
 
+def test_masks_are_of_the_objects_that_are_kept(write):
+    pytest.importorskip("pycocotools")
+    rows = [
+        annotation(i, [x, 10, 10, 10], area=100, iscrowd=0, segmentation=[[x, 10, x + 10, 10, x + 10, 20, x, 20]])
+        for i, x in ((1, 70), (2, 0), (3, 65), (4, 40))
+    ]
+    target = CocoDetection(*write(rows), None, True)[0][1]
+    expected = torch.zeros((2, 40, 60), dtype=torch.uint8)
+    expected[0, 10:20, 0:10] = expected[1, 10:20, 40:50] = 1
+    assert torch.equal(target["masks"], expected) and target["masks"].is_contiguous()
+
+
 def test_image_without_objects_has_empty_target_of_the_same_dtypes(write):
     paths = write([annotation(1, [10, 10, 20, 20], area=400, segmentation=[[10, 10, 30, 10, 30, 30]])])
     dataset = CocoDetection(*paths, make_coco_transforms("train", scales=64), True)

@@ -1,6 +1,7 @@
 """Folders as other tools write them: the same data in each layout gives the same targets; nothing is lost silently."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from detr_fast.cli import main
 from detr_fast.config import Config
 from detr_fast.data import make_shapes_dataset
-from detr_fast.data.layouts import find_layout
+from detr_fast.data.layouts import find_layout, finding
 from detr_fast.tasks import task_of
 from detr_fast.tasks.boxes import Boxes
 from detr_fast.tasks.paths import with_data
@@ -478,3 +479,15 @@ def test_unknown_and_ambiguous_folders_are_refused_with_what_is_there(coco, tmp_
         find_layout(both)
     assert main(["train", "--data", str(coco), "--coco_path", str(coco), "--device", "cpu"]) == 2
     assert "it does not go together with --coco_path" in capsys.readouterr().err
+
+
+def test_a_json_that_says_the_same_is_not_written_again(tmp_path):
+    file = tmp_path / "train.json"
+    finding._write(file, {"images": [], "ä": 1.5})
+    os.utime(file, ns=(1, 1))
+    assert finding._write(file, {"images": [], "ä": 1.5}) == file and file.stat().st_mtime_ns == 1
+    finding._write(file, {"images": [1]})
+    assert json.loads(file.read_text()) == {"images": [1]} and file.stat().st_mtime_ns > 1
+    file.write_bytes(b"\xff")
+    finding._write(file, {"images": [1]})
+    assert json.loads(file.read_text()) == {"images": [1]} and list(tmp_path.iterdir()) == [file]

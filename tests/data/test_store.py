@@ -3,6 +3,7 @@
 import copy
 import fcntl
 import json
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -11,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,6 +181,22 @@ def cached(folder, monkeypatch):
 
 def caches(folder) -> list:
     return sorted(path for path in folder.iterdir() if "detr_fast" in path.name)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="the system keeps pages as it likes")
+def test_a_process_keeps_no_page_of_what_it_has_read(cached):
+    """Else a worker holds, in time, the whole cache: a file system may map megabytes for one number."""
+    _, opened = cached
+    mapped = opened()
+
+    def held() -> int:
+        blocks = Path("/proc/self/smaps").read_text().split("VmFlags")
+        (own,) = [block for block in blocks if mapped.cache in block]
+        return int(own.split("Rss:")[1].split()[0])
+
+    mapped.image_id(0)
+    assert held() > 0
+    assert mapped.annotations(2) and held() == 0
 
 
 def test_the_cache_is_used_until_the_json_changes(folder, cached, monkeypatch):

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,10 +195,17 @@ def _cache_folder(root: Path, ids: Mapping[str, int]) -> Path:
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> Path:
-    """Writes the json whole or not at all: several processes write the same at the same time."""
+    """Writes the json whole or not at all: several processes write the same at the same time.
+
+    One that says the same already stays, with its time: what is kept of it (`detr_fast.data.store`) is used again.
+    """
+    text = json.dumps(content)
+    with suppress(OSError, ValueError):
+        if file.read_text(encoding="utf-8") == text:
+            return file
     with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8") as temporary:
         try:
-            json.dump(content, temporary)
+            temporary.write(text)
         except BaseException:
             os.unlink(temporary.name)
             raise
