@@ -45,6 +45,7 @@ from detr_fast.inference.images import (
 )
 from detr_fast.inference.latency import ForwardGraphs
 from detr_fast.inference.loading import Loaded, load_for_inference
+from detr_fast.inference.names import with_names
 from detr_fast.inference.sources import EXPORTED_SUFFIXES
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.tasks.base import Result
@@ -298,7 +299,7 @@ class Detector:
         Raises:
             UsageError: settings or data that do not fit. TypeError: a setting that there is not, or that is not free.
         """
-        self._trained("train")
+        checkpoint = with_names(self._checkpoint("train"))
         for name in {"weights", "eval"} & set(settings):
             raise TypeError(f"train starts from this model's weights and trains: {name!r} cannot be set")
         if os.fspath(output_dir) in ("", NO_OUTPUT):
@@ -309,7 +310,7 @@ class Detector:
         own |= {"backbone_weights": "imagenet" if self.config.backbone_norm == "frozen" else "none"}
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "weights.pth"
-            self.save(weights)
+            save_checkpoint(checkpoint, weights)
             config = Config(**{**own, **settings, "weights": weights})
             train(config, callbacks=callbacks)
         return load(output_dir, device=config.device, precision=config.precision, compile=config.compile)

@@ -34,6 +34,7 @@ from detr_fast.tasks.paths import check_data, with_data
 from detr_fast.tasks.pictures import draw_sheet
 from detr_fast.training.callbacks import Callback, Callbacks, callbacks_of
 from detr_fast.training.checkpoint import averaged_weights, read_checkpoint, rng_state, save_checkpoint, set_rng_state
+from detr_fast.training.classes import known_classes, say_known
 from detr_fast.training.curves import draw_curves
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.engine import evaluate, run_epoch
@@ -156,8 +157,11 @@ class Trainer:
         )
         self.n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if weights is not None:
-            for line in load_weights(self.model, averaged_weights(weights), config.weights):
+            known = known_classes(self.categories, weights)
+            for line in load_weights(self.model, averaged_weights(weights), config.weights, classes=known):
                 say(f"--weights: not taken, starts fresh: {line}")
+            if known:
+                say(f"--weights: {say_known(self.categories, known)}")
         if frozen is not None:
             self.task.load_frozen(self.model, averaged_weights(frozen), f"--frozen_weights {config.frozen_weights}")
         self.step = build_step(self.model, self.criterion, config, device, say)
