@@ -34,9 +34,10 @@ def load_url(url: str, otherwise: str):
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError, http.client.HTTPException, pickle.UnpicklingError) as error:
         place = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+        reason = getattr(error, "reason", "") or str(error) or type(error).__name__
         raise RuntimeError(
-            f"could not get {url}: {error}. Download it elsewhere and put it at {place}, or {otherwise}."
-        ) from error
+            f"could not get {url}: {reason}. Download it elsewhere and put it at {place}, or {otherwise}."
+        ) from None
 
 
 def load_file(path: str | os.PathLike) -> dict[str, Tensor]:
