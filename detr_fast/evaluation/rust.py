@@ -8,6 +8,7 @@ it would wait for them for ever.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -78,9 +79,16 @@ def draw_confusion(names: Sequence[str], counts: np.ndarray, path: str | os.Path
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     # Between dollars matplotlib would read mathematics.
     labels = [name.replace("$", r"\$") for name in names]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # of a script that the font lacks
-        figure, _ = confusion_matrix({"matrix": counts, "normalized": shares, "cat_names": labels}, save_path=path)
+    # The font lacks a weight that hotcoco asks for, and some scripts: matplotlib would tell users of both.
+    fonts = logging.getLogger("matplotlib.font_manager")
+    level = fonts.level
+    fonts.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")
+            figure, _ = confusion_matrix({"matrix": counts, "normalized": shares, "cat_names": labels}, save_path=path)
+    finally:
+        fonts.setLevel(level)
     plt.close(figure)
     return True
 

@@ -121,12 +121,14 @@ def test_confusion_is_written_as_data_and_as_a_picture(folder, tmp_path):
     assert len(picture.getcolors(picture.width * picture.height)) > 20
 
 
-def test_names_in_the_picture_are_text(tmp_path):
+def test_names_in_the_picture_are_text(tmp_path, capfd, caplog):
     pytest.importorskip("hotcoco")
     pytest.importorskip("matplotlib")
     counts = torch.tensor([[3, 1, 0], [0, 2, 1], [1, 0, 0]]).numpy()
     assert rust.draw_confusion(["$\\frac{", "猫 $"], counts, tmp_path / "x.png")
     assert Image.open(tmp_path / "x.png").width > 300
+    captured = capfd.readouterr()
+    assert "findfont" not in captured.err and "findfont" not in caplog.text
 
 
 def test_an_earlier_confusion_does_not_stay(folder, tmp_path, monkeypatch):
