@@ -51,8 +51,8 @@ gate: $(READY)
 demo: $(READY)
 	$(PY) -m detr_fast demo
 
-# What only a GPU can tell, thirteen minutes at most: the doctor, cuDNN's convolutions, the GPU tests, the training step, every
-# benchmark suite. Goes on after a failure; every result is printed and saved when it is there, under benchmarks/results/<gpu>/.
+# What only a GPU can tell, thirteen minutes at most: the doctor, cuDNN's convolutions, the GPU tests, the training step, the
+# latency of one image, every benchmark suite. Goes on after a failure; every result is printed and saved when it is there, under benchmarks/results/<gpu>/.
 # QUICK=1: under three minutes. PART="probe step" runs these alone. What runs only if it is named: PART=compiled, the training
 # step with torch.compile; PART=tune, other tile sizes; PART=same, six comparisons of 300 training steps with the reference
 # path's; PART=sanitize, every kernel under compute-sanitizer and 100 times over. BUDGET=seconds. `python -m benchmarks.gpu

@@ -12,11 +12,12 @@ SHORT = {"collate": "pad_collate", "position": "sine_position", "mha": "multihea
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's arguments to `parser`; `run` takes what it parses."""
     parser.add_argument(
-        "suite", choices=[*SUITES, "train", "infer", "all", "report", "static", "tune"],
+        "suite", choices=[*SUITES, "train", "infer", "latency", "all", "report", "static", "tune"],
         type=lambda name: SHORT.get(name, name),
         help="the op to measure (collate, position and mha are short for three of them); train: the whole training "
-        "step, ours beside the original's; infer: inference on a CPU, ours beside others'; all: every op and the step; "
-        "report: write the tables of README and NOTES from the results; static: what the "
+        "step, ours beside the original's; infer: inference on a CPU, ours beside others'; latency: one image, call "
+        "by call and as a CUDA graph; all: every op and the step; report: write "
+        "the tables of README and NOTES from the results; static: what the "
         "compiler says; tune: which tile sizes are fastest on this GPU",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few cases, short measurements")

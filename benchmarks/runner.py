@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         from .studies.static import run_static
 
         return run_static(not args.no_save)
-    if args.suite in ("train", "infer") and args.interpret:
+    if args.suite in ("train", "infer", "latency") and args.interpret:
         raise ValueError(f"{args.suite}: not through the interpreter; expected a GPU, or a CPU without --interpret")
     if args.interpret and os.environ.get("TRITON_INTERPRET") != "1":
         # The interpreter must be chosen before Triton is imported.
@@ -67,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
         from .studies.infer import run_infer
 
         return run_infer(args, _device(args))
+    if args.suite == "latency":
+        from .studies.latency import run_latency
+
+        return run_latency(args, _device(args))
     return _run_suite(args)
 
 

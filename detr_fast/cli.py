@@ -173,6 +173,11 @@ def _predict_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="take the pixels as they are stored; otherwise images are turned upright as their EXIF data say",
     )
+    parser.add_argument(
+        "--low_latency",
+        action="store_true",
+        help="on a GPU: replay a CUDA graph of the network for each size of image that comes again",
+    )
     add_flags(parser, DataConfig, only=("image_size", "max_size"))
     add_flags(parser, RunConfig, only=("device", "precision", "compile"))
     add_flags(parser, ModelConfig, inference=True)
@@ -184,7 +189,13 @@ def _predict(args: argparse.Namespace, given: set[str]) -> int:
     from detr_fast.inference.prediction import predict
 
     failed = predict(
-        config, args.inputs, given=given, threshold=args.threshold, ann=args.ann, ignore_exif=args.ignore_exif
+        config,
+        args.inputs,
+        given=given,
+        threshold=args.threshold,
+        ann=args.ann,
+        ignore_exif=args.ignore_exif,
+        low_latency=args.low_latency,
     )
     return 1 if failed else 0
 

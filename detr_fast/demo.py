@@ -5,7 +5,7 @@ import torch
 from detr_fast.config import Config, choose_device, make_output_dir
 from detr_fast.data.generate import make_shapes_dataset
 from detr_fast.distributed import is_main_process
-from detr_fast.errors import UsageError
+from detr_fast.errors import InterruptedRun, UsageError
 from detr_fast.inference.prediction import predict
 from detr_fast.training.trainer import train
 
@@ -48,7 +48,11 @@ def demo(output_dir: str, device: str = "auto", max_steps: int = 0) -> float:
     shown = " ".join(f"--{name} {value}" for name, value in settings.items())
     print(f"detr-fast train --coco_path {data} --output_dir {root} {shown}", flush=True)
     config = Config(**settings, coco_path=data, output_dir=root, device=device, max_steps=max_steps)
-    stats = train(config)["test_coco_eval_bbox"]
+    try:
+        stats = train(config)["test_coco_eval_bbox"]
+    except InterruptedRun as stop:
+        advice = "To go on: the command above, detr-fast train …, with --resume auto"
+        raise InterruptedRun(stop.where, stop.signal, advice) from None
 
     if is_main_process():
         images = sorted((data / "val2017").glob("*.jpg"))[:8]

@@ -17,9 +17,10 @@ class InterruptedRun(RuntimeError):
     """A run stopped because of a signal, with everything saved; the message says how to go on.
 
     Attributes:
+        where: the message without `advice`.
         signal: its number; a program ends with exit code 128 + signal.
     """
 
-    def __init__(self, message: str, signal: int):
-        super().__init__(message)
-        self.signal = signal
+    def __init__(self, where: str, signal: int, advice: str = ""):
+        super().__init__(f"{where}. {advice}" if advice else where)
+        self.where, self.signal = where, signal

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from PIL import Image
 import detr_fast.demo
 from detr_fast import cli
 from detr_fast.cli import main
+from detr_fast.training import engine
 
 TINY = (
     "--backbone resnet18 --backbone_weights none --backbone_level 1 --hidden_dim 32 --nheads 2 --enc_layers 1 "
@@ -299,6 +302,27 @@ def test_demo_leaves_data_pictures_and_curves(tmp_path, capsys, monkeypatch):
     for name in ("curves.png", "checkpoint.pth", "log.txt", "predictions/predictions.json", "samples/epoch0000.png"):
         assert (tmp_path / "demo" / name).is_file(), name
     assert len(list((tmp_path / "demo" / "data" / "train2017").glob("*.jpg"))) == 16
+
+
+def test_an_interrupted_demo_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    """With the command that it has printed: it has no --resume of its own."""
+    monkeypatch.setitem(detr_fast.demo._CPU_DATA, "num_train", 16)
+    monkeypatch.setitem(detr_fast.demo._CPU_DATA, "num_val", 4)
+    monkeypatch.setitem(detr_fast.demo._CPU, "epochs", 1)
+    real = engine._optimizer_step
+
+    def stop(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr(engine, "_optimizer_step", stop)
+        assert main(["demo", "--device", "cpu", "--output_dir", str(tmp_path)]) == 128 + signal.SIGTERM
+    out, said = capsys.readouterr()
+    assert "after step 1; saved in" in said and "the command above, detr-fast train …, with --resume auto" in said
+    command = next(line for line in out.splitlines() if line.startswith("detr-fast train "))
+    assert main([*shlex.split(command)[1:], "--resume", "auto", "--device", "cpu"]) == 0
+    assert "continuing" in capsys.readouterr().out
 
 
 def test_real_images_train_and_predict(coco_mini, tmp_path, capsys):

@@ -8,8 +8,10 @@ it would wait for them for ever.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,6 +58,39 @@ def confusion(coco_gt: COCO, detections: Detections, params: Any, *, iou: float)
     """
     matrix = _evaluation(coco_gt, detections, params).confusion_matrix(iou_thr=iou)["matrix"]
     return np.asarray(matrix).astype(np.int64)
+
+
+def draw_confusion(names: Sequence[str], counts: np.ndarray, path: str | os.PathLike) -> bool:
+    """Draws a confusion matrix, as shares of its rows; of more than 30 classes the 25 that are mistaken most.
+
+    Args:
+        names: of the K classes.
+        counts: [K + 1, K + 1], see `confusion`.
+        path: gets the picture.
+
+    Returns:
+        False if matplotlib is not installed: nothing is drawn then.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    import matplotlib.pyplot as plt
+    from hotcoco.plot import confusion_matrix
+
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    # Between dollars matplotlib would read mathematics.
+    labels = [name.replace("$", r"\$") for name in names]
+    # The font lacks a weight that hotcoco asks for, and some scripts: matplotlib would tell users of both.
+    fonts = logging.getLogger("matplotlib.font_manager")
+    level = fonts.level
+    fonts.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")
+            figure, _ = confusion_matrix({"matrix": counts, "normalized": shares, "cat_names": labels}, save_path=path)
+    finally:
+        fonts.setLevel(level)
+    plt.close(figure)
+    return True
 
 
 def _evaluation(coco_gt: COCO, detections: Detections, params: Any) -> Any:

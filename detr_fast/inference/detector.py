@@ -28,6 +28,7 @@ from detr_fast.config import (
 from detr_fast.data.categories import Categories
 from detr_fast.data.images import ImageReadError
 from detr_fast.data.prefetch import Prefetcher
+from detr_fast.distributed import say
 from detr_fast.errors import UsageError
 from detr_fast.inference.detections import Detections, best
 from detr_fast.inference.evaluation import evaluate_loaded
@@ -42,7 +43,9 @@ from detr_fast.inference.images import (
     batches_of_one_size,
     pictures,
 )
+from detr_fast.inference.latency import ForwardGraphs
 from detr_fast.inference.loading import Loaded, load_for_inference
+from detr_fast.inference.names import with_names
 from detr_fast.inference.sources import EXPORTED_SUFFIXES
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.tasks.base import Result
@@ -124,6 +127,7 @@ class Detector:
         self._loaded = loaded
         self.names: dict[int, str] = loaded.names
         self.found = loaded.task.found
+        self._graphs: ForwardGraphs | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -221,13 +225,40 @@ class Detector:
         loaded = self._loaded
         if isinstance(loaded, Exported):
             return loaded.detect(samples, orig_sizes, sizes)
-        outputs, padded_size = outputs_of(loaded.model, samples), samples.tensors.shape[-2:]
+        outputs = outputs_of(loaded.model if self._graphs is None else self._graphs, samples)
+        padded_size = samples.tensors.shape[-2:]
         results = loaded.task.postprocess(loaded.postprocessors, outputs, orig_sizes, sizes, padded_size)
         return with_category_ids(results, loaded.categories)
 
     def _detections(self, result: Result, picture: Picture, known: dict[str, Any], threshold: float) -> Detections:
         height, width = known["orig_size"]
         return Detections(best(result, threshold), self._loaded.task, self.names, picture, (height, width))
+
+    def low_latency(self, shapes: int = 16) -> "Detector":
+        """Has `predict` replay CUDA graphs of the network on a GPU; elsewhere a printed line says that it cannot.
+
+        A graph is recorded when a batch of its shape comes for the second time, which takes a few calls' time, and
+        replayed from then on: of the network's many launches one is left. What is found stays the same. That helps
+        single images of few different sizes, such as a camera's. Where the network cannot be recorded a line says why,
+        and it runs as before. Changed weights are noticed. Not for several threads at a time.
+
+        Args:
+            shapes: the most shapes to be recorded, each of which keeps a few megabytes; others run without a graph.
+
+        Returns:
+            This object: ``model = load(x).low_latency()``.
+
+        Raises:
+            UsageError: an exported file. ValueError: no shapes.
+        """
+        model = self._trained("low_latency").model
+        if shapes < 1:
+            raise ValueError(f"shapes must be at least 1, got {shapes}")
+        if torch.device(self.config.device).type == "cuda":
+            self._graphs = ForwardGraphs(model, say, limit=shapes)
+        else:
+            say("low_latency has no effect: CUDA graphs need a GPU")
+        return self
 
     def evaluate(self, **settings: Any) -> dict[str, Any]:
         """Evaluates on validation data and prints the task's numbers, as ``detr-fast eval`` does.
@@ -268,7 +299,7 @@ class Detector:
         Raises:
             UsageError: settings or data that do not fit. TypeError: a setting that there is not, or that is not free.
         """
-        self._trained("train")
+        checkpoint = with_names(self._checkpoint("train"))
         for name in {"weights", "eval"} & set(settings):
             raise TypeError(f"train starts from this model's weights and trains: {name!r} cannot be set")
         if os.fspath(output_dir) in ("", NO_OUTPUT):
@@ -279,7 +310,7 @@ class Detector:
         own |= {"backbone_weights": "imagenet" if self.config.backbone_norm == "frozen" else "none"}
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "weights.pth"
-            self.save(weights)
+            save_checkpoint(checkpoint, weights)
             config = Config(**{**own, **settings, "weights": weights})
             train(config, callbacks=callbacks)
         return load(output_dir, device=config.device, precision=config.precision, compile=config.compile)

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -213,9 +214,16 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
 
 
 def _write_onnx(program: ExportedProgram, path: Path, metadata: str, graph: _Graph) -> None:
-    written = torch.onnx.export(
-        program, (), dynamo=True, input_names=graph.inputs, output_names=graph.outputs, verbose=False
-    )
+    # It would tell of each operation with several outputs that it is left as it is.
+    folding = logging.getLogger("onnxscript.optimizer._constant_folding")
+    level = folding.level
+    folding.setLevel(logging.ERROR)
+    try:
+        written = torch.onnx.export(
+            program, (), dynamo=True, input_names=graph.inputs, output_names=graph.outputs, verbose=False
+        )
+    finally:
+        folding.setLevel(level)
     written.model.metadata_props[ENTRY] = metadata
     written.save(path)
 

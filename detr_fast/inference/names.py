@@ -1,5 +1,10 @@
 """The names of COCO's categories, for weights that name no classes."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from detr_fast.data.categories import Categories
+
 # Of stuff in COCO's panoptic data, by category id.
 _STUFF = {
     92: "banner", 93: "blanket", 95: "bridge", 100: "cardboard", 107: "counter", 109: "curtain", 112: "door-stuff",
@@ -25,3 +30,12 @@ def coco_names(num_classes: int | None) -> dict[int, str]:
     things = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     names = {number: name for number, name in enumerate(things) if name not in ("__background__", "N/A")}
     return names | (_STUFF if num_classes == _PANOPTIC_CLASSES else {})
+
+
+def with_names(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A checkpoint with "categories": COCO's, with their ids as labels, where it names none and has as many classes."""
+    bias = next((value for name, value in checkpoint["model"].items() if name.endswith("class_embed.bias")), ())
+    names = coco_names(len(bias) - 1)
+    if "categories" in checkpoint or not names:
+        return checkpoint
+    return {**checkpoint, "categories": Categories(tuple(names), tuple(names.values())).to_dict()}

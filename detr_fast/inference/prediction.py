@@ -21,6 +21,7 @@ def predict(
     threshold: float = 0.5,
     ann: str | None = None,
     ignore_exif: bool = False,
+    low_latency: bool = False,
 ) -> int:
     """Detects what the model knows in image files and writes to `config.output_dir`.
 
@@ -40,6 +41,7 @@ def predict(
         ann: a COCO json to take the image ids from. None: images are numbered from 1.
         ignore_exif: take the pixels as they are stored. By default images are turned as their EXIF orientation says;
             with `ann` only where that gives them the size that it states, as in training.
+        low_latency: see `Detector.low_latency`.
 
     Returns:
         How many images could not be read; each is named in a printed line and left out.
@@ -58,6 +60,8 @@ def predict(
         pictures = _pictures(files, Path(config.output_dir))
         output_dir = make_output_dir(config.output_dir)
         detector = open_detector(config, given, config.weights)
+        if low_latency:
+            detector.low_latency()
         images = [Picture(path, upright=not ignore_exif and _is_upright(path, name, known)) for path, name in files]
         return _predict(detector, files, images, ids, pictures, output_dir, threshold, config.batch_size or 1)
 

@@ -9,6 +9,7 @@ from detr_fast.config import MODEL_SETTINGS, Config, default_of
 from detr_fast.distributed import first_process_first, say
 from detr_fast.errors import UsageError
 from detr_fast.inference.loading import settings_from_shapes
+from detr_fast.inference.names import with_names
 from detr_fast.inference.sources import read_source
 from detr_fast.models.weights import has_masks
 from detr_fast.training.checkpoint import read_checkpoint
@@ -30,7 +31,7 @@ def weights_reader(given: Collection[str]) -> Callable[[Config], tuple[Config, M
             # The run goes on with its own checkpoint, which describes the same model.
             return _described(config, given, read_checkpoint(resumed), f"--resume {resumed}"), None
         with first_process_first():
-            checkpoint = read_source(config.weights)
+            checkpoint = with_names(read_source(config.weights))
         return _described(config, given, checkpoint, f"--weights {config.weights}"), checkpoint
 
     return read

@@ -14,6 +14,7 @@ from detr_fast.distributed import first_process_first
 
 # What `load_weights` may leave at its fresh values: the parts whose size depends on the task.
 _REPLACEABLE = ("class_embed.", "query_embed.")
+_CLASS_HEAD = ("class_embed.weight", "class_embed.bias")  # a row for each class, that of no-object last
 # In a model with masks the detector's names begin with this.
 DETECTOR = "detr."
 
@@ -33,9 +34,10 @@ def load_url(url: str, otherwise: str):
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError, http.client.HTTPException, pickle.UnpicklingError) as error:
         place = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+        reason = getattr(error, "reason", "") or str(error) or type(error).__name__
         raise RuntimeError(
-            f"could not get {url}: {error}. Download it elsewhere and put it at {place}, or {otherwise}."
-        ) from error
+            f"could not get {url}: {reason}. Download it elsewhere and put it at {place}, or {otherwise}."
+        ) from None
 
 
 def load_file(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -82,7 +84,9 @@ def load_model(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     model.load_state_dict(state)
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> list[str]:
+def load_weights(
+    model: nn.Module, state: Mapping[str, Tensor], source: str, *, classes: Mapping[int, int] | None = None
+) -> list[str]:
     """Loads `state`, leaving the class head and the queries fresh where their sizes differ.
 
     A model with masks also takes the weights of one without; its mask head is then left fresh.
@@ -91,6 +95,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         model: gets the values.
         state: name → tensor.
         source: what the error message calls the state.
+        classes: where the classes of the two differ: label here → label there, of those that both have. Their rows of
+            the class head are taken, and that of no-object; the others are left fresh. Empty: the whole head is. None:
+            the head is taken if it has the same size.
 
     Returns:
         One line for each tensor that was left as it is, with both shapes, and one for the mask head.
@@ -104,15 +111,27 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         state = {f"{DETECTOR}{name}": value for name, value in state.items()}
         fresh = {name: value for name, value in own.items() if not name.startswith(DETECTOR)}
         lines.append(f"the mask head, which {source} does not have")
+    heads = [name for name in own if name.removeprefix(DETECTOR) in _CLASS_HEAD and name in state]
+    if classes:
+        state = {**state, **{name: _with_rows(own[name], state[name], classes) for name in heads}}
     replaced = [
         name
         for name in own
         if name.removeprefix(DETECTOR).startswith(_REPLACEABLE)
         and name in state
-        and state[name].shape != own[name].shape
+        and (state[name].shape != own[name].shape or (classes is not None and not classes and name in heads))
     ]
     load_model(model, {**state, **fresh, **{name: own[name] for name in replaced}}, source)
     return [f"{name}: {list(state[name].shape)} there, {list(own[name].shape)} here" for name in replaced] + lines
+
+
+def _with_rows(own: Tensor, other: Tensor, classes: Mapping[int, int]) -> Tensor:
+    """`own` with rows of `other`, those of `classes` and the last; `other` itself where its rows have another size."""
+    if own.shape[1:] != other.shape[1:]:
+        return other
+    rows = own.clone()
+    rows[[*classes, -1]] = other[[*classes.values(), -1]].to(rows)
+    return rows
 
 
 def has_masks(state: Mapping[str, Tensor]) -> bool:

@@ -83,7 +83,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         try:
             checkpoint = load_url(str(path), "give the path of a file")
         except RuntimeError as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(str(error)) from None
     else:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no checkpoint file at {str(path)!r}")

@@ -1,7 +1,8 @@
 """CUDA graphs of a model's forward and backward passes: one launch where there were a thousand.
 
 A graph is recorded for a kind of batch: shapes, dtypes, and whether there is padding. Loss and optimiser stay outside:
-they depend on the number of targets. `--size_divisor` keeps the kinds few.
+they depend on the number of targets. `--size_divisor` keeps the kinds few. `detr_fast.inference.latency` has graphs of
+the forward pass alone.
 """
 
 from collections import Counter
@@ -35,6 +36,9 @@ class Graphs:
         replayed, eager: calls so far, of each way.
     """
 
+    flag, runs = "--graphs", "the steps run"  # what the lines for the user begin with
+    in_training = True  # the mode in which graphs are recorded
+
     def __init__(
         self,
         model: nn.Module,
@@ -55,7 +59,7 @@ class Graphs:
 
     def __call__(self, samples: NestedTensor) -> Any:
         """The model's outputs."""
-        passes = self._passes_for(samples) if self._works and self.model.training else None
+        passes = self._passes_for(samples) if self._works and self.model.training == self.in_training else None
         if passes is None:
             self.eager += 1
             return self.call(samples)
@@ -71,7 +75,7 @@ class Graphs:
             return None
         if len(self._passes) >= self.limit:
             if not self._is_full:
-                self.say(f"--graphs: {self.limit} kinds of batches are recorded, further ones run without a graph")
+                self.say(f"{self.flag}: {self.limit} kinds of batches are recorded, further ones run without a graph")
                 self._is_full = True
             return None
         hooked = name_of_hooked(self.model)
@@ -89,8 +93,12 @@ class Graphs:
 
     def _stop(self, reason: str) -> None:
         self._works = False
+        self._drop()
+        self.say(f"{self.flag}: {self.runs} without graphs: {reason}")
+
+    def _drop(self) -> None:
         self._passes.clear()
-        self.say(f"--graphs: the steps run without graphs: {reason}")
+        self._pool = None  # a pool that no graph uses any more takes no further ones
 
 
 def record_passes(model: nn.Module, call: Passes, samples: NestedTensor, pool: Any) -> Passes:
@@ -112,7 +120,7 @@ def record_passes(model: nn.Module, call: Passes, samples: NestedTensor, pool: A
     """
     device = samples.tensors.device
     forward = _OfTensors(model, call)
-    inputs = tuple(tensor.clone() for tensor in _tensors(samples))
+    inputs = tuple(tensor.clone() for tensor in tensors_of(samples))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     cached = torch.is_autocast_cache_enabled()
     with torch.random.fork_rng([device]):
@@ -125,13 +133,13 @@ def record_passes(model: nn.Module, call: Passes, samples: NestedTensor, pool: A
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    return lambda samples: passes(*_tensors(samples))
+    return lambda samples: passes(*tensors_of(samples))
 
 
 def kind_of(samples: NestedTensor) -> tuple:
     """What a graph is recorded for: shape, strides and dtype of images and mask (none: no padding), and autocast's
     dtype."""
-    layout = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in _tensors(samples))
+    layout = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors_of(samples))
     device = samples.tensors.device.type
     mode = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return layout, mode
@@ -146,7 +154,8 @@ def name_of_hooked(model: nn.Module) -> str | None:
     return None
 
 
-def _tensors(samples: NestedTensor) -> tuple[Tensor, ...]:
+def tensors_of(samples: NestedTensor) -> tuple[Tensor, ...]:
+    """A batch's images, and its mask where there may be padding."""
     return (samples.tensors,) if is_unpadded(samples) else (samples.tensors, samples.mask)
 
 

@@ -1,5 +1,6 @@
 """The report of an evaluation, ``eval/report.html``: the task's page, and its worst and best images."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from PIL import Image
 from detr_fast.data.images import load_image
 from detr_fast.data.validation import stated_size
 from detr_fast.evaluation import Evaluator
-from detr_fast.evaluation.report import Page, Shown, render
+from detr_fast.evaluation.report import Confusion, Page, Shown, render
+from detr_fast.evaluation.rust import draw_confusion
 from detr_fast.tasks import Task
 
 _WORST, _BEST = 12, 6  # how many images
@@ -20,7 +22,8 @@ def write_report(
     """Writes the page and returns its path. Call it in the first process.
 
     Args:
-        output_dir: gets "eval/report.html".
+        output_dir: gets "eval/report.html"; where there is a confusion matrix also "eval/confusion.json" with its
+            numbers, and "eval/confusion.png" if matplotlib is installed.
         task: what was evaluated.
         evaluator: after its `summarize`.
         dataset: the validation set, which knows the folder of the images.
@@ -42,7 +45,19 @@ def write_report(
     path.parent.mkdir(exist_ok=True)
     title = f"Evaluation of {source or task.name}"
     path.write_text(render(title, subtitle, page, shown), encoding="utf-8", errors="backslashreplace")
+    _write_confusion(path.parent, page.confusion)
     return path
+
+
+def _write_confusion(folder: Path, confusion: Confusion | None) -> None:
+    files = folder / "confusion.json", folder / "confusion.png"
+    for file in files:
+        file.unlink(missing_ok=True)  # of an earlier evaluation
+    if confusion is None:
+        return
+    described = {"names": [*confusion.names, "nothing"], "counts": confusion.counts.tolist(), "note": confusion.note}
+    files[0].write_text(json.dumps(described), encoding="utf-8")
+    draw_confusion(confusion.names, confusion.counts, files[1])
 
 
 def annotated_image(image_id: int, dataset: Any, coco: Any) -> tuple[str, Image.Image]:

@@ -34,6 +34,7 @@ from detr_fast.tasks.paths import check_data, with_data
 from detr_fast.tasks.pictures import draw_sheet
 from detr_fast.training.callbacks import Callback, Callbacks, callbacks_of
 from detr_fast.training.checkpoint import averaged_weights, read_checkpoint, rng_state, save_checkpoint, set_rng_state
+from detr_fast.training.classes import known_classes, say_known
 from detr_fast.training.curves import draw_curves
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.engine import evaluate, run_epoch
@@ -156,8 +157,11 @@ class Trainer:
         )
         self.n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if weights is not None:
-            for line in load_weights(self.model, averaged_weights(weights), config.weights):
+            known = known_classes(self.categories, weights)
+            for line in load_weights(self.model, averaged_weights(weights), config.weights, classes=known):
                 say(f"--weights: not taken, starts fresh: {line}")
+            if known:
+                say(f"--weights: {say_known(self.categories, known)}")
         if frozen is not None:
             self.task.load_frozen(self.model, averaged_weights(frozen), f"--frozen_weights {config.frozen_weights}")
         self.step = build_step(self.model, self.criterion, config, device, say)
@@ -170,6 +174,8 @@ class Trainer:
         self._stale = 0  # evaluations since the best one
         self._unevaluated: dict | None = None  # training numbers of an epoch whose evaluation was interrupted
         self._inside: dict | None = None  # where in the epoch a checkpoint was made
+        self._began = time.perf_counter()
+        self._seconds_before: float | None = None  # what a resumed run's earlier pieces took
         if checkpoint is not None:
             self._continue(checkpoint)
         self._kept = f"{config.resume} is" if checkpoint is not None else "no checkpoint is"
@@ -225,7 +231,6 @@ class Trainer:
         divisor = size_divisor(config, train=True)
         if divisor > 1:
             say(f"training batches are padded to multiples of {divisor} pixels (--size_divisor)")
-        began = time.perf_counter()
         if self._unevaluated is not None:
             row = self._finish(self.epoch - 1, self._unevaluated)
         elif self._stops_early() and self._inside is None:
@@ -251,10 +256,21 @@ class Trainer:
                 f"stopped after epoch {self.epoch - 1}: {self._stale} evaluations without a better score than "
                 f"{self.best:.4f}{best} (--early_stop {config.early_stop})"
             )
-        say(f"training took {datetime.timedelta(seconds=int(time.perf_counter() - began))}")
+        say(f"training took {self._duration()}")
         if self.output_dir is not None and row:
             say(f"saved in {self.output_dir}; to use it: detr-fast predict IMAGES --weights {self.output_dir}")
         return row
+
+    def _seconds(self) -> float:
+        """What this piece of the run has taken so far."""
+        return time.perf_counter() - self._began
+
+    def _duration(self) -> str:
+        piece = datetime.timedelta(seconds=int(self._seconds()))
+        if self._seconds_before is None:
+            return str(piece)
+        whole = datetime.timedelta(seconds=int(self._seconds_before + self._seconds()))
+        return f"{whole}, {piece} of it since it was resumed"
 
     def _train_epoch(self) -> dict[str, float]:
         """Trains the next epoch, or the rest of one that was begun. Returns its averages."""
@@ -313,10 +329,8 @@ class Trainer:
         if self.output_dir is None:
             raise InterruptedRun(f"{where}; nothing is kept (--output_dir none)", number)
         path = self.output_dir / "checkpoint.pth"
-        raise InterruptedRun(
-            f"{where}; saved in {path}. To go on: the same command with --output_dir {self.output_dir} --resume auto",
-            number,
-        )
+        advice = f"To go on: the same command with --output_dir {self.output_dir} --resume auto"
+        raise InterruptedRun(f"{where}; saved in {path}", number, advice)
 
     def _at_last_step(self) -> bool:
         return bool(self.config.max_steps) and self.steps >= self.config.max_steps
@@ -456,6 +470,7 @@ class Trainer:
                 "steps": self.steps,
                 "best": self.best,
                 "stale": self._stale,
+                "seconds": (self._seconds_before or 0.0) + self._seconds(),
                 "rng": generators,
                 "unevaluated": unevaluated,
                 "inside": inside,
@@ -513,6 +528,7 @@ class Trainer:
             say(f"--start_epoch {self.config.start_epoch} has no effect: {source} continues with epoch {self.epoch}")
         self.steps = checkpoint.get("steps", self.epoch * self.steps_per_epoch)
         self.best, self._stale = checkpoint.get("best"), checkpoint.get("stale", 0)
+        self._seconds_before = checkpoint.get("seconds")
         self._unevaluated = checkpoint.get("unevaluated")
         self._inside = checkpoint.get("inside")
         if self.scaler is not None and "scaler" in checkpoint:

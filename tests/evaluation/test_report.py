@@ -110,6 +110,38 @@ def test_confusion_counts_what_was_taken_for_what(folder):
     assert confusion.counts.tolist() == [[1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
 
 
+def test_confusion_is_written_as_data_and_as_a_picture(folder, tmp_path):
+    pytest.importorskip("hotcoco")
+    pytest.importorskip("matplotlib")
+    path, _ = written(folder, tmp_path)
+    saved = json.loads((path.parent / "confusion.json").read_text())
+    assert saved["names"] == ["cat", EVIL, "bird", "nothing"]
+    assert saved["counts"] == [[1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
+    picture = Image.open(path.parent / "confusion.png").convert("RGB")
+    assert len(picture.getcolors(picture.width * picture.height)) > 20
+
+
+def test_names_in_the_picture_are_text(tmp_path, capfd, caplog):
+    pytest.importorskip("hotcoco")
+    pytest.importorskip("matplotlib")
+    counts = torch.tensor([[3, 1, 0], [0, 2, 1], [1, 0, 0]]).numpy()
+    assert rust.draw_confusion(["$\\frac{", "猫 $"], counts, tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").width > 300
+    captured = capfd.readouterr()
+    assert "findfont" not in captured.err and "findfont" not in caplog.text
+
+
+def test_an_earlier_confusion_does_not_stay(folder, tmp_path, monkeypatch):
+    (tmp_path / "eval").mkdir()
+    for name in ("confusion.json", "confusion.png"):
+        (tmp_path / "eval" / name).write_text("of another evaluation")
+    monkeypatch.setattr(rust, "is_usable", lambda: False)
+    coco = coco_of(folder)
+    evaluator = summarised(CocoEvaluator(coco, ["bbox"], backend="pycocotools"))
+    write_report(tmp_path, task_of(Config()), evaluator, SimpleNamespace(img_folder=str(folder)), coco)
+    assert [file.name for file in (tmp_path / "eval").iterdir()] == ["report.html"]
+
+
 def test_without_hotcoco_the_page_says_what_is_missing(folder, monkeypatch):
     monkeypatch.setattr(rust, "is_usable", lambda: False)
     page = coco_page.coco_page(summarised(CocoEvaluator(coco_of(folder), ["bbox"], backend="pycocotools")))

@@ -138,6 +138,8 @@ def test_download_is_checked_and_offline_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Name or service not known. Download it elsewhere and put it at") as error:
         detr_fast.load("detr_resnet101", device="cpu")
     assert str(tmp_path / "hub" / "checkpoints" / "detr-r101-2c7b67e5.pth") in str(error.value)
+    # One sentence, not what urllib, torch.hub and we raised on the way.
+    assert error.value.__cause__ is None and error.value.__suppress_context__
     assert asked == [("https://dl.fbaipublicfiles.com/detr/detr-r101-2c7b67e5.pth", "2c7b67e5")]
 
 

@@ -52,6 +52,26 @@ def refusal(capsys, *argv):
     return capsys.readouterr().err
 
 
+def test_a_resumed_run_tells_its_whole_time(shapes, tmp_path, capsys):
+    torch.save(tiny(), tmp_path / "tiny.pth")
+    argv = ["train", "--data", str(shapes), "--weights", "tiny.pth", *QUICK, "--output_dir", "run"]
+    assert main(argv) == 0
+    assert re.search(r"^training took 0:00:\d\d$", capsys.readouterr().out, re.MULTILINE)
+    state = read_checkpoint("run/checkpoint.pth")
+    assert 0 < state["seconds"] < 60
+    argv += ["--epochs", "2", "--max_steps", "2", "--resume", "auto"]
+    torch.save({**state, "seconds": 7201.0}, "run/checkpoint.pth")
+    assert main(argv) == 0
+    said = r"^training took 2:00:\d\d, 0:00:\d\d of it since it was resumed$"
+    assert re.search(said, capsys.readouterr().out, re.MULTILINE)
+    assert read_checkpoint("run/checkpoint.pth")["seconds"] > 7201
+    # A checkpoint of an earlier version does not say.
+    del state["seconds"]
+    torch.save(state, "run/checkpoint.pth")
+    assert main(argv) == 0
+    assert re.search(r"^training took 0:00:\d\d$", capsys.readouterr().out, re.MULTILINE)
+
+
 @pytest.mark.parametrize("kind", ["published", "run"])
 def test_weights_bring_their_model_and_get_a_new_head(hub, shapes, tmp_path, capsys, kind):
     norm = {"published": "frozen", "run": "batch"}[kind]
