@@ -1,4 +1,4 @@
-"""What a bf16 residual stream would save, and what it does to the numbers: `python -m benchmarks.studies.residual_stream`.
+"""A bf16 residual stream: what it saves and costs in numbers (`python -m benchmarks.studies.residual_stream`).
 
 Autocast computes a layer norm in float32 and returns float32, so the sums that go from layer to layer of the
 transformer are float32, too. The other choice, "bf16 stream": norms take and give bf16 (statistics in float32, as their
