@@ -25,4 +25,4 @@ __all__ = [
     "detr_resnet50_panoptic",
 ]
 
-dependencies = ["torch", "torchvision", "scipy", "pycocotools"]
+dependencies = ["torch", "torchvision"]

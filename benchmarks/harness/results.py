@@ -49,5 +49,6 @@ def load_record(path: Path) -> dict:
 
 
 def load(results: Path) -> list[dict]:
-    """Every record under `results`/<device>/, in the order of their paths."""
-    return [load_record(path) for path in sorted(results.glob("*/*.json"))]
+    """Every suite's record under `results`/<device>/, in the order of their paths; studies keep other files there."""
+    records = [load_record(path) for path in sorted(results.glob("*/*.json"))]
+    return [record for record in records if "suite" in record]

@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast.config import Config
 from detr_fast.criterion import HungarianMatcher
+from detr_fast.criterion.target_batch import TargetBatch
 from detr_fast.data import PackedBatch
 from detr_fast.data.prefetch import copy_batch
 from detr_fast.models import build_model
@@ -262,12 +263,21 @@ class _Loader(list):
     """One batch; the progress line wants a length."""
 
 
+def _as_of_coco(target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A target with the keys that `CocoDetection` gives."""
+    count = len(target["labels"])
+    pair = torch.tensor([800, 1216])
+    more = {"image_id": torch.tensor([1]), "area": torch.ones(count), "iscrowd": torch.zeros(count, dtype=torch.int64)}
+    return {**target, **more, "orig_size": pair, "size": pair}
+
+
 def count(shape: BatchShape, precision: str = "bf16", flags: tuple[str, ...] = ()) -> Counter:
     """One step of the trainer's loop on a batch of the shape."""
     device = torch.device("cuda")
     backbone = ("--backbone_weights", "none", "--backbone_norm", "frozen")
     config = Config.from_arguments([*backbone, "--device", "cuda", "--precision", precision, *flags])
     packed, _, targets = make_batch(shape, torch.device("cpu"), 0)
+    targets = TargetBatch(list(map(_as_of_coco, targets)))
     options = {"channels_last": True, "dtype": PRECISIONS[precision]}
     counter = Counter()
     with pretended_gpu(), contextlib.ExitStack() as stack:

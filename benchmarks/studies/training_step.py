@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -115,7 +115,7 @@ def build_model(name: str, dropout: float) -> DETR:
     return DETR(joiner, transformer, CLASSES, queries, aux_loss=True)
 
 
-def make_batch(shape: BatchShape, device: torch.device, seed: int) -> tuple[PackedBatch, NestedTensor, list[dict]]:
+def make_batch(shape: BatchShape, device: torch.device, seed: int) -> tuple[PackedBatch, NestedTensor, Sequence[dict]]:
     """Images of the shape's sizes as both kinds of loader send them, and targets with 1 to 20 boxes."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
@@ -128,8 +128,8 @@ def make_batch(shape: BatchShape, device: torch.device, seed: int) -> tuple[Pack
     packed, targets = PackedCollate()(samples)
     floats = packed.to("cpu")
     if device.type == "cuda":
-        packed, floats = packed.pin_memory(), floats.pin_memory()
-    return packed, floats, list(targets)
+        packed, floats, targets = packed.pin_memory(), floats.pin_memory(), targets.pin_memory()
+    return packed, floats, targets
 
 
 class Step:

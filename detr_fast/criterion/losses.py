@@ -26,7 +26,9 @@ from detr_fast.criterion.packing import (
     Targets,
     pack_targets,
     pairs_from_indices,
+    sizes_of,
 )
+from detr_fast.criterion.target_batch import TargetBatch
 from detr_fast.distributed import get_world_size
 from detr_fast.geometry.boxes import box_cxcywh_to_xyxy, paired_generalized_box_iou
 from detr_fast.nested_tensor import nested_tensor_from_tensor_list
@@ -136,7 +138,7 @@ class SetCriterion(nn.Module):
         if "masks" in self.losses:
             self._check_masks(outputs, targets)
         device = layers[0]["pred_logits"].device
-        num_boxes = _average_over_ranks(sum(len(t["labels"]) for t in targets), device)
+        num_boxes = _average_over_ranks(sum(sizes_of(targets)), device)
         compute = self._all_layers if self._is_all_ours(layers) else self._one_by_one
         with torch.autocast(device.type, enabled=False):
             by_layer = compute(layers, targets, num_boxes)
@@ -317,6 +319,9 @@ class SetCriterion(nn.Module):
             raise ValueError(
                 f"pred_logits must have num_classes + 1 = {self.num_classes + 1} columns, got {logits.shape[-1]}"
             )
+        if isinstance(targets, TargetBatch) and targets.has_objects(self._geometry):
+            if targets.device.type != "cpu" or not (targets.labels() >= self.num_classes).any():
+                return
         if targets[0]["labels"].device.type == "cpu" and not torch.compiler.is_compiling():
             for i, target in enumerate(targets):
                 if (target["labels"] >= self.num_classes).any():

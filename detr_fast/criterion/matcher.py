@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.criterion.packing import Indices, PackedTargets, Pairs, pack_targets, pairs_from_queries
+from detr_fast.criterion.target_batch import TargetBatch
 from detr_fast.ops._checks import check_numbers, check_tensor
 from detr_fast.ops.matching_cost import matching_cost
 
@@ -154,6 +155,9 @@ def check_targets(
         raise ValueError(
             f"targets must hold one dict per image and at least one, got {len(targets)} for a batch of {len(logits)}"
         )
+    if isinstance(targets, TargetBatch) and targets.has_objects(geometry):
+        if targets.device in (logits.device, torch.device("cpu")):
+            return
     for i, target in enumerate(targets):
         check_mapping(f"targets[{i}]", target)
         for key in ("labels", geometry):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from detr_fast.criterion.target_batch import TargetBatch
+
 Targets = Sequence[Mapping[str, Tensor]]
 Indices = list[tuple[Tensor, Tensor]]
 
@@ -48,14 +50,18 @@ def pack_targets(targets: Targets, device: torch.device, geometry: str = "boxes"
     """Pack "labels" and `geometry` of all images on `device`.
 
     From the CPU to a GPU all goes in one copy that does not wait; of targets that are on the device already, only
-    the sizes are copied.
+    the sizes are copied. Of a `TargetBatch` they are views, and nothing is copied on its device.
 
     Args:
         targets: dicts with "labels" [n] integer and "boxes" [n, 4] floating point; all on `device` or all on the CPU.
         device: where the predictions are.
         geometry: the key whose value stands in the place of the boxes, such as "lines".
     """
-    sizes = [len(t["labels"]) for t in targets]
+    if isinstance(targets, TargetBatch) and targets.has_objects(geometry):
+        [buffer] = [targets.buffer] if targets.device == device else copy_at_once((targets.buffer,), device)
+        labels, boxes, image, offsets = targets.objects(geometry, buffer)
+        return PackedTargets(labels.long(), boxes, image, offsets, targets.sizes())
+    sizes = sizes_of(targets)
     offsets = torch.tensor([0, *accumulate(sizes)])
     image = torch.tensor([i for i, n in enumerate(sizes) for _ in range(n)], dtype=torch.int64)
     labels = torch.cat([t["labels"] for t in targets]).long()
@@ -65,6 +71,13 @@ def pack_targets(targets: Targets, device: torch.device, geometry: str = "boxes"
     else:
         offsets, image, labels, boxes = copy_at_once((offsets, image, labels, boxes), device)
     return PackedTargets(labels, boxes, image, offsets, sizes)
+
+
+def sizes_of(targets: Targets) -> list[int]:
+    """The number of targets of each image; no tensor is read."""
+    if isinstance(targets, TargetBatch) and targets.has_labels():
+        return targets.sizes()
+    return [len(t["labels"]) for t in targets]
 
 
 def copy_at_once(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Datasets, augmentation and loading."""
 
 from detr_fast import _moved
+from detr_fast.criterion.target_batch import TargetBatch
 from detr_fast.data.annotations import read_annotations, read_panoptic
 from detr_fast.data.categories import Categories
 from detr_fast.data.check import DatasetReport, check_coco, check_panoptic
@@ -47,6 +48,7 @@ __all__ = [
     "SizeGroupedBatchSampler",
     "SkipUnreadable",
     "Split",
+    "TargetBatch",
     "UnpaddedDistributedSampler",
     "build_loader",
     "check_coco",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from detr_fast.criterion.target_batch import TargetBatch
 from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from detr_fast.nested_tensor import NestedTensor
 from detr_fast.ops.pad_collate import pack_images, pad_collate_packed
@@ -66,6 +67,8 @@ class PackedBatch:
 class PackedCollate:
     """Collates samples (uint8 image [3, H, W], target, …) into (PackedBatch, targets, …).
 
+    targets is a sequence of the targets, for dicts of tensors a `TargetBatch`, which holds them in one buffer.
+
     Args:
         mean, std: per channel, or None for neither. Default: ImageNet's, as ``Normalize`` in ``make_coco_transforms``.
         dtype, channels_last, size_divisor: of the batch that ``PackedBatch.to`` makes; see ``pad_collate``.
@@ -96,4 +99,5 @@ class PackedCollate:
         if len(batch) == 0:
             raise ValueError("got an empty batch; expected samples (image, target, …)")
         images, *rest = zip(*batch, strict=True)
+        rest[:1] = map(TargetBatch.of, rest[:1])
         return (PackedBatch(*pack_images(images), self.options), *rest)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detr_fast.criterion.target_batch import TargetBatch
 from detr_fast.data.packed import PackedBatch
 from detr_fast.nested_tensor import NestedTensor, is_nested_tensor
 
@@ -20,12 +21,13 @@ class Prefetcher:
 
     On a GPU the next batch is copied on a stream of its own while the current one is in use; from pinned memory
     (``DataLoader(pin_memory=True)``) the CPU does not wait for it. The images of a `PackedBatch` are one copy, and so
-    are all the small tensors of the targets together; `PackedBatch`es are normalised and padded on arrival. On a CPU
-    nothing is read ahead.
+    are all the small tensors of the targets together, which a `TargetBatch` holds in one buffer already;
+    `PackedBatch`es are normalised and padded on arrival. On a CPU nothing is read ahead.
 
     Args:
         batches: with a length if ``len`` is to work. A batch is a tuple, list or dict of tensors, `NestedTensor`s,
-            `PackedBatch`es and of such tuples, lists and dicts; whatever else is in it is passed on as it is.
+            `PackedBatch`es, `TargetBatch`es and of such tuples, lists and dicts; whatever else is in it is passed on as
+            it is.
         device: where to.
     """
 
@@ -84,6 +86,8 @@ def _is_small(part) -> bool:
 
 
 def _copied_together(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    if len(tensors) <= 1:
+        return [(t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True) for t in tensors]
     places, end = [], 0
     for tensor in tensors:
         places.append(slice(end, end + tensor.nbytes))
@@ -99,6 +103,9 @@ def _map(part: Any, function: Callable) -> Any:
     """``function`` of all tensors and batches of images in nested tuples, lists and dicts."""
     if isinstance(part, (Tensor, NestedTensor, PackedBatch)):
         return function(part)
+    if isinstance(part, TargetBatch):
+        part = part.repacked()
+        return part.replaced(function(part.buffer), _map(part.rest, function))
     if is_nested_tensor(part):  # another's, which may not know how to copy without waiting
         return function(NestedTensor(part.tensors, part.mask))
     if isinstance(part, Mapping):

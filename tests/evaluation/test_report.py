@@ -12,8 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from detr_fast.config import Config
 from detr_fast.evaluation import CocoEvaluator, LineEvaluator, coco_page, rust
@@ -22,6 +20,9 @@ from detr_fast.evaluation.report import render
 from detr_fast.tasks import task_of
 from detr_fast.tasks.panoptic import _panoptic_tables
 from detr_fast.training.report import annotated_image, write_report
+
+COCO = pytest.importorskip("pycocotools.coco").COCO
+COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
 
 EVIL = "<script>document.title='broken'</script>"
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": EVIL}, {"id": 9, "name": "bird"}]

@@ -235,6 +235,7 @@ def test_a_stopped_run_says_how_to_go_on_from_a_folder_that_was_not_given(tiny_f
 
 @pytest.mark.slow
 def test_processes_agree_on_the_folder(tiny_flags, tmp_path):
+    pytest.importorskip("pycocotools.coco")  # the processes that are started need it
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -77,7 +77,8 @@ def test_a_step_calls_the_fused_ops(precision, monkeypatch):
     monkeypatch.setattr(backbone, "forked_folded_conv", looked_into_fork)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    called = launches.count(nominal_batch("R50", 2, 0.2), precision).names
+    counter = launches.count(nominal_batch("R50", 2, 0.2), precision)
+    called = counter.names
     expected = {
         "attention": 6, "attention_backward": 6, "packed_attention": 12, "packed_attention_backward": 12,
         "sine_position": 1, "pad_collate_packed": 1, "matching_cost": 1, "assign": 1, "folded_conv": 53,
@@ -86,6 +87,8 @@ def test_a_step_calls_the_fused_ops(precision, monkeypatch):
     assert {name: called[f"detr_fast::{name}"] for name in expected} == expected
     # 33 products; the other sixteen with a ReLU by cuDNN; the stem and the strided downsamples step by step.
     assert kernels == {"product": 33, "relu": 16}
+    # Images and targets are copied in one piece each, whatever the number of images; the third operator pads.
+    assert counter.rows["input"]["operators"] == 3
     # One fused AdamW per list of tensors, and no loop over parameters.
     assert called["aten::_fused_adamw_"] == 2 and called["aten::_foreach_mul_"] == 1
 
