@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -82,6 +83,7 @@ def load_image(
     """
     which = f"image {path}" if image_id is None else f"image {path} (image id {image_id})"
     try:
+        refuse_pipe(path)
         with open(path, "rb") as file:
             image = Image.open(file)
             orientation = _orientation(image)
@@ -100,6 +102,12 @@ def load_image(
         raise
     except Exception as error:  # what a decoder raises on damaged data differs from format to format
         raise CorruptImageError(f"{which} cannot be decoded: {_reason(error)}", str(path), image_id) from error
+
+
+def refuse_pipe(path: str | os.PathLike) -> None:
+    """Raises OSError for a pipe, where opening would wait for somebody who writes."""
+    if stat.S_ISFIFO(os.stat(path).st_mode):
+        raise OSError("it is a pipe, not a file")
 
 
 def to_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
@@ -131,9 +139,18 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1, upright, where there is none or it cannot be read.
 
     Of a TIFF file 1: PIL turns it when it decodes it, and gives the turned size.
+
+    Raises:
+        Exception: what PIL raises at a PNG file's damaged pixels.
     """
+    if image.format == "TIFF":
+        return 1
+    if image.format == "PNG":
+        # `getexif` does that, as EXIF data may follow the pixels. PIL raises once only: whoever swallowed it there
+        # would get a black image afterwards.
+        image.load()
     try:
-        value = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
+        value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # EXIF data can be damaged in as many ways as an image
         return 1
     return value if value in _UPRIGHT else 1
@@ -235,10 +252,12 @@ def _listed(folder: str) -> tuple[dict[str, str], dict[str, str]]:
 def header_size(path: str | os.PathLike, stated: tuple[int, int] | None = None) -> tuple[int, int] | None:
     """(width, height) of ``load_image(path, size=stated)``, from the file's header; None if it cannot be read."""
     try:
+        refuse_pipe(path)
         with Image.open(path) as image:
             size = stored_size(image)
-            turned = stated is not None and _is_turned(size, _orientation(image), stated)
-            return size[::-1] if turned else size
+            if stated is None or size == stated:  # reading the orientation decodes a whole PNG file
+                return size
+            return size[::-1] if _is_turned(size, _orientation(image), stated) else size
     except Exception:  # reading the whole file says what is wrong
         return None
 
@@ -300,6 +319,7 @@ def load_image_tensor(
         MissingImageError, CorruptImageError: as ``load_image``.
     """
     try:
+        refuse_pipe(path)
         data = np.fromfile(path, dtype=np.uint8)
         if decode_jpeg is not None and 0 < _jpeg_pixels(data) <= _most_pixels():
             image = decode_jpeg(torch.from_numpy(data), ImageReadMode.UNCHANGED)
