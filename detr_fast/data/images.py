@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+import unicodedata
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -205,7 +206,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 def probable_file(path: str | os.PathLike) -> str | None:
     """The file that is probably meant by a path at which there is none, or None.
 
-    Tried are: ``/`` for a backslash, a leading folder less, another case, another extension.
+    Tried are: ``/`` for a backslash, a leading folder less, another case, accents written otherwise (Unicode's NFC and
+    NFD), another extension.
     """
     text = os.fspath(path).replace("\\", "/")
     folder, parts = text, []
@@ -228,9 +230,9 @@ def _alike(folder: str, parts: list[str]) -> str | None:
             names, stems = _listed(folder)
         except OSError:
             return None
-        found = part if os.path.exists(os.path.join(folder, part)) else names.get(part.lower())
+        found = part if os.path.exists(os.path.join(folder, part)) else names.get(_folded(part))
         if found is None and position == len(parts) - 1:
-            found = stems.get(os.path.splitext(part)[0].lower())
+            found = stems.get(_folded(os.path.splitext(part)[0]))
         if found is None:
             return None
         folder = os.path.join(folder, found)
@@ -239,14 +241,19 @@ def _alike(folder: str, parts: list[str]) -> str | None:
 
 @lru_cache(maxsize=8)  # a data set of which every name is wrong asks for every image
 def _listed(folder: str) -> tuple[dict[str, str], dict[str, str]]:
-    """A folder's names by their lower case, and by that without the extension; of several the first."""
+    """A folder's names as `_folded` has them, and so without the extension; of several the first."""
     names, stems = {}, {}
     for name in sorted(os.listdir(folder), reverse=True):
-        names[name.lower()] = name
-        stem = os.path.splitext(name)[0].lower()
-        if stem != name.lower():
+        names[_folded(name)] = name
+        stem = _folded(os.path.splitext(name)[0])
+        if stem != _folded(name):
             stems[stem] = name
     return names, stems
+
+
+def _folded(name: str) -> str:
+    """Without what differs between systems: case, and how accents are written (macOS takes letters apart)."""
+    return unicodedata.normalize("NFC", name.lower())
 
 
 def header_size(path: str | os.PathLike, stated: tuple[int, int] | None = None) -> tuple[int, int] | None:

@@ -172,7 +172,7 @@ def find_images(inputs: Sequence[str]) -> Iterator[tuple[Path, str]]:
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
             for file in inside:
                 found = True
                 yield file, file.relative_to(path).as_posix()
