@@ -27,7 +27,7 @@ COMPLETION = ["shtab>=1.6"]
 # transformers since its registry of patched classes; timm has the backbone of its DETR.
 HF = ["transformers>=5.17", "safetensors>=0.5", "timm>=1.0", "huggingface_hub>=0.30"]
 # triton 3.6's interpreter needs numpy < 2.4; newer tritons take any.
-TEST = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "setuptools", "wheel"]
+TEST = ["pytest>=8", "pytest-xdist>=3.0.2", "hypothesis>=6.100", "setuptools", "wheel"]
 # Another minor version of ruff formats differently.
 LINT = ["ruff>=0.17,<0.18", "mypy>=1.15"]
 
@@ -47,16 +47,17 @@ setup(
         "detr_fast.evaluation": ["report.html"],
         "detr_fast.benchmarks": ["coco_sizes.json"],
     },
+    # orjson, tqdm and pillow: no older versions, because of CVE-2024-27454, CVE-2024-34062 and CVE-2024-28219.
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.24",
-        "orjson>=3.9",
+        "orjson>=3.9.15",
         "pycocotools>=2.0.7",
         "scipy>=1.10",
-        "tqdm>=4.60",
-        "pillow>=10.1",
+        "tqdm>=4.66.3",
+        "pillow>=10.3",
         "pyyaml>=6.0.1",
     ],
     extras_require={

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         128 + its number after a signal (SIGINT 130, SIGTERM 143, SIGHUP 129). With DETR_FAST_TRACEBACK=1 in the
         environment errors are raised instead, to see where they come from.
     """
+    _ready_streams()
     argv = normalise_options(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
@@ -67,6 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get(_TRACEBACK) == "1":
             raise
         return _complain(_message(error))
+
+
+def _ready_streams() -> None:
+    """Output that was closed (`>&-`) is dropped, and a character that the terminal's encoding lacks is written as an
+    escape: neither ends a run."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            # Else the next file that is opened gets the closed one's number, and what C libraries print.
+            setattr(sys, name, open(os.devnull, "w"))
+        elif getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _leave_processes() -> None:

@@ -1,5 +1,6 @@
 """What a build contains, and when it refuses."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -41,3 +42,13 @@ def test_a_checkout_with_links_as_text_files_is_refused(tree, link):
     done = built(tree, "out")
     assert done.returncode != 0 and not (tree / "out").exists()
     assert f"detr_fast/{link} is not the link" in done.stderr and "core.symlinks" in done.stderr
+
+
+def test_the_oldest_versions_are_those_that_setup_allows():
+    """tests/oldest.txt, with which the suite is run at the other end of the ranges; lint's versions aside."""
+    setup = (ROOT / "setup.py").read_text()
+    lists = [setup[setup.index("install_requires=[") : setup.index("extras_require")]]
+    lists += re.findall(r"^(?:VIZ|TENSORBOARD|TEST) = .*$", setup, re.MULTILINE)
+    allowed = {"==".join(found) for text in lists for found in re.findall(r'"([\w-]+)>=([\d.]+)', text)}
+    pinned = {line for line in (ROOT / "tests" / "oldest.txt").read_text().splitlines() if not line.startswith("#")}
+    assert pinned == allowed

@@ -32,14 +32,32 @@ def read_json(ann_file: str | os.PathLike) -> dict[str, Any]:
     """
     ann_file = Path(ann_file)
     if not ann_file.is_file():
-        raise FileNotFoundError(f"annotation file {ann_file} does not exist")
+        raise FileNotFoundError(f"annotation file {ann_file} {'is no file' if ann_file.exists() else 'does not exist'}")
+    text = ann_file.read_bytes()
+    for start, kind in ((b"\x1f\x8b", "gzip"), (b"PK\3\4", "zip")):
+        if text.startswith(start):
+            raise ValueError(f"{ann_file} is compressed ({kind}); unpack it first")
     try:
-        content = json.loads(ann_file.read_bytes())
+        content = json.loads(text, object_pairs_hook=refuse_two_lists)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{ann_file} is not valid json: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{ann_file}: expected a COCO json object, got a {type(content).__name__}")
     return content
+
+
+def refuse_two_lists(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: an object. Of a list that stands there twice, json would drop the first one without a word.
+
+    Raises:
+        ValueError: such a list.
+    """
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        for key in ("images", "annotations", "categories"):
+            if [name for name, _ in pairs].count(key) > 1:
+                raise ValueError(f"'{key}' stands there more than once; expected one list")
+    return entry
 
 
 def check_content(content: dict[str, Any], ann_file: str | os.PathLike) -> None:

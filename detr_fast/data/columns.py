@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from detr_fast.data.annotations import add_line_boxes, check_content, file_name_problem
+from detr_fast.data.annotations import add_line_boxes, check_content, file_name_problem, refuse_two_lists
 from detr_fast.data.validation import LARGEST, judge_polygons, polygon_problem, rle_problem, stated_size
 
 try:
@@ -184,7 +184,7 @@ def _layout(path: str | os.PathLike) -> tuple[dict[str, list[list[int]]], dict[s
             in_string = bool(inside[-1]) if len(inside) else in_string
             base += len(block)
     pieces, others = {}, {}
-    content = json.loads(bytes(rest))
+    content = json.loads(bytes(rest), object_pairs_hook=refuse_two_lists)
     if not isinstance(content, dict):
         raise OddAnnotations("no object")
     with open(path, "rb") as file:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import stat
+import unicodedata
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -82,6 +84,7 @@ def load_image(
     """
     which = f"image {path}" if image_id is None else f"image {path} (image id {image_id})"
     try:
+        refuse_pipe(path)
         with open(path, "rb") as file:
             image = Image.open(file)
             orientation = _orientation(image)
@@ -100,6 +103,12 @@ def load_image(
         raise
     except Exception as error:  # what a decoder raises on damaged data differs from format to format
         raise CorruptImageError(f"{which} cannot be decoded: {_reason(error)}", str(path), image_id) from error
+
+
+def refuse_pipe(path: str | os.PathLike) -> None:
+    """Raises OSError for a pipe, where opening would wait for somebody who writes."""
+    if stat.S_ISFIFO(os.stat(path).st_mode):
+        raise OSError("it is a pipe, not a file")
 
 
 def to_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
@@ -131,9 +140,18 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1, upright, where there is none or it cannot be read.
 
     Of a TIFF file 1: PIL turns it when it decodes it, and gives the turned size.
+
+    Raises:
+        Exception: what PIL raises at a PNG file's damaged pixels.
     """
+    if image.format == "TIFF":
+        return 1
+    if image.format == "PNG":
+        # `getexif` does that, as EXIF data may follow the pixels. PIL raises once only: whoever swallowed it there
+        # would get a black image afterwards.
+        image.load()
     try:
-        value = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
+        value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # EXIF data can be damaged in as many ways as an image
         return 1
     return value if value in _UPRIGHT else 1
@@ -188,7 +206,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 def probable_file(path: str | os.PathLike) -> str | None:
     """The file that is probably meant by a path at which there is none, or None.
 
-    Tried are: ``/`` for a backslash, a leading folder less, another case, another extension.
+    Tried are: ``/`` for a backslash, a leading folder less, another case, accents written otherwise (Unicode's NFC and
+    NFD), another extension.
     """
     text = os.fspath(path).replace("\\", "/")
     folder, parts = text, []
@@ -211,9 +230,9 @@ def _alike(folder: str, parts: list[str]) -> str | None:
             names, stems = _listed(folder)
         except OSError:
             return None
-        found = part if os.path.exists(os.path.join(folder, part)) else names.get(part.lower())
+        found = part if os.path.exists(os.path.join(folder, part)) else names.get(_folded(part))
         if found is None and position == len(parts) - 1:
-            found = stems.get(os.path.splitext(part)[0].lower())
+            found = stems.get(_folded(os.path.splitext(part)[0]))
         if found is None:
             return None
         folder = os.path.join(folder, found)
@@ -222,23 +241,30 @@ def _alike(folder: str, parts: list[str]) -> str | None:
 
 @lru_cache(maxsize=8)  # a data set of which every name is wrong asks for every image
 def _listed(folder: str) -> tuple[dict[str, str], dict[str, str]]:
-    """A folder's names by their lower case, and by that without the extension; of several the first."""
+    """A folder's names as `_folded` has them, and so without the extension; of several the first."""
     names, stems = {}, {}
     for name in sorted(os.listdir(folder), reverse=True):
-        names[name.lower()] = name
-        stem = os.path.splitext(name)[0].lower()
-        if stem != name.lower():
+        names[_folded(name)] = name
+        stem = _folded(os.path.splitext(name)[0])
+        if stem != _folded(name):
             stems[stem] = name
     return names, stems
+
+
+def _folded(name: str) -> str:
+    """Without what differs between systems: case, and how accents are written (macOS takes letters apart)."""
+    return unicodedata.normalize("NFC", name.lower())
 
 
 def header_size(path: str | os.PathLike, stated: tuple[int, int] | None = None) -> tuple[int, int] | None:
     """(width, height) of ``load_image(path, size=stated)``, from the file's header; None if it cannot be read."""
     try:
+        refuse_pipe(path)
         with Image.open(path) as image:
             size = stored_size(image)
-            turned = stated is not None and _is_turned(size, _orientation(image), stated)
-            return size[::-1] if turned else size
+            if stated is None or size == stated:  # reading the orientation decodes a whole PNG file
+                return size
+            return size[::-1] if _is_turned(size, _orientation(image), stated) else size
     except Exception:  # reading the whole file says what is wrong
         return None
 
@@ -300,6 +326,7 @@ def load_image_tensor(
         MissingImageError, CorruptImageError: as ``load_image``.
     """
     try:
+        refuse_pipe(path)
         data = np.fromfile(path, dtype=np.uint8)
         if decode_jpeg is not None and 0 < _jpeg_pixels(data) <= _most_pixels():
             image = decode_jpeg(torch.from_numpy(data), ImageReadMode.UNCHANGED)

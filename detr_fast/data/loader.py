@@ -122,6 +122,16 @@ class EpochLoader(DataLoader):
             except StopIteration:
                 return
             except RuntimeError as error:
+                if "Too many open files" in str(error):
+                    raise OSError(
+                        f"{self.num_workers} loader processes need more open files than `ulimit -n` allows this one; "
+                        "raise it, or use fewer processes (--num_workers)"
+                    ) from error
+                if "DataLoader worker (pid" in str(error):
+                    raise ChildProcessError(
+                        f"{error} A loader process that is killed lacks memory most of the time; a bus error says that "
+                        "/dev/shm is full. Use fewer processes (--num_workers), or give it more"
+                    ) from error
                 if "DataLoader timed out" not in str(error):
                     raise
                 names = "files that are not known here (in_order=False)"

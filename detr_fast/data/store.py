@@ -28,7 +28,7 @@ from PIL import Image
 from detr_fast.data.categories import Categories
 from detr_fast.data.columns import COMPRESSED, NO_SEGMENTATION, POLYGONS, OddAnnotations, entry_at, read_columns
 from detr_fast.data.images import header_sizes
-from detr_fast.data.validation import Findings, compare_categories, judge_boxes, stated_size
+from detr_fast.data.validation import Findings, compare_categories, judge_boxes, stated_size, warn_of_equal_names
 
 try:
     import fcntl
@@ -238,6 +238,7 @@ class Mapped:
         for i, name in zip(own.ids, own.names, strict=True):
             if i not in counts and i in categories.label_of:
                 found.warn("category without annotations", f"{i} ({name})")
+        warn_of_equal_names(own, counts, found)
         return found
 
     def _compare_sizes(self, read: dict[int, tuple[int, int]], found: Findings) -> None:

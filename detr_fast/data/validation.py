@@ -163,7 +163,18 @@ def validate(
     for i, name in zip(own.ids, own.names, strict=True):
         if not counts[i] and i in categories.label_of:  # of the others compare_categories speaks
             found.warn("category without annotations", f"{i} ({name})")
+    warn_of_equal_names(own, counts, found)
     return found
+
+
+def warn_of_equal_names(own: Categories, counts: Mapping[int, int], found: Findings) -> None:
+    """Finds classes that have objects and, but for case and spaces, one name. ``counts``: of annotations, by id."""
+    first: dict[str, tuple[int, str]] = {}
+    for i, name in zip(own.ids, own.names, strict=True):
+        if counts.get(i):
+            other, other_name = first.setdefault(_folded(name), (i, name))
+            if other != i:
+                found.warn("classes of one name", f"{other} ({other_name}) and {i} ({name}) stay two classes")
 
 
 def compare_categories(own: Categories, given: Categories, used: Collection[int], found: Findings) -> None:

@@ -13,7 +13,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detr_fast.data.images import CorruptImageError, ImageReadError, load_image, stored_size, to_rgb, upright_size
+from detr_fast.data.images import (
+    CorruptImageError,
+    ImageReadError,
+    load_image,
+    refuse_pipe,
+    stored_size,
+    to_rgb,
+    upright_size,
+)
 from detr_fast.data.layouts import IMAGE_SUFFIXES
 from detr_fast.data.packed import PackedCollate
 from detr_fast.data.transforms import Compose
@@ -46,6 +54,7 @@ class Picture:
         self.upright = upright
         self.path: str | None = None
         self._image: Image.Image | None = None
+        self._error: Exception | None = None  # that `size` met at `_image`
         if isinstance(image, (str, os.PathLike)):
             self.path = os.fspath(image)
         elif isinstance(image, Image.Image):
@@ -61,15 +70,18 @@ class Picture:
 
     def size(self) -> tuple[int, int] | None:
         """(width, height) of what `read` gives; None where the image cannot be read, which `read` reports."""
-        if self._image is not None:
-            return upright_size(self._image) if self.upright else stored_size(self._image)
-        assert self.path is not None
         try:
+            if self._image is not None:
+                return upright_size(self._image) if self.upright else stored_size(self._image)
+            assert self.path is not None
             if _is_address(self.path):
                 return self.read().size
+            refuse_pipe(self.path)
             with Image.open(self.path) as file:
                 return upright_size(file) if self.upright else stored_size(file)
-        except Exception:  # what a decoder raises on damaged data differs from format to format
+        except Exception as error:  # what a decoder raises on damaged data differs from format to format
+            if self._image is not None:
+                self._error = error
             return None
 
     def read(self) -> Image.Image:
@@ -80,6 +92,8 @@ class Picture:
         """
         if self._image is not None:
             try:
+                if self._error is not None:  # PIL raises it once, and then gives a black image
+                    raise self._error
                 return to_rgb(self._image, upright=self.upright)
             except MemoryError:
                 raise
@@ -158,7 +172,7 @@ def find_images(inputs: Sequence[str]) -> Iterator[tuple[Path, str]]:
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
             for file in inside:
                 found = True
                 yield file, file.relative_to(path).as_posix()

@@ -76,7 +76,7 @@ def load_for_inference(config: Config, given: Collection[str], path: str) -> Loa
 
     Raises:
         UsageError: a given setting describes another model, or images too small for this one.
-        ValueError, FileNotFoundError: it cannot be read, or does not fit.
+        ValueError, FileNotFoundError: it cannot be read, does not fit, or has weights that are not finite.
     """
     checkpoint = read_source(path)
     state, theirs = checkpoint["model"], checkpoint.get("args", {})
@@ -105,6 +105,11 @@ def load_for_inference(config: Config, given: Collection[str], path: str) -> Loa
         task.check_image_size(config)
     model, criterion, postprocessors = build(task, config, own_weights=True)
     load_model(model, state, path)
+    broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    if broken:  # of a run that diverged: it would detect nothing, without a word
+        raise ValueError(
+            f"{path}: {broken[0]} has values that are NaN or infinite ({len(broken)} of {len(state)} weights)"
+        )
     model.to(config.device).eval()
     if config.precision == "bf16" and config.device == "cpu" and not cpu_has_bf16():
         say("--precision bf16: this CPU has no instructions for it (AVX512_BF16, AMX); fp32 is faster here")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detr_fast.data.categories import Categories
 from detr_fast.models.weights import load_url
 
 
@@ -73,7 +74,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         path: a file or an https address.
 
     Returns:
-        The checkpoint's dict, on the CPU, with at least "model" (name → tensor); "args", if there, is a plain dict.
+        The checkpoint's dict, on the CPU, with at least "model" (name → tensor, without a wrapper's prefix); "args",
+        "categories" and "ema", if there, are as `detr_fast` writes them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -104,7 +106,46 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         raise ValueError(f"{str(path)!r} holds no weights; expected a dict with tensors by name under 'model'")
     if isinstance(checkpoint.get("args"), argparse.Namespace):
         checkpoint["args"] = vars(checkpoint["args"])
+    checkpoint["model"] = _unwrapped(checkpoint["model"])
+    problem = _kind_problem(checkpoint, {"args": dict, "categories": dict, "ema": dict})
+    if problem is None and "ema" in checkpoint and not _is_state_dict(checkpoint["ema"].get("values")):
+        problem = "'ema' has no tensors by name under 'values'"
+    if problem is None and "categories" in checkpoint:
+        try:
+            Categories.from_dict(checkpoint["categories"])
+        except (KeyError, TypeError, ValueError) as error:
+            problem = f"'categories' holds no classes ({type(error).__name__}: {error})"
+    if problem is not None:
+        raise ValueError(f"{str(path)!r} is not as detr_fast writes it: {problem}")
     return checkpoint
+
+
+def check_resumable(checkpoint: dict, source: str) -> None:
+    """Raises ValueError where the state of a run, as far as `checkpoint` has one, is not as `detr_fast` writes it."""
+    kinds = {"optimizer": dict, "lr_scheduler": dict, "epoch": int, "steps": int, "stale": int, "rng": list}
+    problem = _kind_problem(checkpoint, kinds | {"inside": dict, "scaler": dict, "best": (int, float)})
+    if problem is not None:
+        raise ValueError(
+            f"--resume: {source} is not as detr_fast writes it: {problem}; --weights takes its weights alone"
+        )
+
+
+def _kind_problem(checkpoint: dict, kinds: Mapping[str, type | tuple]) -> str | None:
+    """What is of another kind than expected, or None. Entries that are None are taken out: there is nothing in them."""
+    for key, kind in kinds.items():
+        if key in checkpoint and checkpoint[key] is None:
+            del checkpoint[key]
+        if key in checkpoint and not isinstance(checkpoint[key], kind):
+            return f"{key!r} is a {type(checkpoint[key]).__name__}"
+    return None
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by the names that the model itself has."""
+    for prefix in ("module.", "_orig_mod.", "module."):  # DistributedDataParallel's, torch.compile's, both
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def _check_records(path: str | os.PathLike) -> None:
@@ -161,4 +202,9 @@ def set_rng_state(state: Mapping, device: torch.device) -> None:
 
 
 def _is_state_dict(value) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+    return isinstance(value, dict) and bool(value) and all(map(_is_weight, value.items()))
+
+
+def _is_weight(item: tuple) -> bool:
+    name, value = item
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta

@@ -33,7 +33,14 @@ from detr_fast.tasks import task_of
 from detr_fast.tasks.paths import check_data, with_data
 from detr_fast.tasks.pictures import draw_sheet
 from detr_fast.training.callbacks import Callback, Callbacks, callbacks_of
-from detr_fast.training.checkpoint import averaged_weights, read_checkpoint, rng_state, save_checkpoint, set_rng_state
+from detr_fast.training.checkpoint import (
+    averaged_weights,
+    check_resumable,
+    read_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
 from detr_fast.training.classes import known_classes, say_known
 from detr_fast.training.curves import draw_curves
 from detr_fast.training.ema import ModelEma
@@ -514,6 +521,7 @@ class Trainer:
     def _continue(self, checkpoint: dict) -> None:
         """Takes over a checkpoint's state, as far as it has one."""
         source = self.config.resume
+        check_resumable(checkpoint, source)
         load_model(self.model, checkpoint["model"], source)
         if not {"optimizer", "lr_scheduler", "epoch"} <= set(checkpoint):
             say(f"--resume: {source} holds only weights; the optimiser starts fresh at epoch {self.epoch}")

@@ -1,6 +1,7 @@
 """Image files: upright by EXIF, the limit on pixels, and files outside their folder."""
 
 import io
+import os
 import re
 import struct
 import zlib
@@ -130,3 +131,29 @@ def test_leaves_folder(tmp_path, end):
     folder = f"{tmp_path}/images{end}"
     assert [name for name in LEAVING if not leaves_folder(folder, name)] == []
     assert [name for name in (*STAYING, f"{tmp_path}/images/a.jpg") if leaves_folder(folder, name)] == []
+
+
+def damaged_png(path):
+    """A file of which one byte within the compressed pixels is wrong."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (72, 96, 3), dtype=np.uint8)).save(path)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT") + 8] ^= 0x55
+    path.write_bytes(data)
+    return path
+
+
+def test_a_damaged_png_is_refused_and_never_black(tmp_path):
+    """Looking for its orientation meets the damage first, and PIL raises that once only."""
+    path = damaged_png(tmp_path / "a.png")
+    for load in (load_image, load_image_tensor, lambda path: load_image(path, upright=True)):
+        with pytest.raises(CorruptImageError, match="a.png cannot be decoded"):
+            load(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for load in (load_image, load_image_tensor):
+        with pytest.raises(CorruptImageError, match="a.png cannot be decoded: it is a pipe"):
+            load(tmp_path / "a.png")
+    assert header_size(tmp_path / "a.png") is None

@@ -375,6 +375,11 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     else:
         image = Image.new(mode, (8, 6))
     image.save(tmp_path / f"a.{suffix}")
+    if mode == "YCbCr":
+        try:
+            Image.open(tmp_path / f"a.{suffix}").load()
+        except OSError as error:  # in 10.1 to 12.0, not in 13.0
+            pytest.skip(f"this Pillow cannot read the TIFF that it wrote: {error}")
     image = load_image(tmp_path / f"a.{suffix}")
     assert image.mode == "RGB" and image.size == (8, 6)
 

@@ -271,3 +271,13 @@ def test_weights_show_which_resnet_they_are_of(backbone):
         state = task_of(args).build(args)[0].state_dict()
     shown = settings_from_shapes(state)
     assert shown["backbone"] == backbone and shown["hidden_dim"] == 32 and "backbone_level" not in shown
+
+
+def test_weights_that_are_not_finite_are_refused(run_folder, tmp_path):
+    """Of a run that diverged: the model would detect nothing, without a word."""
+    checkpoint = torch.load(run_folder / "checkpoint.pth", weights_only=True)
+    checkpoint["model"]["class_embed.bias"].fill_(float("nan"))
+    checkpoint.pop("ema", None)
+    torch.save(checkpoint, tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match="nan.pth: class_embed.bias has values that are NaN or infinite"):
+        detr_fast.load(tmp_path / "nan.pth", device="cpu")

@@ -261,6 +261,17 @@ def test_a_lazily_opened_file_that_is_cut_off_is_named(model, images, tmp_path):
         model.predict(image)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_lazily_opened_png_that_is_damaged_is_named(model, images, tmp_path, batch_size):
+    """PIL raises that once only, here when the orientation is read, and gives a black image afterwards."""
+    images[0].save(tmp_path / "damaged.png")
+    data = bytearray((tmp_path / "damaged.png").read_bytes())
+    data[data.index(b"IDAT") + 8] ^= 0x55
+    (tmp_path / "damaged.png").write_bytes(data)
+    with Image.open(tmp_path / "damaged.png") as image, pytest.raises(ImageReadError, match="damaged.png cannot be"):
+        model.predict([images[1], image], batch_size=batch_size)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_upright_by_exif(model, images, tmp_path, orientation):
     """A photo that is stored sideways has the detections of the upright one, in its pixels, from wherever it comes."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from detr_fast.models.weights import load_model, load_weights
-from detr_fast.training.checkpoint import read_checkpoint, rng_state, save_checkpoint, set_rng_state
+from detr_fast.training.checkpoint import check_resumable, read_checkpoint, rng_state, save_checkpoint, set_rng_state
 
 
 class Heads(nn.Module):
@@ -116,3 +116,50 @@ def test_rng_states_survive_a_checkpoint(tmp_path):
     expected = draw()
     set_rng_state(torch.load(tmp_path / "rng.pth", weights_only=True)["rng"], cpu)
     assert draw() == expected
+
+
+WRITTEN_OTHERWISE = {  # name → (change, what the message says)
+    "args a list": (lambda c: c.update(args=[1]), "'args' is a list"),
+    "categories a list": (lambda c: c.update(categories=[{"id": 1}]), "'categories' is a list"),
+    "categories by name": (lambda c: c.update(categories={1: "cup"}), "'categories' holds no classes"),
+    "averages without values": (lambda c: c.update(ema={"x": 1}), "'ema' has no tensors by name under 'values'"),
+    "a numbered weight": (lambda c: c["model"].update({5: torch.zeros(1)}), "holds no weights"),
+    "a weight without data": (lambda c: c["model"].update(a=torch.zeros(1, device="meta")), "holds no weights"),
+    "a sparse weight": (lambda c: c["model"].update(a=torch.eye(2).to_sparse()), "holds no weights"),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN_OTHERWISE)
+def test_fields_of_another_kind_are_named(tmp_path, name):
+    change, says = WRITTEN_OTHERWISE[name]
+    checkpoint = {"model": Heads().state_dict()}
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match="odd.pth") as caught:
+        read_checkpoint(tmp_path / "odd.pth")
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("epoch", "1"), ("epoch", float("nan")), ("steps", "x"), ("optimizer", [1]), ("lr_scheduler", 5), ("rng", 5),
+     ("inside", 5), ("best", "x"), ("scaler", 1)],
+)  # fmt: skip
+def test_a_run_whose_state_is_of_another_kind_is_not_resumed(key, value):
+    with pytest.raises(ValueError, match=f"--resume: c.pth is not as detr_fast writes it: '{key}' is a"):
+        check_resumable({"model": Heads().state_dict(), key: value}, "c.pth")
+
+
+def test_fields_that_are_none_are_absent(tmp_path):
+    torch.save({"model": Heads().state_dict(), "args": None, "categories": None, "ema": None}, tmp_path / "c.pth")
+    assert set(read_checkpoint(tmp_path / "c.pth")) == {"model"}
+    checkpoint = {"model": {}, "optimizer": None, "rng": None}
+    check_resumable(checkpoint, "c.pth")
+    assert set(checkpoint) == {"model"}
+
+
+@pytest.mark.parametrize("wrap", [lambda name: f"module.{name}", lambda name: f"_orig_mod.module.{name}"])
+def test_weights_of_a_wrapped_model_have_its_own_names(tmp_path, wrap):
+    weights = Heads().state_dict()
+    torch.save({"model": {wrap(name): value for name, value in weights.items()}}, tmp_path / "c.pth")
+    assert list(read_checkpoint(tmp_path / "c.pth")["model"]) == list(weights)

@@ -46,7 +46,7 @@ def categories_of(names: Sequence[str], known: Mapping[str, int]) -> list[dict[s
 
 def images_in(folder: Path) -> list[Path]:
     """The image files in a folder and those below it, by name; not hidden ones, which macOS puts beside each."""
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
     return sorted(path for path in files if not path.name.startswith("."))
 
 
