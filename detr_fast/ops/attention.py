@@ -569,7 +569,6 @@ class _PlainAttention(torch.autograd.Function):
         out, logsumexp = _forward(query, key, value, *options, kept=kept)
         ctx.dropout_p, ctx.scale = dropout_p, scale
         ctx.mark_non_differentiable(logsumexp)
-        ctx.set_materialize_grads(False)
         masks = (key_padding_mask, query_padding_mask)
         ctx.save_for_backward(out, logsumexp, *masks, seed, *projections, *kept or ())
         ctx.projections = len(projections)
@@ -580,8 +579,6 @@ class _PlainAttention(torch.autograd.Function):
     def backward(ctx, grad_out, _):
         out, logsumexp, key_padding_mask, query_padding_mask, seed, *rest = ctx.saved_tensors
         projections, kept = rest[: ctx.projections], rest[ctx.projections :]
-        if grad_out is None:
-            return (None,) * (5 + len(projections))
         options = (key_padding_mask, ctx.dropout_p, seed, ctx.scale, query_padding_mask)
         if len(projections) == 3:
             grads = _backward(grad_out, *split_projections(projections), out, logsumexp, *options, kept=kept)
