@@ -85,9 +85,11 @@ def variants(device: torch.device, compile: bool) -> list[Variant]:
         chosen = [replace(v, compile="no") for v in chosen if v.name != "detr_fast without compile by regions"]
     if device.type == "cpu":
         chosen.remove(GRAPHS if compile else replace(GRAPHS, compile="no"))
-        # There is one memory format for all, and the kernels' place is taken by the references anyway.
+        # The kernels' place is taken by the references anyway.
         skipped = ("bf16", "channels_last", "kernels")
         chosen = [replace(v, bf16=False, channels_last=False) for v in chosen if not v.name.endswith(tuple(skipped))]
+        # Which memory format stock convolutions are faster in depends on the images' sizes.
+        chosen.insert(2, replace(chosen[1], name="tuned stock, channels_last", channels_last=True))
     return chosen
 
 
