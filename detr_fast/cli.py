@@ -78,7 +78,7 @@ def _ready_streams() -> None:
         if stream is None:
             # Else the next file that is opened gets the closed one's number, and what C libraries print.
             setattr(sys, name, open(os.devnull, "w"))
-        elif getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+        elif getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -40,9 +40,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "precision": "fp32", "batch_size": 2, "num_workers": 2, "size_divisor": 1, "group_by_size": False,
         "compile": False, "graphs": False,
     },
-    # From trained weights, with a new class head. AdamW moves a weight by about the learning rate in each step, however
+    # From trained weights, with new classes. AdamW moves a weight by about the learning rate in each step, however
     # small the gradient: half the original's rates, and its tenth for the backbone, keep more of what was learned. The
-    # first steps are small while the head knows nothing; the rate falls to zero in 50 epochs, not by a drop after 200.
+    # first steps are small while new classes know nothing; the rate falls to zero in 50 epochs, with no drop at 200.
     "finetune": {
         "lr": 5e-5, "lr_backbone": 5e-6, "epochs": 50, "lr_schedule": "cosine", "warmup_steps": 50,
     },

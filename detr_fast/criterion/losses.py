@@ -319,10 +319,12 @@ class SetCriterion(nn.Module):
             raise ValueError(
                 f"pred_logits must have num_classes + 1 = {self.num_classes + 1} columns, got {logits.shape[-1]}"
             )
+        if torch.compiler.is_compiling():
+            return
         if isinstance(targets, TargetBatch) and targets.has_objects(self._geometry):
             if targets.device.type != "cpu" or not (targets.labels() >= self.num_classes).any():
                 return
-        if targets[0]["labels"].device.type == "cpu" and not torch.compiler.is_compiling():
+        if targets[0]["labels"].device.type == "cpu":
             for i, target in enumerate(targets):
                 if (target["labels"] >= self.num_classes).any():
                     raise ValueError(

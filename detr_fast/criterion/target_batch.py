@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils.pin_memory import pin_memory
 
 _ALIGNMENT = 16  # bytes, of a tensor in the buffer
 _LARGEST = 2**16  # bytes of a tensor that is packed; larger ones, such as masks, travel by themselves
@@ -44,7 +45,7 @@ class TargetBatch(Sequence):
         self.rest: list[dict[str, Any]]  # what is not packed, for each image
         self._keys = [tuple(target) for target in targets]
         self._dicts: list[dict[str, Any]] | None = None
-        self._given: list[dict[str, Any]] | None = None
+        self._given: list[dict[str, tuple[Any, Any]]] | None = None
         packed = _columns(targets)
         self.rest = [{key: value for key, value in target.items() if key not in packed} for target in targets]
 
@@ -101,8 +102,7 @@ class TargetBatch(Sequence):
     def pin_memory(self) -> TargetBatch:
         """The buffer in page-locked memory. ``DataLoader(pin_memory=True)`` calls it."""
         batch = self.repacked()
-        rest = [{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in t.items()} for t in batch.rest]
-        return batch.replaced(batch.buffer.pin_memory(), rest)
+        return batch.replaced(batch.buffer.pin_memory(), pin_memory(batch.rest))
 
     def replaced(self, buffer: Tensor, rest: list[dict[str, Any]]) -> TargetBatch:
         """The same targets in another buffer, with other copies of what is not packed."""
@@ -163,7 +163,7 @@ class TargetBatch(Sequence):
                 {key: columns[key][i] if key in columns else rest[key] for key in keys}
                 for i, (keys, rest) in enumerate(zip(self._keys, self.rest, strict=True))
             ]
-            self._given = [dict(target) for target in self._dicts]
+            self._given = [{key: (value, _memory(value)) for key, value in t.items()} for t in self._dicts]
         return self._dicts
 
     def _is_as_packed(self) -> bool:
@@ -172,10 +172,18 @@ class TargetBatch(Sequence):
             self._dicts is None
             or self._given is None
             or all(
-                now.keys() == given.keys() and all(now[key] is value for key, value in given.items())
+                now.keys() == given.keys()
+                and all(now[key] is value and _memory(value) == memory for key, (value, memory) in given.items())
                 for now, given in zip(self._dicts, self._given, strict=True)
             )
         )
+
+
+def _memory(value: Any) -> tuple | None:
+    """What changes where a tensor gets values other than by writing into it: ``.data =``, ``resize_``."""
+    if type(value) is not Tensor or value.layout != torch.strided:
+        return None
+    return value.data_ptr(), value.shape, value.dtype
 
 
 def _columns(targets: Sequence[Mapping[str, Any]]) -> dict[str, list[Tensor]]:

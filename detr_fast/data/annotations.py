@@ -53,7 +53,7 @@ def refuse_two_lists(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         ValueError: such a list.
     """
     entry = dict(pairs)
-    if len(entry) < len(pairs):
+    if len(entry) < len(pairs) and {"images", "annotations"} <= entry.keys():  # entries may have such keys, too
         for key in ("images", "annotations", "categories"):
             if [name for name, _ in pairs].count(key) > 1:
                 raise ValueError(f"'{key}' stands there more than once; expected one list")

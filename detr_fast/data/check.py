@@ -345,13 +345,15 @@ class _Pool:
         try:
             with _executor(num_workers, self.num_threads) as executor:
                 results = executor.map(function, tasks, chunksize=_AT_A_TIME)
-                with _Bar(
-                    total=len(tasks), desc=what, unit="", disable=disable, leave=False, dynamic_ncols=True
-                ) as bar:
+                bar = _Bar(total=len(tasks), desc=what, unit="", disable=disable, leave=False, dynamic_ncols=True)
+                try:
                     for result in results:
                         yield result
                         done += 1
                         bar.update()
+                finally:
+                    bar.close()
+                    executor.shutdown(cancel_futures=True)  # who is interrupted does not wait for the rest
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 f"a process that decodes {what} was killed, perhaps for want of memory, when {done} of {len(tasks)} "

@@ -146,7 +146,7 @@ def _orientation(image: Image.Image) -> int:
     """
     if image.format == "TIFF":
         return 1
-    if image.format == "PNG":
+    if image.format == "PNG" and "exif" not in image.info:
         # `getexif` does that, as EXIF data may follow the pixels. PIL raises once only: whoever swallowed it there
         # would get a black image afterwards.
         image.load()
@@ -365,6 +365,7 @@ def load_segment_ids(path: str | os.PathLike) -> np.ndarray:
         MissingImageError: no such file. CorruptImageError: it cannot be decoded.
     """
     try:
+        refuse_pipe(path)
         with Image.open(path) as file:
             return rgb2id(np.asarray(file.convert("RGB")))
     except FileNotFoundError as error:

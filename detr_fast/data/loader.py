@@ -129,8 +129,8 @@ class EpochLoader(DataLoader):
                     ) from error
                 if "DataLoader worker (pid" in str(error):
                     raise ChildProcessError(
-                        f"{error} A loader process that is killed lacks memory most of the time; a bus error says that "
-                        "/dev/shm is full. Use fewer processes (--num_workers), or give it more"
+                        f"{str(error).rstrip('. ')}. A loader process that is killed lacks memory most of the time; a "
+                        "bus error says that /dev/shm is full. Use fewer processes (--num_workers), or give it more"
                     ) from error
                 if "DataLoader timed out" not in str(error):
                     raise

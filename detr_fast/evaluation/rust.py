@@ -73,8 +73,13 @@ def draw_confusion(names: Sequence[str], counts: np.ndarray, path: str | os.Path
     """
     if importlib.util.find_spec("matplotlib") is None:
         return False
-    import matplotlib.pyplot as plt
     from hotcoco.plot import confusion_matrix
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = min(max(6.0, 0.35 * (len(names) + 1)), 10.0)
+    figure = Figure(figsize=(size, size))
+    FigureCanvasAgg(figure)  # hotcoco's own would need the backend that the user's settings name
 
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     # Between dollars matplotlib would read mathematics.
@@ -86,10 +91,10 @@ def draw_confusion(names: Sequence[str], counts: np.ndarray, path: str | os.Path
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph")
-            figure, _ = confusion_matrix({"matrix": counts, "normalized": shares, "cat_names": labels}, save_path=path)
+            described = {"matrix": counts, "normalized": shares, "cat_names": labels}
+            confusion_matrix(described, ax=figure.subplots(), save_path=path)
     finally:
         fonts.setLevel(level)
-    plt.close(figure)
     return True
 
 

@@ -31,25 +31,35 @@ class ForwardGraphs(Graphs):
 
     def __init__(self, model: nn.Module, say: Callable[[str], None], limit: int = 16):
         super().__init__(model, say, limit=limit, record=self._recorded)
-        # Each weight that the graphs read: where its module keeps it, and where it is.
-        self._weights: list[tuple[dict[str, Any], str, Tensor, int]] = []
+        self._hooks: list[dict] = []  # of the recorded model's modules
+        # Each module and weight that the graphs use: what keeps it, and where a weight is.
+        self._parts: list[tuple[dict[str, Any], str, nn.Module | Tensor, int]] = []
 
     def __call__(self, samples: NestedTensor) -> Any:
-        if any(own.get(name) is not value or value.data_ptr() != at for own, name, value, at in self._weights):
+        if any(own.get(name) is not value or _place(value) != at for own, name, value, at in self._parts):
             self._drop()
-            self._weights = []
+            self._parts = []
+        if any(self._hooks):  # came after the recording; a graph would not call it
+            self.eager += 1
+            return self.call(samples)
         return super().__call__(samples)
 
     def _recorded(self, model: nn.Module, call: Passes, samples: NestedTensor, pool: Any) -> Passes:
-        if not self._weights:
-            self._weights = [
-                (own, name, value, value.data_ptr())
+        if not self._parts:
+            self._parts = [
+                (own, name, value, _place(value))
                 for module in model.modules()
-                for own in (module._parameters, module._buffers)
+                for own in (module._modules, module._parameters, module._buffers)
                 for name, value in own.items()
                 if value is not None
             ]
-        return record_forward(model, call, samples, pool)
+            self._hooks = [h for module in model.modules() for h in (module._forward_hooks, module._forward_pre_hooks)]
+        with torch.inference_mode(False):  # else only calls in that mode could write into the graph's images
+            return record_forward(model, call, samples, pool)
+
+
+def _place(part: nn.Module | Tensor) -> int:
+    return part.data_ptr() if isinstance(part, Tensor) else 0
 
 
 def record_forward(model: nn.Module, call: Passes, samples: NestedTensor, pool: Any) -> Passes:

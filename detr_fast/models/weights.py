@@ -126,8 +126,8 @@ def load_weights(
 
 
 def _with_rows(own: Tensor, other: Tensor, classes: Mapping[int, int]) -> Tensor:
-    """`own` with rows of `other`, those of `classes` and the last; `other` itself where its rows have another size."""
-    if own.shape[1:] != other.shape[1:]:
+    """`own` with rows of `other`, those of `classes` and the last; `other` itself where its rows do not fit."""
+    if own.shape[1:] != other.shape[1:] or max(classes.values(), default=-1) >= len(other) - 1:
         return other
     rows = own.clone()
     rows[[*classes, -1]] = other[[*classes.values(), -1]].to(rows)

@@ -78,6 +78,7 @@ def calls_plainly(tensor: torch.Tensor) -> bool:
         and type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0  # fake tensors, counters of operators
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # gradients of `is_grads_batched`
         and not kernels_chosen(tensor.device)
     )
 

@@ -328,8 +328,9 @@ def _no_keys_at_inf(logsumexp: torch.Tensor) -> torch.Tensor:
 
 
 def _empty_blhd(batch, heads, length, head_dim, like: torch.Tensor) -> torch.Tensor:
-    """[B, H, L, D] view of [B, L, H, D] memory: what a projection on either side reads as [B, L, H · D]."""
-    return like.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    """[B, H, L, D] in [B, L, H, D] memory: what a projection on either side reads as [B, L, H · D]."""
+    strides = (length * heads * head_dim, head_dim, heads * head_dim, 1)
+    return like.new_empty_strided((batch, heads, length, head_dim), strides)  # no view: it may be changed in place
 
 
 def _empty_outputs(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -533,7 +534,16 @@ def _packed_save_for_backward(ctx, inputs, output):
 def _packed_differentiate(ctx, grad_out, _):
     *projections, out, logsumexp, key_padding_mask, seed, query_padding_mask, keys, queries = ctx.saved_tensors
     options = (key_padding_mask, ctx.dropout_p, seed, ctx.scale, query_padding_mask, keys, queries)
-    return _packed_attention_backward(grad_out, projections, out, logsumexp, *options), *[None] * 7
+    is_batched = not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad_out)
+    backward = _gradients_one_by_one if is_batched else _packed_attention_backward
+    return backward(grad_out, projections, out, logsumexp, *options), *[None] * 7
+
+
+def _gradients_one_by_one(grad_out, projections, out, logsumexp, *options):
+    """Those of the projections under `is_grads_batched`, for which torch can repeat no op that returns a list."""
+    grads = _attention_backward(grad_out, *split_projections(projections), out, logsumexp, *options)
+    parts = iter(x.transpose(1, 2) for x in grads)
+    return [torch.stack([next(parts) for _ in range(x.shape[2])], dim=2) for x in projections]
 
 
 _OPTIONS = (
@@ -564,7 +574,7 @@ class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, key_padding_mask, dropout_p, seed, scale, query_padding_mask, *projections):
         query, key, value = split_projections(projections)
-        kept = [] if keeps_chunks(query, key, seed) else None
+        kept = [] if any(ctx.needs_input_grad) and keeps_chunks(query, key, seed) else None
         options = (key_padding_mask, dropout_p, seed, scale, query_padding_mask)
         out, logsumexp = _forward(query, key, value, *options, kept=kept)
         ctx.dropout_p, ctx.scale = dropout_p, scale
@@ -579,10 +589,12 @@ class _PlainAttention(torch.autograd.Function):
     def backward(ctx, grad_out, _):
         out, logsumexp, key_padding_mask, query_padding_mask, seed, *rest = ctx.saved_tensors
         projections, kept = rest[: ctx.projections], rest[ctx.projections :]
-        options = (key_padding_mask, ctx.dropout_p, seed, ctx.scale, query_padding_mask)
-        if len(projections) == 3:
+        options = (key_padding_mask, ctx.dropout_p, seed, ctx.scale, query_padding_mask, None, None)
+        if not calls_plainly(grad_out):
+            grads = _gradients_one_by_one(grad_out, projections, out, logsumexp, *options)
+        elif len(projections) < 3:
+            grads = _packed_backward(grad_out, projections, out, logsumexp, *options, kept=kept)
+        else:
             grads = _backward(grad_out, *split_projections(projections), out, logsumexp, *options, kept=kept)
             grads = [x.transpose(1, 2).unsqueeze(2) for x in grads]
-        else:
-            grads = _packed_backward(grad_out, projections, out, logsumexp, *options, kept=kept)
         return *[None] * 5, *grads

@@ -16,8 +16,8 @@ and masks while the data gradient is in registers where that is a product of our
 place. So the ReLU's mask is applied by who reads its output, `masks_input_grad`, and not once more by who made it,
 `grad_is_masked`.
 
-The weights are folded in float32 (float64 for float64) and rounded once to the activations' dtype. On every device the
-op runs the folded formula; `folded_conv_reference` is the unfolded one, to test against.
+The weights are folded in float32 (float64 for float64) and rounded once to the activations' dtype. Where a CPU's result
+is smaller than the weight, it is scaled in the weight's place. `folded_conv_reference` is unfolded, to test against.
 """
 
 import math
@@ -159,7 +159,7 @@ def _forward(
     masks_input_grad=False, grad_is_masked=False,
 ) -> Tensor:  # fmt: skip
     with torch.no_grad():
-        if _scales_result(x, weight, scale, _result_shape(x, weight, stride, padding, dilation)):
+        if x.dim() == 4 and _scales_result(x, weight, scale, _result_shape(x, weight, stride, padding, dilation)):
             return _convolve_then_scale(x, weight, scale, bias, residual, relu, stride, padding, dilation, groups)
         folded = _fold(x, weight, scale)
         return _convolve(x, folded, bias, residual, relu, stride, padding, dilation, groups)
@@ -183,7 +183,7 @@ def _scales_result(x: Tensor, weight: Tensor, scale: Tensor, result_shape) -> bo
 def _convolve_then_scale(x, weight, scale, bias, residual, relu, stride, padding, dilation, groups) -> Tensor:
     out = _convolution(x, weight, None, stride, padding, dilation, groups)
     scale = scale[:, None, None]
-    out = out.mul_(scale) if bias is None else torch.addcmul(bias[:, None, None], out, scale)
+    out = out.mul_(scale) if bias is None else torch.addcmul(bias.to(out.dtype)[:, None, None], out, scale)
     if residual is not None:
         out += residual
     return out.relu_() if relu else out

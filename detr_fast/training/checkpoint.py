@@ -123,7 +123,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 def check_resumable(checkpoint: dict, source: str) -> None:
     """Raises ValueError where the state of a run, as far as `checkpoint` has one, is not as `detr_fast` writes it."""
     kinds = {"optimizer": dict, "lr_scheduler": dict, "epoch": int, "steps": int, "stale": int, "rng": list}
-    problem = _kind_problem(checkpoint, kinds | {"inside": dict, "scaler": dict, "best": (int, float)})
+    numbers, tables = dict.fromkeys(("best", "seconds"), (int, float)), dict.fromkeys(("inside", "scaler"), dict)
+    problem = _kind_problem(checkpoint, kinds | numbers | tables)
     if problem is not None:
         raise ValueError(
             f"--resume: {source} is not as detr_fast writes it: {problem}; --weights takes its weights alone"

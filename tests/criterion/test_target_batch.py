@@ -167,6 +167,26 @@ WRONG = {
 }
 
 
+def test_memory_that_was_replaced_counts():
+    """``.data =`` and ``resize_`` leave the tensor itself the same object."""
+    batch = TargetBatch(make_targets())
+    batch[0]["labels"].resize_(1)
+    batch[0]["boxes"].resize_(1, 4)
+    batch[2]["boxes"].data = torch.full((2, 4), 0.25)
+    packed, expected = (pack_targets(targets, CPU) for targets in (batch, list(batch)))
+    assert packed.sizes == expected.sizes == [1, 0, 2]
+    assert torch.equal(packed.boxes, expected.boxes)
+
+
+def test_a_compiled_criterion_is_one_graph():
+    torch._dynamo.reset()
+    ours, batch = criterion(), TargetBatch(make_targets())
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    losses = [f(outputs(), batch) for f in (compiled, ours)]
+    for key, value in losses[1].items():
+        torch.testing.assert_close(losses[0][key], value)
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_refuses_what_it_refuses_in_dicts_with_the_same_words(wrong):
     targets = make_targets()

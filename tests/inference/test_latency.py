@@ -150,6 +150,35 @@ def test_changed_weights_count(change, run_folder, graphs_on_cpu):
     assert abs(found[0].scores - before.scores).max() > 1e-4
 
 
+def test_a_replaced_module_counts(run_folder, graphs_on_cpu):
+    detector = with_graphs(run_folder)
+    for _ in range(3):
+        detector.predict(IMAGES[0], 0)
+    own = detector.model.class_embed
+    new = nn.Linear(own.in_features, own.out_features)
+    new.load_state_dict({"weight": own.weight, "bias": own.bias + torch.eye(own.out_features)[0]})
+    detector.model.class_embed = new
+    plain = detr_fast.load(run_folder, device="cpu")
+    plain.model.load_state_dict(detector.model.state_dict())
+    same([detector.predict(IMAGES[0], 0)], [plain.predict(IMAGES[0], 0)])
+
+
+def test_a_hook_that_came_later_is_called(run_folder, graphs_on_cpu):
+    detector, calls = with_graphs(run_folder), []
+    for _ in range(3):
+        detector.predict(IMAGES[0], 0)
+    detector.model.class_embed.register_forward_hook(lambda *_: calls.append(1))
+    detector.predict(IMAGES[0], 0)
+    assert calls
+
+
+def test_what_was_recorded_in_inference_mode_serves_outside(run_folder, graphs_on_cpu):
+    detector = with_graphs(run_folder)
+    with torch.inference_mode():
+        inside = [detector.predict(IMAGES[0], 0) for _ in range(3)]
+    same([detector.predict(IMAGES[0], 0)], inside[-1:])
+
+
 def test_what_cannot_be_recorded_runs_as_before(run_folder, graphs_on_cpu, monkeypatch):
     monkeypatch.setattr(Tape, "refuses", True)
     said = []

@@ -641,3 +641,42 @@ def test_dropout_bytes_of_numpy_are_those_of_torch(k_len, monkeypatch):
     in_numpy = _dropout_bits.dropout_bytes(*arguments)
     monkeypatch.setattr(_dropout_bits, "_SMALL", 0)
     assert torch.equal(in_numpy, _dropout_bits.dropout_bytes(*arguments))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("packing", [(3,), (1, 2), None])
+def test_many_gradients_at_a_time_are_those_one_by_one(packing, dropout_p):
+    inputs = make_inputs() if packing is None else make_projections(packing)
+    function = (
+        (lambda: attention(*inputs, None, dropout_p, seed=SEED))
+        if packing is None
+        else (lambda: attention_of_projections(inputs, None, dropout_p, seed=SEED))
+    )
+    out = function()[0]
+    cotangents = torch.randn(3, *out.shape, dtype=out.dtype)
+    together = torch.autograd.grad(out, inputs, cotangents, is_grads_batched=True, retain_graph=True)
+    for i, cotangent in enumerate(cotangents):
+        for batched, single in zip(
+            together, torch.autograd.grad(out, inputs, cotangent, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(batched[i], single)
+
+
+def test_many_gradients_at_a_time_of_the_packed_op():
+    projections = make_projections((3,))
+    options = (make_mask(7), 0.3, SEED, 0.5, None, None, None)
+    out, _ = torch.ops.detr_fast.packed_attention(projections, *options)
+    cotangents = torch.randn(2, *out.shape, dtype=out.dtype)
+    together = torch.autograd.grad(out, projections, cotangents, is_grads_batched=True, retain_graph=True)
+    for i, cotangent in enumerate(cotangents):
+        (single,) = torch.autograd.grad(out, projections, cotangent, retain_graph=True)
+        torch.testing.assert_close(together[0][i], single)
+
+
+def test_an_attentions_result_may_be_changed_in_place():
+    inputs = [x.detach() for x in make_inputs()]
+    summand = torch.ones(6, dtype=torch.float64, requires_grad=True)
+    out, _ = attention(*inputs)
+    out += summand
+    out.sum().backward()
+    assert torch.equal(summand.grad, torch.full_like(summand, out[..., 0].numel()))

@@ -99,6 +99,24 @@ def test_scale_is_applied_to_whichever_is_smaller(name, channels_last, monkeypat
             torch.testing.assert_close(value, right, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("size", [(4, 4), (40, 40)])
+def test_the_result_has_xs_dtype_whatever_the_biass(size):
+    x, weight = torch.randn(1, 4, *size, dtype=torch.bfloat16), torch.randn(64, 4, 1, 1, dtype=torch.bfloat16)
+    assert folded_conv(x, weight, torch.ones(64, dtype=torch.bfloat16), torch.ones(64)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("size", [(4, 4), (40, 40)])
+def test_many_gradients_at_a_time_are_those_one_by_one(size):
+    x, weight = torch.randn(1, 4, *size, requires_grad=True), torch.randn(64, 4, 1, 1, requires_grad=True)
+    out = folded_conv(x, weight, torch.ones(64), torch.ones(64))
+    cotangents = torch.randn(3, *out.shape)
+    together = torch.autograd.grad(out, (x, weight), cotangents, is_grads_batched=True, retain_graph=True)
+    for i, cotangent in enumerate(cotangents):
+        single = torch.autograd.grad(out, (x, weight), cotangent, retain_graph=True)
+        for batched, expected in zip(together, single, strict=True):
+            torch.testing.assert_close(batched[i], expected)
+
+
 def test_eager_calls_on_a_cpu_are_the_ops_without_the_library():
     """Bit for bit."""
     tensors, options = _case("residual", torch.float32)

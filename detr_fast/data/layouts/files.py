@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from detr_fast.data.images import is_turned_in_place, upright_size
+from detr_fast.data.images import is_turned_in_place, refuse_pipe, upright_size
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 # The words by which folders, lists and jsons name a set.
@@ -105,6 +105,7 @@ def sizes_of(name: str, images: Sequence[Path], notes: list[str]) -> list[tuple[
 
 def _size(path: Path) -> tuple[tuple[int, int], bool] | None:
     try:
+        refuse_pipe(path)
         with Image.open(path) as image:
             return upright_size(image), is_turned_in_place(image)
     except Exception:  # PIL raises what the format's reader does
