@@ -106,6 +106,7 @@ def test_every_variant_has_the_same_loss_and_ours_fewer_operators():
         assert by_name[f"detr_fast without {technique}"].counts["operators"] > fused, technique
 
 
+@pytest.mark.slow  # half a minute of tracing
 def test_nothing_is_compiled_while_it_is_timed(monkeypatch):
     """More variants than the compiler keeps code of one function for, each compiled when it is prepared."""
     graphs, timed = [], []
