@@ -94,4 +94,7 @@ def explained(error: RuntimeError, num_workers: int) -> OSError | None:
 
 
 def _size(number: int) -> str:
-    return f"{number / 1e6:.1f} MB" if number < 1e9 else f"{number / 1e9:.1f} GB"
+    for unit, size in (("kB", 1e3), ("MB", 1e6)):
+        if number < 1000 * size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number / 1e9:.1f} GB"

@@ -87,7 +87,7 @@ def test_a_small_shared_memory_indeed():
     if done.returncode in (1, 77) and ("unshare" in done.stderr or "mount" in done.stderr):
         pytest.skip("no mount namespace here")
     assert done.returncode == 0 and done.stdout.startswith("/dev/shm was full, "), done.stderr
-    assert "of 0.3 MB are free now" in done.stdout and "Traceback" not in done.stderr
+    assert "of 307.2 kB are free now" in done.stdout and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_shared_memory_is_judged_when_the_loader_is_made(shapes, monkeypatch):
     """Batches of four images: 23 kB in uint8, four times that in float32."""
     assert loader_with_free(shapes, 10**5, monkeypatch, num_workers=2, collate_fn=PackedCollate()) == []
     (said,) = loader_with_free(shapes, 6 * 10**4, monkeypatch, num_workers=2, collate_fn=PackedCollate())
-    assert "/dev/shm has 0.1 MB free" in said and "may have 4 on their way" in said and "--shm-size" in said
+    assert "/dev/shm has 60.0 kB free" in said and "may have 4 on their way" in said and "--shm-size" in said
     assert loader_with_free(shapes, 10**3, monkeypatch, num_workers=0) == []
     with pytest.raises(ValueError, match=r"cannot send any\. Give it more .*--num_workers 0"):
         loader_with_free(shapes, 10**4, monkeypatch, num_workers=2, collate_fn=PackedCollate())
