@@ -2,9 +2,10 @@
 
 A json of COCO's size is made (118 287 images, 803 000 annotations with a polygon each, 447 MB), and a folder without
 images. Then each in a process of its own: reading it for the first time, opening it again from the cache, and an epoch
-over all targets in forked workers. Memory is that of the process above what it has after the imports: the largest
-resident set, and what is private to it. `--boxes` leaves the polygons out; `--images 2000000 --annotations 20000000
---boxes` is Objects365's size.
+over all targets in forked workers; and, with one JPEG under all names, the first batch of a training loader: dataset,
+sampler and loader as the trainer makes them, the json read for the first time, and again. Memory is that of the process
+above what it has after the imports: the largest resident set, and what is private to it. `--boxes` leaves the polygons
+out; `--images 2000000 --annotations 20000000 --boxes` is Objects365's size.
 """
 
 import argparse
@@ -127,15 +128,48 @@ def _epoch(dataset, first: int, step: int, growths) -> None:
     growths.put(private() - before)
 
 
+def first_batch(folder: Path, ann_file: Path, workers: int) -> dict:
+    """Seconds until a training loader's first batch is there: the json opened, the sizes planned, worker processes
+    started, images read and augmented. All names are one picture's."""
+    from detr_fast.data import CocoDetection, PackedCollate, build_loader, make_coco_transforms
+
+    began, cpu, others = time.perf_counter(), time.process_time(), _cpu_of_children()
+    dataset = CocoDetection(folder, ann_file, make_coco_transforms("train", uint8=True), cache_dir=folder)
+    loader = build_loader(dataset, 8, train=True, num_workers=workers, collate_fn=PackedCollate(), timeout=120)
+    try:
+        samples, targets = next(iter(loader))
+        row = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+    finally:
+        loader.close()
+    assert len(samples) == len(targets) == 8
+    row |= {"cpu of its processes": _cpu_of_children() - others, "load": os.getloadavg()[0]}
+    print(f"  {row}", flush=True)
+    return row
+
+
+def link_images(folder: Path, images: int) -> None:
+    """One JPEG of noise under the names of all images of `generate`."""
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((640, 480)).save(folder / "image", "JPEG")
+    for i in range(1, images + 1):
+        os.symlink("image", folder / f"{i:012d}.jpg")  # no hard links: file systems limit how many a file may have
+
+
 def _alone(function, *arguments):
     """In a process of its own, whose peak memory is nobody else's."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_imports) as pool:  # not daemonic: it may fork
+    context, method = multiprocessing.get_context("spawn"), multiprocessing.get_start_method()
+    with ProcessPoolExecutor(
+        1, mp_context=context, initializer=_start, initargs=(method,)
+    ) as pool:  # not daemonic: it may fork
         return pool.submit(function, *arguments).result()
 
 
-def _imports() -> None:
+def _start(method: str) -> None:
     import detr_fast.data  # noqa: F401
+
+    multiprocessing.set_start_method(method, force=True)  # a loader's processes start as a user's do
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -162,6 +196,10 @@ def main(argv: list[str] | None = None) -> int:
             }
             if not args.boxes:
                 rows["mapped, with masks"] = _alone(opened, Path(cache), ann_file, True, args.workers)
+        with tempfile.TemporaryDirectory(dir=folder) as linked:
+            link_images(Path(linked), args.images)
+            for name in ("first batch, first time", "first batch, mapped"):
+                rows[name] = _alone(first_batch, Path(linked), ann_file, args.workers)
         size = os.path.getsize(ann_file) / 1e6
     print(f"{args.images} images, {args.annotations} annotations, {size:.0f} MB of json\n")
     print("`load`: processes that wanted a core meanwhile, of this and other programs\n")
@@ -171,9 +209,10 @@ def main(argv: list[str] | None = None) -> int:
     print("|---|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         numbers = [f"{row['seconds']:.2f}", f"{row['load']:.1f}", f"{row['cpu']:.2f}"]
-        numbers += [f"{row['cpu of its processes']:.2f}", f"{row['peak']:.0f}", f"{row['private']:.0f}"]
-        growth = f"{row['growth of a worker']:.1f}" if "growth of a worker" in row else ""
-        print(f"| {' | '.join([name, *numbers, growth])} |")
+        numbers.append(f"{row['cpu of its processes']:.2f}")
+        for key, digits in (("peak", 0), ("private", 0), ("growth of a worker", 1)):
+            numbers.append(f"{row[key]:.{digits}f}" if key in row else "")
+        print(f"| {' | '.join([name, *numbers])} |")
     if args.output:
         record = {"provenance": provenance(torch.device("cpu")), "images": args.images, "annotations": args.annotations}
         record |= {"polygons": not args.boxes, "json_mb": size, "rows": rows}

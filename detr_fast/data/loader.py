@@ -6,8 +6,11 @@ How seeds and order come about is told in `detr_fast.data.seeding`, how batches 
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +28,12 @@ from torch.utils.data import (
 )
 
 from detr_fast.data.grouping import SizeGroupedBatchSampler, SizePlanner, SizeSortedSampler, can_plan
+from detr_fast.data.packed import PackedCollate
 from detr_fast.data.seeding import EpochBatchSampler, EpochSampler, SeededDataset
+from detr_fast.data.workers import check_shared_memory, explained, start_worker
 from detr_fast.nested_tensor import collate_fn
+
+_PREFETCHED = 2  # batches that each process makes ahead, as DataLoader's default
 
 
 class EpochLoader(DataLoader):
@@ -45,9 +52,13 @@ class EpochLoader(DataLoader):
         prefetch_factor, persistent_workers: as ``DataLoader``.
         options: ``pin_memory_device``, ``in_order``: as ``DataLoader``.
 
+    Attributes:
+        waits_since: ``time.monotonic()`` when the batch that is awaited was asked for; None while none is.
+
     Raises:
         ValueError: a combination of options that excludes itself, or a number outside its range.
         TimeoutError: while iterating, no batch came within `timeout` seconds; names its images.
+        OSError: while iterating, a process was killed, or shared memory or open files did not suffice.
         TypeError: a dataset that is not map-style, an option that there is not.
     """
 
@@ -86,6 +97,7 @@ class EpochLoader(DataLoader):
         else:
             order = {"batch_sampler": EpochBatchSampler(batch_sampler, seed)}
         self.epoch_sampler = order.get("batch_sampler", order.get("sampler"))
+        self.waits_since: float | None = None
         super().__init__(
             SeededDataset(dataset, seed),
             **order,
@@ -109,6 +121,17 @@ class EpochLoader(DataLoader):
         """
         self.epoch_sampler.set_epoch(epoch, first)
 
+    def _get_iterator(self):
+        if not self.num_workers:
+            return super()._get_iterator()
+        given = self.worker_init_fn
+        method = (self.multiprocessing_context or multiprocessing).get_start_method()
+        self.worker_init_fn = partial(start_worker, given, method == "spawn")
+        try:
+            return super()._get_iterator()
+        finally:
+            self.worker_init_fn = given
+
     def __iter__(self) -> Iterator:
         batches = super().__iter__()
         asked_for = self.epoch_sampler.asked_for
@@ -117,21 +140,15 @@ class EpochLoader(DataLoader):
 
     def _batches(self, batches: Iterator, asked_for: deque) -> Iterator:
         while True:
+            self.waits_since = time.monotonic()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:
-                if "Too many open files" in str(error):
-                    raise OSError(
-                        f"{self.num_workers} loader processes need more open files than `ulimit -n` allows this one; "
-                        "raise it, or use fewer processes (--num_workers)"
-                    ) from error
-                if "DataLoader worker (pid" in str(error):
-                    raise ChildProcessError(
-                        f"{str(error).rstrip('. ')}. A loader process that is killed lacks memory most of the time; a "
-                        "bus error says that /dev/shm is full. Use fewer processes (--num_workers), or give it more"
-                    ) from error
+                known = explained(error, self.num_workers)
+                if known is not None:
+                    raise known from error
                 if "DataLoader timed out" not in str(error):
                     raise
                 names = "files that are not known here (in_order=False)"
@@ -144,6 +161,8 @@ class EpochLoader(DataLoader):
                     f"a loader process has given no batch for {self.timeout:g} seconds; it is to read {names}. Look at "
                     "these files and at the storage they are on, or allow it more time (timeout, --loader_timeout)"
                 ) from error
+            finally:
+                self.waits_since = None
             asked_for.popleft()
             if batch is not None:
                 yield batch
@@ -254,7 +273,8 @@ def build_loader(
 
     Raises:
         ValueError: an empty dataset, a batch size below 1, a negative seed, a dataset too small for a single batch
-            where incomplete ones are dropped, or ``group_by_size`` with a dataset that cannot plan.
+            where incomplete ones are dropped, ``group_by_size`` with a dataset that cannot plan, or shared memory that
+            holds no batch.
     """
     drop_last = train if drop_last is None else drop_last
     if len(dataset) == 0:
@@ -287,6 +307,11 @@ def build_loader(
             f"{per_process} images per process give no complete batch of {batch_size}; choose a batch size of at most "
             f"{per_process}"
         )
+    if num_workers and can_plan(dataset):
+        some = range(0, len(dataset), -(-len(dataset) // 64))
+        pixels = sum(height * width for height, width in SizePlanner(dataset, seed)(0, some)) / len(some)
+        value = 3 if isinstance(collate_fn, PackedCollate) else 12  # bytes: uint8 or float32
+        check_shared_memory(int(batch_size * pixels * value), num_workers * _PREFETCHED)
     return EpochLoader(
         dataset,
         batch_sampler=batch_sampler,
@@ -295,5 +320,6 @@ def build_loader(
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         timeout=timeout if num_workers else 0,
         persistent_workers=num_workers > 0,
+        prefetch_factor=_PREFETCHED if num_workers else None,
         seed=seed,
     )

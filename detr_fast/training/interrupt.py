@@ -3,19 +3,35 @@
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from detr_fast.config import checkpoint_interval
+from detr_fast.data.loader import EpochLoader
 from detr_fast.distributed import get_rank, get_world_size
 
 # Windows has no SIGHUP.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+_ALARM = getattr(signal, "SIGALRM", None)
 GO_ON, SAVE = 0, 1  # a wish above SAVE is to stop: SAVE + the signal's number
 # A terminal's Ctrl-C reaches a process twice where torchrun passes it on: that is no second thought of the user's.
 _IMPATIENCE = 5.0  # seconds
+_WAIT = 8.0  # seconds; docker kills ten after its signal
+
+
+class NoBatch(RuntimeError):
+    """A signal came, and the step that was to be finished lacks its batch.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"no batch came for {_WAIT:g} seconds, nor since {signal.Signals(number).name}")
+        self.signal = number
 
 
 class Interruption:
@@ -24,18 +40,23 @@ class Interruption:
     A context manager: inside it SIGTERM, SIGINT and SIGHUP are noted, unless they are ignored; a second one, seconds
     later, acts as it would outside. In a thread other than the main one signals are left alone, as Python demands.
 
+    A step whose batch does not come, from a worker that hangs, is not waited for: `NoBatch` is raised where the batch
+    is awaited, 8 seconds after the signal.
+
     No step waits for a GPU. Several processes exchange one number per step by gloo, on the CPU, in the background; a
     step reads what was sent in the step before.
 
     Args:
         checkpoint_every: as the flag; see `checkpoint_interval`.
+        loaders: where the batches come from.
     """
 
-    def __init__(self, checkpoint_every: str = ""):
+    def __init__(self, checkpoint_every: str = "", loaders: Iterable[EpochLoader] = ()):
         self._steps, self._seconds = checkpoint_interval(checkpoint_every)
         self._saved_at = time.monotonic()
         self._signal, self._noted_at = 0, 0.0
         self._before: dict[int, object] = {}
+        self._loaders = list(loaders)
         self._group = dist.new_group(backend="gloo") if get_world_size() > 1 else None
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
 
@@ -47,6 +68,8 @@ class Interruption:
         return self
 
     def __exit__(self, *_) -> None:
+        if _ALARM in self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -58,6 +81,15 @@ class Interruption:
             signal.raise_signal(number)
         elif not self._signal:
             self._signal, self._noted_at = number, now
+            # Not where somebody else has an alarm of his own.
+            if self._loaders and _ALARM is not None and signal.getsignal(_ALARM) == signal.SIG_DFL:
+                self._before[_ALARM] = signal.signal(_ALARM, self._look)
+                signal.setitimer(signal.ITIMER_REAL, _WAIT, 1.0)
+
+    def _look(self, number: int, frame: FrameType | None) -> None:
+        since = [loader.waits_since for loader in self._loaders if loader.waits_since is not None]
+        if since and time.monotonic() - min(since) >= _WAIT:
+            raise NoBatch(self._signal)
 
     def after_step(self, steps: int) -> int:
         """What all processes do now: GO_ON, SAVE, or stop (a number above SAVE, see `signal_of`).

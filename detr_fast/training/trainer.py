@@ -55,7 +55,7 @@ from detr_fast.training.folder import (
     size_of,
     space_needed,
 )
-from detr_fast.training.interrupt import GO_ON, SAVE, Interruption, ignore_signals, signal_of
+from detr_fast.training.interrupt import GO_ON, SAVE, Interruption, NoBatch, ignore_signals, signal_of
 from detr_fast.training.log import Metrics, RunLog
 from detr_fast.training.memory import probe_memory
 from detr_fast.training.optim import build_scheduler, load_optimizer, steps_every
@@ -211,9 +211,16 @@ class Trainer:
     def run(self) -> dict:
         """Trains to the end that the configuration sets. Returns the last epoch's log row, empty if none was left."""
         try:
-            with self.callbacks, Interruption(self.config.checkpoint_every) as self._interruption:
+            loaders = self.loader_train, self.loader_val
+            with self.callbacks, Interruption(self.config.checkpoint_every, loaders) as self._interruption:
                 self.callbacks.start(self.config)
                 return self._run()
+        except NoBatch as stop:
+            where = f"stopped by {signal.Signals(stop.signal).name} after step {self.steps}, while no batch came"
+            advice = f"To go on: the same command with --output_dir {self.output_dir} --resume auto"
+            raise InterruptedRun(
+                f"{where}; {self._kept} kept", stop.signal, advice if self.output_dir is not None else ""
+            ) from stop
         except OSError as error:
             if self.output_dir is None or not is_full(error):
                 raise

@@ -12,7 +12,7 @@ from plain_detr import randomize_norms
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from detr_fast.benchmarks.studies import infer
+from detr_fast.benchmarks.studies import infer, memory
 from detr_fast.layers import FrozenBatchNorm2d
 from detr_fast.models.backbone import BackboneBase
 from detr_fast.ops._onednn import HAS_ONEDNN
@@ -301,3 +301,11 @@ def test_inference_mode_and_weights_made_in_it():
         before = body(x)["1"]
         body.layer1[0].conv1.weight.mul_(2)
         assert not torch.equal(_assert_same(body, x)["1"], before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="Linux")
+def test_memory_over_images_of_ever_new_sizes_is_bounded():
+    """About 140 new sizes after the first 360 images: if each kept its code, they would take some 700 MB more."""
+    *figures, _ = memory.alone(500, 20, (64, 160), True)
+    assert max(figures[18:]) - max(figures[:18]) < 60 and figures[-1] < 500

@@ -21,10 +21,10 @@ from detr_fast.cli import main
 from detr_fast.config import Config
 from detr_fast.data.loader import EpochLoader
 from detr_fast.errors import UsageError
-from detr_fast.training import engine, folder, trainer
+from detr_fast.training import engine, folder, interrupt, trainer
 from detr_fast.training.checkpoint import read_checkpoint, save_checkpoint
 from detr_fast.training.folder import LOCK, check_space, locked, space_needed
-from detr_fast.training.interrupt import GO_ON, Interruption, signal_of
+from detr_fast.training.interrupt import GO_ON, Interruption, NoBatch, signal_of
 
 # Eight batches in an epoch, four optimiser steps; sums of the metrics in groups of three; a schedule per step.
 FLAGS = [
@@ -462,6 +462,57 @@ def test_a_worker_that_hangs_ends_the_run_and_its_samples_are_named():
     for worker in workers:
         worker.join(5)
     assert not any(worker.is_alive() for worker in workers)
+
+
+WAITS = """
+import sys
+from test_interruption import Hanging
+from detr_fast import cli
+from detr_fast.training import trainer
+real = trainer.loader_for
+def loader_for(task, dataset, config, train):
+    class Hangs(type(dataset)):
+        def __getitem__(self, index):
+            Hanging()[5 if index == dataset_end else 0]
+            return super().__getitem__(index)
+    dataset_end = len(dataset) - 1
+    if train:
+        dataset.__class__ = Hangs
+    return real(task, dataset, config, train)
+trainer.loader_for = loader_for
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_run_that_waits_for_a_batch(flags, tmp_path):
+    argv = ["train", *flags, "--output_dir", str(tmp_path), "--num_workers", "1", "--checkpoint_every", "1"]
+    process = subprocess.Popen([sys.executable, "-c", WAITS, *argv], env=ENVIRONMENT, cwd=Path(__file__).parent,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    try:
+        wait_for(lambda: (tmp_path / LOCK).exists(), 60)
+        time.sleep(8)
+        process.terminate()
+        said = process.communicate(timeout=40)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 143 and "stopped by SIGTERM after step" in said and "while no batch came; " in said
+    assert "Traceback" not in said and "--resume auto" in said
+
+
+def test_a_signal_is_heeded_where_no_batch_comes(monkeypatch):
+    """Not before `_WAIT` seconds, and not while a step is computed."""
+    monkeypatch.setattr(interrupt, "_WAIT", 0.2)
+    loader = EpochLoader(list(range(4)), 2)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(NoBatch) as stop, Interruption("", [loader]) as interruption:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.4)
+        assert signal_of(interruption.after_step(1)) == signal.SIGTERM
+        loader.waits_since = time.monotonic()
+        time.sleep(5)
+    assert stop.value.signal == signal.SIGTERM
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 ENDS_BY_ITSELF = """
