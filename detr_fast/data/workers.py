@@ -88,7 +88,8 @@ def explained(error: RuntimeError, num_workers: int) -> OSError | None:
         )
     if "DataLoader worker (pid" in text:
         return ChildProcessError(
-            f"{text.rstrip('. ')}. A loader process that is killed lacks memory most of the time. Use fewer processes (--num_workers)"
+            f"{text.rstrip('. ')}. A loader process that is killed lacks memory most of the time. Use fewer processes "
+            "(--num_workers)"
         )
     return None
 
