@@ -39,8 +39,8 @@ def flags() -> set[str]:
     return known
 
 
-# Of other programs: `benchmarks.compile_gate`, `benchmarks annotations`, sbatch, torchrun.
-OTHERS = {"--amd", "--images", "--annotations", "--boxes", "--signal", "--max_restarts"}
+# Of other programs: `benchmarks.compile_gate`, `benchmarks annotations`, sbatch, torchrun, docker.
+OTHERS = {"--amd", "--images", "--annotations", "--boxes", "--signal", "--max_restarts", "--shm_size"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
