@@ -39,7 +39,7 @@ def flags() -> set[str]:
     return known
 
 
-# Of other programs: `benchmarks.compile_gate`, `benchmarks annotations`, sbatch, torchrun.
+# Of other programs: `benchmarks.compile_gate`, `benchmarks annotations`, sbatch, torchrun, docker.
 OTHERS = {"--amd", "--images", "--annotations", "--boxes", "--signal", "--max_restarts", "--shm_size"}
 
 

@@ -30,7 +30,7 @@ from torch.utils.data import (
 from detr_fast.data.grouping import SizeGroupedBatchSampler, SizePlanner, SizeSortedSampler, can_plan
 from detr_fast.data.packed import PackedCollate
 from detr_fast.data.seeding import EpochBatchSampler, EpochSampler, SeededDataset
-from detr_fast.data.workers import check_shared_memory, explained, start_worker
+from detr_fast.data.workers import check_shared_memory, explain, start_worker
 from detr_fast.nested_tensor import collate_fn
 
 _PREFETCHED = 2  # batches that each process makes ahead, as DataLoader's default
@@ -146,9 +146,7 @@ class EpochLoader(DataLoader):
             except StopIteration:
                 return
             except RuntimeError as error:
-                known = explained(error, self.num_workers)
-                if known is not None:
-                    raise known from error
+                explain(error, self.num_workers)
                 if "DataLoader timed out" not in str(error):
                     raise
                 names = "files that are not known here (in_order=False)"

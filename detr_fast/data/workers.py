@@ -71,27 +71,26 @@ def check_shared_memory(batch_bytes: int, batches: int) -> None:
     )
 
 
-def explained(error: RuntimeError, num_workers: int) -> OSError | None:
-    """What torch says of a loader's processes that failed, in one sentence; None if it is something else."""
+def explain(error: RuntimeError, num_workers: int) -> None:
+    """Raises an OSError that says in one sentence what torch says of a loader's processes that failed, if it does."""
     # Of a killed process torch says "exited unexpectedly"; what it caught while it waited names the signal.
     text = str(error.__cause__ if "exited unexpectedly" in str(error) and error.__cause__ else error)
     if "Too many open files" in text:
-        return OSError(
+        raise OSError(
             f"{num_workers} loader processes need more open files than `ulimit -n` allows this one; raise it, or use "
             "fewer processes (--num_workers)"
-        )
+        ) from error
     if "is killed by signal: Bus error" in text or ("/torch_" in text and "No space left on device" in text):
         found = free_shared_memory()
         has = f" ({_size(found[0])} of {_size(found[1])} are free now)" if found is not None else ""
-        return OSError(
+        raise OSError(
             f"{SHARED_MEMORY} was full, through which {num_workers} loader processes send batches{has}. {_ADVICE}"
-        )
+        ) from error
     if "DataLoader worker (pid" in text:
-        return ChildProcessError(
+        raise ChildProcessError(
             f"{text.rstrip('. ')}. A loader process that is killed lacks memory most of the time. Use fewer processes "
             "(--num_workers)"
-        )
-    return None
+        ) from error
 
 
 def _size(number: int) -> str:
