@@ -113,6 +113,12 @@ def load_weights(
         lines.append(f"the mask head, which {source} does not have")
     heads = [name for name in own if name.removeprefix(DETECTOR) in _CLASS_HEAD and name in state]
     if classes:
+        last = max(classes.values())
+        for name in heads:
+            if last >= len(state[name]) - 1:
+                raise ValueError(
+                    f"{source} names a class {last}, but its {name} has {len(state[name])} rows, the last for no-object"
+                )
         state = {**state, **{name: _with_rows(own[name], state[name], classes) for name in heads}}
     replaced = [
         name
@@ -126,8 +132,8 @@ def load_weights(
 
 
 def _with_rows(own: Tensor, other: Tensor, classes: Mapping[int, int]) -> Tensor:
-    """`own` with rows of `other`, those of `classes` and the last; `other` itself where its rows do not fit."""
-    if own.shape[1:] != other.shape[1:] or max(classes.values(), default=-1) >= len(other) - 1:
+    """`own` with rows of `other`, those of `classes` and the last; `other` itself where its rows have another size."""
+    if own.shape[1:] != other.shape[1:]:
         return other
     rows = own.clone()
     rows[[*classes, -1]] = other[[*classes.values(), -1]].to(rows)

@@ -68,9 +68,10 @@ def use_kernel(device: torch.device, op: str) -> bool:
 
 
 def calls_plainly(tensor: torch.Tensor) -> bool:
-    """True if an op on `tensor` is to call its plain PyTorch itself instead of torch's library, which only traces need.
+    """True if an op on `tensor` is to run its plain PyTorch as an autograd function, not as an op of torch's library.
 
-    On a CPU the library's layers of Python take longer than the convolution of a small image.
+    Kernels and whatever traces need the library's. In eager mode on a CPU its layers of Python only cost time: more
+    than a small image's convolution.
     """
     return (
         not torch.compiler.is_compiling()

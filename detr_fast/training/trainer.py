@@ -217,10 +217,8 @@ class Trainer:
                 return self._run()
         except NoBatch as stop:
             where = f"stopped by {signal.Signals(stop.signal).name} after step {self.steps}, while no batch came"
-            advice = f"To go on: the same command with --output_dir {self.output_dir} --resume auto"
-            raise InterruptedRun(
-                f"{where}; {self._kept} kept", stop.signal, advice if self.output_dir is not None else ""
-            ) from stop
+            advice = self._how_to_go_on() if self.output_dir is not None else ""
+            raise InterruptedRun(f"{where}; {self._kept} kept", stop.signal, advice) from stop
         except OSError as error:
             if self.output_dir is None or not is_full(error):
                 raise
@@ -343,8 +341,10 @@ class Trainer:
         if self.output_dir is None:
             raise InterruptedRun(f"{where}; nothing is kept (--output_dir none)", number)
         path = self.output_dir / "checkpoint.pth"
-        advice = f"To go on: the same command with --output_dir {self.output_dir} --resume auto"
-        raise InterruptedRun(f"{where}; saved in {path}", number, advice)
+        raise InterruptedRun(f"{where}; saved in {path}", number, self._how_to_go_on())
+
+    def _how_to_go_on(self) -> str:
+        return f"To go on: the same command with --output_dir {self.output_dir} --resume auto"
 
     def _at_last_step(self) -> bool:
         return bool(self.config.max_steps) and self.steps >= self.config.max_steps

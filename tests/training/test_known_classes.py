@@ -137,6 +137,15 @@ def test_category_ids_as_labels_are_the_originals_affair():
     assert known_classes(coco, {}) is None
 
 
+def test_a_head_too_short_for_the_classes_that_its_file_names_is_refused():
+    """Of the same size as ours, it would else be taken row by row, under other classes."""
+    model = torch.nn.Module()
+    model.class_embed = torch.nn.Linear(4, 3)
+    state = {"class_embed.weight": torch.zeros(3, 4), "class_embed.bias": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"w.pth names a class 5, but its class_embed.weight has 3 rows"):
+        load_weights(model, state, "w.pth", classes={0: 5})
+
+
 def test_long_lists_are_cut():
     categories = Categories(tuple(range(14)), tuple(f"c{i}" for i in range(14)), contiguous=True)
     line = say_known(categories, {label: label for label in range(12)})
