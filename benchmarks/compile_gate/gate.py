@@ -134,8 +134,10 @@ def record(cases: list[Case], chip: int | str) -> tuple[list[Launch], list[str]]
         if hasattr(module, "compute_capability"):
             patches.append(mock.patch.object(module, "compute_capability", lambda device: divmod(capability, 10)))
     for name, module in list(sys.modules.items()):
-        if name.startswith("detr_fast.ops.") and hasattr(module, "use_kernel"):
-            patches.append(mock.patch.object(module, "use_kernel", lambda device, op: True))
+        if name.startswith("detr_fast.ops."):
+            for choice, stub in (("use_kernel", lambda device, op: True), ("calls_plainly", lambda tensor: False)):
+                if hasattr(module, choice):
+                    patches.append(mock.patch.object(module, choice, stub))
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)

@@ -86,10 +86,12 @@ def variants(device: torch.device, compile: bool) -> list[Variant]:
     if device.type == "cpu":
         chosen.remove(GRAPHS if compile else replace(GRAPHS, compile="no"))
         # The kernels' place is taken by the references anyway.
-        skipped = ("bf16", "channels_last", "kernels")
-        chosen = [replace(v, bf16=False, channels_last=False) for v in chosen if not v.name.endswith(tuple(skipped))]
+        chosen = [replace(v, bf16=False) for v in chosen if not v.name.endswith(("bf16", "kernels"))]
         # Which memory format stock convolutions are faster in depends on the images' sizes.
-        chosen.insert(2, replace(chosen[1], name="tuned stock, channels_last", channels_last=True))
+        chosen[1:2] = [
+            replace(chosen[1], channels_last=False),
+            replace(chosen[1], name="tuned stock, channels_last"),
+        ]
     return chosen
 
 

@@ -106,12 +106,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError("is_causal=True without attn_mask; expected the causal mask in attn_mask")
         batched = self._check_inputs(query, key, value)
         projections = self._project(query, key, value, batched)
-        q, k, v = split_projections(projections)  # each [B, H, L, D]
-        batch, heads, q_len, _ = q.shape
-        key_padding_mask = _check_padding(key_padding_mask, batch, k.shape[2], batched)
+        batch, q_len = projections[0].shape[:2]
+        k_len = projections[-1].shape[1]
+        key_padding_mask = _check_padding(key_padding_mask, batch, k_len, batched)
         query_padding_mask = self._query_padding(key_padding_mask, q_len)
-        attn_mask = _check_attn_mask(attn_mask, batch, heads, q_len, k.shape[2])
+        attn_mask = _check_attn_mask(attn_mask, batch, self.num_heads, q_len, k_len)
         if self.bias_k is not None or self.add_zero_attn:
+            q, k, v = split_projections(projections)  # each [B, H, L, D]
             k, v, key_padding_mask, attn_mask = self._append_keys(k, v, key_padding_mask, attn_mask)
             projections = [x.transpose(1, 2).unsqueeze(2) for x in (q, k, v)]
 
@@ -122,10 +123,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             or attn_mask is not None
             or (key_padding_mask is not None and key_padding_mask.dtype != torch.bool)
         ):
-            out, weights = _attention_with_weights(q, k, v, key_padding_mask, attn_mask, dropout_p, query_padding_mask)
+            out, weights = _attention_with_weights(
+                *split_projections(projections), key_padding_mask, attn_mask, dropout_p, query_padding_mask
+            )
         else:
             out, _ = attention_of_projections(
-                projections, key_padding_mask, dropout_p, query_padding_mask=query_padding_mask
+                projections, key_padding_mask, dropout_p, query_padding_mask=query_padding_mask, need_logsumexp=False
             )
         out = apply_linear(self.out_proj, out.transpose(1, 2).flatten(2))  # [B, Lq, E]
 
@@ -143,17 +146,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if not tensor.is_floating_point():
                 raise TypeError(f"{name} has dtype {tensor.dtype}; expected floating point")
-        shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
         if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
-            raise ValueError(f"{shapes}; expected three 3-D tensors, or three 2-D ones without a batch")
+            raise ValueError(
+                f"{_shapes(query, key, value)}; expected three 3-D tensors, or three 2-D ones without a batch"
+            )
         if (query.shape[-1], key.shape[-1], value.shape[-1]) != (self.embed_dim, self.kdim, self.vdim):
-            raise ValueError(f"{shapes}; expected widths of {self.embed_dim}, {self.kdim} and {self.vdim}")
+            widths = f"{self.embed_dim}, {self.kdim} and {self.vdim}"
+            raise ValueError(f"{_shapes(query, key, value)}; expected widths of {widths}")
         if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(f"{shapes}; expected one length and batch size of keys and values")
+            raise ValueError(f"{_shapes(query, key, value)}; expected one length and batch size of keys and values")
         batched = query.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         if batched and query.shape[batch_dim] != key.shape[batch_dim]:
-            raise ValueError(f"{shapes}; expected one batch size (dimension {batch_dim})")
+            raise ValueError(f"{_shapes(query, key, value)}; expected one batch size (dimension {batch_dim})")
         return batched
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> list[Tensor]:
@@ -168,8 +173,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 sizes = [3] if key is value else [2, 1]
             else:
                 sizes = [1, 2] if key is value else [1, 1, 1]
-            weights = self.in_proj_weight.split([size * width for size in sizes])
-        biases = [None] * len(sizes) if bias is None else bias.split([size * width for size in sizes])
+            weights = self.in_proj_weight.split_with_sizes([size * width for size in sizes])
+        biases = [None] * len(sizes) if bias is None else bias.split_with_sizes([size * width for size in sizes])
 
         inputs = (query, key, value)
         projections = []
@@ -222,6 +227,10 @@ def _check_tensors(**tensors) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+
+
+def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
 
 
 def _check_padding(mask: Tensor | None, batch: int, length: int, batched: bool) -> Tensor | None:

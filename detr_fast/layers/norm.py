@@ -69,7 +69,7 @@ def frozen_affines(norms: Sequence[FrozenBatchNorm2d]) -> list[tuple[Tensor, Ten
     sizes = [len(norm.weight) for norm in norms]
     dtype = torch.promote_types(norms[0].weight.dtype, torch.float32)
     weight, bias, mean, var = (
-        torch.cat([getattr(norm, name) for norm in norms]).to(dtype)
+        torch.cat([norm._buffers[name] for norm in norms]).to(dtype)  # an attribute takes a microsecond to find
         for name in ("weight", "bias", "running_mean", "running_var")
     )
     scale = weight * (var + EPS).rsqrt()

@@ -102,7 +102,7 @@ class ResNetBody(nn.Module):
         return self._forward_folded(x, packed=False)
 
     def _forward_folded(self, x: Tensor, *, packed: bool) -> dict[str, Tensor]:
-        norms = [module for module in self.modules() if type(module) is FrozenBatchNorm2d]
+        norms = [module for module in self._parts() if type(module) is FrozenBatchNorm2d]
         affines = dict(zip(norms, frozen_affines(norms), strict=True))
         if packed:
             refuse_transforms("folded_conv", x, *self.parameters())
@@ -144,15 +144,20 @@ class ResNetBody(nn.Module):
 
     def _is_fusable(self, x: Tensor) -> bool:
         """Whether skipping the modules' calls goes unnoticed: known modules alone, frozen norms, no hooks."""
-        for module in self.modules():
-            if module is self:
-                continue
+        for module in self._parts():
             if type(module) not in _FUSABLE or is_altered(module):
                 return False
             if type(module) is nn.Conv2d and (module.bias is not None or module.padding_mode != "zeros"):
                 return False
         # Without autocast, an input of another dtype than the weights must get the convolution's own error.
         return torch.is_autocast_enabled(x.device.type) or x.dtype == self.conv1.weight.dtype
+
+    def _parts(self) -> list[nn.Module]:
+        """All modules below this one; `modules`, which also looks for those met twice, takes four times as long."""
+        parts: list[nn.Module] = [self]
+        for module in parts:
+            parts += [child for child in module._modules.values() if child is not None]
+        return parts[1:]
 
 
 def _pool_of_any_size(x: Tensor, pool: nn.MaxPool2d) -> Tensor:

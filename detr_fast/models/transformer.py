@@ -21,7 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from detr_fast.layers import MultiheadAttention
 from detr_fast.layers.linear import apply_linear
 from detr_fast.nested_tensor import NestedTensor, is_unpadded
-from detr_fast.ops.attention import remember_valid_rows
+from detr_fast.ops.attention import remember_padding
 
 # Layers of torch.nn that compute each token by itself, and the list that holds layers.
 _TOKENWISE = (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.Dropout, nn.ModuleList)
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
 
         src_LBC = _tokens(src).transpose(0, 1)
         pos_LBC = _tokens(pos_embed).transpose(0, 1)
-        key_padding_mask = None if mask is None else remember_valid_rows(mask.flatten(1))
+        key_padding_mask = None if mask is None else remember_padding(mask.flatten(1))
         query_pos_BQC = query_embed.expand(batch, *query_embed.shape[-2:])
         tgt_BQC = query_embed.new_zeros(query_pos_BQC.shape)
 

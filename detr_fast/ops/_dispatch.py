@@ -79,6 +79,7 @@ def calls_plainly(tensor: torch.Tensor) -> bool:
         and type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0  # fake tensors, counters of operators
+        and not torch._C._are_functorch_transforms_active()  # vmap and the like, which ops refuse
         and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # gradients of `is_grads_batched`
         and not kernels_chosen(tensor.device)
     )
@@ -93,6 +94,8 @@ def refuse_transforms(op: str, *tensors: torch.Tensor) -> None:
         NotImplementedError: a tensor carries a tangent, or is one of `torch.func`'s or `torch.vmap`'s.
     """
     if torch.compiler.is_compiling():
+        return
+    if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
         return
     for tensor in tensors:
         # `debug_unwrap` gives back any tensor but a transform's, which it opens.

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from detr_fast.ops._checks import check_tensor, is_integer
-from detr_fast.ops._dispatch import use_kernel
+from detr_fast.ops._dispatch import calls_plainly, use_kernel
 
 # The kernel keeps a problem's columns in registers; larger problems go to the host, even from a GPU.
 _LARGEST_KERNEL_SIDE = 4096
@@ -43,7 +43,7 @@ def assign(cost: torch.Tensor, offsets: torch.Tensor, largest: int) -> tuple[tor
     Source: Crouse 2016, "On implementing 2D rectangular assignment algorithms".
     """
     _check(cost, offsets, largest)
-    query, status = _assign(cost, offsets, largest)
+    query, status = (_forward if calls_plainly(cost) else _assign)(cost, offsets, largest)
     if status.device.type == "cpu" and not torch.compiler.is_compiling() and type(status) is torch.Tensor:
         failed = status.nonzero()
         if len(failed):
@@ -110,8 +110,7 @@ def _reference(cost, offsets, largest):
     return torch.from_numpy(query).to(cost.device), torch.from_numpy(status).to(cost.device)
 
 
-@torch.library.custom_op("detr_fast::assign", mutates_args=())
-def _assign(cost: torch.Tensor, offsets: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(cost: torch.Tensor, offsets: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
     if not use_kernel(cost.device, "assign") or max(cost.shape[2], largest) > _LARGEST_KERNEL_SIDE:
         return _reference(cost, offsets, largest)
     from detr_fast.kernels.assignment import assignment_forward
@@ -119,6 +118,9 @@ def _assign(cost: torch.Tensor, offsets: torch.Tensor, largest: int) -> tuple[to
     query, status = _empty_outputs(cost, offsets)
     assignment_forward(cost.contiguous(), offsets.contiguous(), largest, query=query, status=status)
     return query, status
+
+
+_assign = torch.library.custom_op("detr_fast::assign", _forward, mutates_args=())
 
 
 @_assign.register_fake

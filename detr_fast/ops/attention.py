@@ -11,13 +11,21 @@ Within 64 columns, group g of four holds the columns 8 j + 2 g + b at byte 2 j +
 row that one GPU thread owns in a matrix product's result, so that a kernel can use all 16 bytes where they are made.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from detr_fast.ops._attention_chunked import chunked_backward, chunked_forward, keeps_chunks, zero_rows
+from detr_fast.ops._attention_chunked import (
+    chunked_backward,
+    chunked_forward,
+    groups_of,
+    keeps_chunks,
+    remember_facts,
+    zero_rows,
+)
 from detr_fast.ops._checks import is_number
 from detr_fast.ops._dispatch import calls_plainly, refuse_transforms, use_kernel
 from detr_fast.ops._dropout_bits import dropout_bytes
@@ -87,11 +95,14 @@ def attention(
         raise ValueError(f"scale is {scale}; expected a finite number")
     if scale <= 0:
         query, scale = query * scale, 1.0
-    masks = (key_padding_mask, query_padding_mask)
-    options = _options(query, value, *masks, dropout_p, seed, scale)
+    seed = _seed(seed, dropout_p, query.device)
     if calls_plainly(query):
-        return _PlainAttention.apply(*options[:5], *(x.transpose(1, 2).unsqueeze(2) for x in (query, key, value)))
-    return _attention(query, key, value, *options)
+        projections = (x.transpose(1, 2).unsqueeze(2) for x in (query, key, value))
+        return _PlainAttention.apply(
+            key_padding_mask, float(dropout_p), seed, scale, query_padding_mask, True, *projections
+        )
+    lists = _lists_of(query, value, key_padding_mask, query_padding_mask)
+    return _attention(query, key, value, key_padding_mask, float(dropout_p), seed, scale, query_padding_mask, *lists)
 
 
 def attention_of_projections(
@@ -101,7 +112,8 @@ def attention_of_projections(
     *,
     seed: torch.Tensor | None = None,
     query_padding_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    need_logsumexp: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attention` of queries, keys and values of which some come out of one matrix product.
 
     The gradient of each product is written in one piece, where those of its parts would have to be copied together.
@@ -110,29 +122,36 @@ def attention_of_projections(
         projections: one to three tensors [B, L, n, H, D], any strides: n of query, key and value, in this order, three
             in all.
         key_padding_mask, dropout_p, seed, query_padding_mask: as `attention`.
+        need_logsumexp: False: the second result is None.
 
     Returns, Raises:
         As `attention`.
     """
     projections = _autocast(*projections)
-    query, key, value = split_projections(projections)
-    if len(projections) == 3 or not (torch.is_grad_enabled() and any(x.requires_grad for x in projections)):
-        return attention(
-            query, key, value, key_padding_mask, dropout_p, seed=seed, query_padding_mask=query_padding_mask
-        )
-    _check(query, key, value, key_padding_mask, query_padding_mask, dropout_p, seed)
+    masks = (key_padding_mask, query_padding_mask)
     refuse_transforms("attention", *projections)
-    masks, scale = (key_padding_mask, query_padding_mask), query.shape[-1] ** -0.5
-    options = _options(query, value, *masks, dropout_p, seed, scale)
-    if calls_plainly(query):
-        return _PlainAttention.apply(*options[:5], *projections)
-    return _packed_attention(projections, *options)
+    plainly = calls_plainly(projections[0])
+    with torch.no_grad() if plainly else contextlib.nullcontext():  # they are split again within the function
+        query, key, value = split_projections(projections)
+    _check(query, key, value, *masks, dropout_p, seed)
+    dropout_p, scale = float(dropout_p), query.shape[-1] ** -0.5
+    seed = _seed(seed, dropout_p, query.device)
+    if plainly:
+        return _PlainAttention.apply(
+            key_padding_mask, dropout_p, seed, scale, query_padding_mask, need_logsumexp, *projections
+        )
+    options = (key_padding_mask, dropout_p, seed, scale, query_padding_mask, *_lists_of(query, value, *masks))
+    if len(projections) == 3 or not (torch.is_grad_enabled() and any(x.requires_grad for x in projections)):
+        out, logsumexp = _attention(query, key, value, *options)
+    else:
+        out, logsumexp = _packed_attention(projections, *options)
+    return out, logsumexp if need_logsumexp else None
 
 
 def split_projections(projections: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Query, key and value [B, H, L, D], views of tensors [B, L, n, H, D]."""
-    parts = [part for x in projections for part in ([x.squeeze(2)] if x.shape[2] == 1 else x.unbind(2))]
-    return [part.transpose(1, 2) for part in parts]
+    # `unbind`'s gradient is a copy, `squeeze`'s is not.
+    return [part.transpose(1, 2) for x in projections for part in ([x.squeeze(2)] if x.shape[2] == 1 else x.unbind(2))]
 
 
 def _autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -143,16 +162,20 @@ def _autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
-def _options(query, value, key_padding_mask, query_padding_mask, dropout_p, seed, scale):
-    """The op's arguments after query, key and value."""
+def _seed(seed: torch.Tensor | None, dropout_p: float, device: torch.device) -> torch.Tensor | None:
+    """The one given or else a new one; None without dropout."""
     if dropout_p == 0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
-    # Listed here, not in the op, so that the backward gets the same lists, and a compiled graph makes them once for all
-    # layers under one mask.
-    lists = _lists(key_padding_mask, query_padding_mask) if _on_kernel(query, value) else (None, None)
-    return key_padding_mask, float(dropout_p), seed, scale, query_padding_mask, *lists
+        return None
+    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device) if seed is None else seed
+
+
+def _lists_of(query, value, key_padding_mask, query_padding_mask):
+    """What the op takes beside the masks.
+
+    Listed here, not in the op, so that the backward gets the same lists, and a compiled graph makes them once for all
+    layers under one mask.
+    """
+    return _lists(key_padding_mask, query_padding_mask) if _on_kernel(query, value) else (None, None)
 
 
 def attention_reference(
@@ -228,8 +251,7 @@ def attention_dropout_mask(
     _check_dropout(dropout_p)
     device = seed.device if device is None else torch.device(device)
     seed = seed.to(device)
-    slices, rows = torch.arange(batch * heads, device=device), torch.arange(q_len, device=device)
-    drawn = dropout_bytes(seed, slices, rows, k_len)
+    drawn = dropout_bytes(seed, range(batch * heads), range(q_len), k_len)
     keep = (drawn.to(torch.int16) >= _dropout_threshold(dropout_p)).unflatten(0, (batch, heads))
     if key_padding_mask is None:
         return keep
@@ -269,12 +291,11 @@ def _check(query, key, value, key_padding_mask, query_padding_mask, dropout_p, s
             raise ValueError(f"{name} is on {tensor.device}, query on {query.device}; expected one device")
     if not query.dtype == key.dtype == value.dtype:
         raise TypeError(f"query, key and value have dtypes {query.dtype}, {key.dtype}, {value.dtype}; expected one")
-    # Written out: torch.compile breaks the graph at a join over a generator.
-    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if query.shape[:2] != key.shape[:2] or key.shape[:3] != value.shape[:3] or query.shape[3] != key.shape[3]:
+        shapes = _shapes(query, key, value)
         raise ValueError(f"{shapes}; expected [B, H, Lq, D], [B, H, Lk, D] and [B, H, Lk, Dv]")
     if query.shape[3] == 0 or value.shape[3] == 0:
-        raise ValueError(f"{shapes}; expected head dimensions of at least 1")
+        raise ValueError(f"{_shapes(query, key, value)}; expected head dimensions of at least 1")
     _check_mask("key_padding_mask", key_padding_mask, "Lk", key)
     _check_mask("query_padding_mask", query_padding_mask, "Lq", query)
     _check_dropout(dropout_p)
@@ -283,6 +304,11 @@ def _check(query, key, value, key_padding_mask, query_padding_mask, dropout_p, s
             raise TypeError(f"seed is {getattr(seed, 'dtype', type(seed).__name__)}; expected an int64 tensor [1]")
         if seed.shape != (1,) or seed.device != query.device:
             raise ValueError(f"seed is {list(seed.shape)} on {seed.device}; expected [1] on {query.device}")
+
+
+def _shapes(query, key, value) -> str:
+    # Written out: torch.compile breaks the graph at a join over a generator.
+    return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
 
 
 def _check_mask(name, mask, length, tensor):
@@ -381,15 +407,19 @@ def _lists(key_padding_mask, query_padding_mask, valid_keys=None, valid_queries=
     return valid_keys, valid_queries
 
 
-def remember_valid_rows(mask: torch.Tensor) -> torch.Tensor:
+def remember_padding(mask: torch.Tensor) -> torch.Tensor:
     """The mask [B, L] itself, now with its list of valid rows, which all attentions under it share.
 
     For a mask that was made just now: a list from before the capture of a CUDA graph would be read in every replay.
-    Without effect where no kernel runs, while compiling, and in inference mode, which does not tell whether a tensor
-    was written to.
+    Without effect while compiling, and in inference mode, which does not tell whether a tensor was written to. On a CPU
+    without kernels what is computed from the mask is kept instead, once it is needed.
     """
-    if use_kernel(mask.device, "attention") and not torch.compiler.is_compiling() and not mask.is_inference():
+    if torch.compiler.is_compiling() or mask.is_inference():
+        return mask
+    if use_kernel(mask.device, "attention"):
         mask._valid_rows = _valid_rows(mask), mask._version
+    elif mask.device.type == "cpu":
+        remember_facts(mask)
     return mask
 
 
@@ -403,7 +433,7 @@ def _remembered_rows(mask: torch.Tensor) -> torch.Tensor:
 
 def _forward(
     query, key, value, key_padding_mask, dropout_p, seed, scale, query_padding_mask=None, valid_keys=None,
-    valid_queries=None, kept=None,
+    valid_queries=None,
 ):  # fmt: skip
     out, logsumexp = _empty_outputs(query, value)
     dropout = (seed, _dropout_threshold(dropout_p), _dropout_scale(dropout_p))
@@ -415,9 +445,17 @@ def _forward(
             attention_forward(query, key, value, *lists, *dropout, scale, out=out, logsumexp=logsumexp)
     else:
         masks = (key_padding_mask, query_padding_mask)
-        with torch.autocast(query.device.type, enabled=False):
-            chunked_forward(query, key, value, *masks, *dropout, scale, out=out, logsumexp=logsumexp, kept=kept)
+        with _without_autocast(query):
+            chunked_forward(query, key, value, *masks, *dropout, scale, out=out, logsumexp=logsumexp)
     return out, logsumexp
+
+
+def _without_autocast(tensor: torch.Tensor):
+    """A context; torch's own takes longer to enter than a small product."""
+    device_type = tensor.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _forward_fake(query, key, value, *_, **__):
@@ -426,18 +464,18 @@ def _forward_fake(query, key, value, *_, **__):
 
 def _backward(
     grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale, query_padding_mask=None,
-    valid_keys=None, valid_queries=None, kept=(),
+    valid_keys=None, valid_queries=None,
 ):  # fmt: skip
     grads = _empty_gradients(query, key, value)
     lists = (valid_keys, valid_queries)
     options = (key_padding_mask, dropout_p, seed, scale, query_padding_mask, *lists)
-    _write_gradients(grads, grad_out, query, key, value, out, logsumexp, *options, kept)
+    _write_gradients(grads, grad_out, query, key, value, out, logsumexp, *options)
     return grads
 
 
 def _write_gradients(
     grads, grad_out, query, key, value, out, logsumexp, key_padding_mask, dropout_p, seed, scale, query_padding_mask,
-    valid_keys=None, valid_queries=None, kept=(),
+    valid_keys=None, valid_queries=None,
 ):  # fmt: skip
     """Into `grads`, those of query, key and value, of any strides."""
     inputs = (grad_out, query, key, value, out, logsumexp)
@@ -451,8 +489,8 @@ def _write_gradients(
             attention_backward(*inputs, *lists, *dropout, scale, **outputs)
     else:
         masks = (key_padding_mask, query_padding_mask)
-        with torch.autocast(query.device.type, enabled=False):
-            chunked_backward(*inputs, *masks, *dropout, scale, **outputs, kept=kept)
+        with _without_autocast(query):
+            chunked_backward(*inputs, *masks, *dropout, scale, **outputs)
 
 
 def _backward_fake(grad_out, query, key, value, *_, **__):
@@ -512,10 +550,10 @@ def _packed_forward_fake(projections, *_):
     return _empty_outputs(query, value)
 
 
-def _packed_backward(grad_out, projections, out, logsumexp, *options, kept=()):
+def _packed_backward(grad_out, projections, out, logsumexp, *options):
     grads = [torch.empty_like(x) for x in projections]
     tensors = (grad_out, *split_projections(projections), out, logsumexp)
-    _write_gradients(split_projections(grads), *tensors, *options, kept=kept)
+    _write_gradients(split_projections(grads), *tensors, *options)
     return grads
 
 
@@ -569,32 +607,55 @@ _packed_attention.register_vmap(_attention_vmap)
 
 
 class _PlainAttention(torch.autograd.Function):
-    """`packed_attention` where no kernel runs, without the library's layers of Python; `setup_context` has its own."""
+    """`packed_attention` where no kernel runs, without the library's layers of Python; `setup_context` has its own.
+
+    Between the passes it keeps what the ops compute twice: which images are computed together, and of small attentions
+    the probabilities.
+    """
 
     @staticmethod
-    def forward(ctx, key_padding_mask, dropout_p, seed, scale, query_padding_mask, *projections):
+    def forward(ctx, key_padding_mask, dropout_p, seed, scale, query_padding_mask, need_logsumexp, *projections):
         query, key, value = split_projections(projections)
-        kept = [] if any(ctx.needs_input_grad) and keeps_chunks(query, key, seed) else None
-        options = (key_padding_mask, dropout_p, seed, scale, query_padding_mask)
-        out, logsumexp = _forward(query, key, value, *options, kept=kept)
-        ctx.dropout_p, ctx.scale = dropout_p, scale
-        ctx.mark_non_differentiable(logsumexp)
         masks = (key_padding_mask, query_padding_mask)
+        out, logsumexp = _empty_outputs(query, value)
+        if not (need_logsumexp or seed is None):  # then the backward does not read it either
+            logsumexp = None
+        dropout = (seed, _dropout_threshold(dropout_p), _dropout_scale(dropout_p))
+        groups = groups_of(query, key, *masks, seed)
+        kept = [] if any(ctx.needs_input_grad) and keeps_chunks(query, key, seed) else None
+        with _without_autocast(query):
+            chunked_forward(
+                query, key, value, *masks, *dropout, scale, out=out, logsumexp=logsumexp, kept=kept, groups=groups
+            )
+        ctx.dropout_p, ctx.scale, ctx.groups, ctx.projections = dropout_p, scale, groups, len(projections)
+        ctx.set_materialize_grads(False)
+        if logsumexp is not None:
+            ctx.mark_non_differentiable(logsumexp)
         ctx.save_for_backward(out, logsumexp, *masks, seed, *projections, *kept or ())
-        ctx.projections = len(projections)
-        return out, logsumexp
+        return out, logsumexp if need_logsumexp else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, _):
+        if grad_out is None:
+            return (None,) * (6 + ctx.projections)
         out, logsumexp, key_padding_mask, query_padding_mask, seed, *rest = ctx.saved_tensors
         projections, kept = rest[: ctx.projections], rest[ctx.projections :]
-        options = (key_padding_mask, ctx.dropout_p, seed, ctx.scale, query_padding_mask, None, None)
-        if not calls_plainly(grad_out):
-            grads = _gradients_one_by_one(grad_out, projections, out, logsumexp, *options)
-        elif len(projections) < 3:
-            grads = _packed_backward(grad_out, projections, out, logsumexp, *options, kept=kept)
+        inputs = split_projections(projections)
+        if calls_plainly(grad_out):
+            # Laid out as the products, or as `attention` has it.
+            is_packed = len(projections) < 3
+            grads = [torch.empty_like(x) if is_packed else x.new_empty(x.shape) for x in projections]
+            outputs = dict(zip(("grad_query", "grad_key", "grad_value"), split_projections(grads), strict=True))
+            options = (seed, _dropout_threshold(ctx.dropout_p), _dropout_scale(ctx.dropout_p), ctx.scale)
+            with _without_autocast(grad_out):
+                chunked_backward(
+                    grad_out, *inputs, out, logsumexp, key_padding_mask, query_padding_mask, *options, **outputs,
+                    kept=kept, groups=ctx.groups,
+                )  # fmt: skip
         else:
-            grads = _backward(grad_out, *split_projections(projections), out, logsumexp, *options, kept=kept)
-            grads = [x.transpose(1, 2).unsqueeze(2) for x in grads]
-        return *[None] * 5, *grads
+            options = (key_padding_mask, ctx.dropout_p, seed, ctx.scale, query_padding_mask, None, None)
+            if logsumexp is None:
+                logsumexp = _attention(*inputs, *options)[1]
+            grads = _gradients_one_by_one(grad_out, projections, out, logsumexp, *options)
+        return *[None] * 6, *grads

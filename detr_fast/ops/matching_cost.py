@@ -4,7 +4,7 @@ import torch
 
 from detr_fast.ops._boxes import box_cxcywh_to_xyxy, paired_generalized_box_iou
 from detr_fast.ops._checks import check_numbers, check_tensor
-from detr_fast.ops._dispatch import use_kernel
+from detr_fast.ops._dispatch import calls_plainly, use_kernel
 
 
 def matching_cost(
@@ -43,7 +43,8 @@ def matching_cost(
     Source: Carion et al. 2020, equation 1; facebookresearch/detr `models/matcher.py`.
     """
     arguments = _check(logits, boxes, labels, target_boxes, offsets)
-    return _matching_cost(*arguments, *_weights(cost_class=cost_class, cost_bbox=cost_bbox, cost_giou=cost_giou))
+    function = _forward if calls_plainly(arguments[0]) else _matching_cost
+    return function(*arguments, *_weights(cost_class=cost_class, cost_bbox=cost_bbox, cost_giou=cost_giou))
 
 
 def matching_cost_reference(
@@ -113,8 +114,7 @@ def _reference(logits, boxes, labels, target_boxes, offsets, cost_class, cost_bb
     return torch.where(is_allowed[:, None] & (cost.abs() < torch.inf), cost, torch.nan).contiguous()
 
 
-@torch.library.custom_op("detr_fast::matching_cost", mutates_args=())
-def _matching_cost(
+def _forward(
     logits: torch.Tensor,
     boxes: torch.Tensor,
     labels: torch.Tensor,
@@ -132,6 +132,9 @@ def _matching_cost(
     tensors = [t.contiguous() for t in (logits, boxes, labels, target_boxes, offsets)]
     matching_cost_forward(*tensors, cost_class, cost_bbox, cost_giou, cost=cost)
     return cost
+
+
+_matching_cost = torch.library.custom_op("detr_fast::matching_cost", _forward, mutates_args=())
 
 
 @_matching_cost.register_fake

@@ -1,7 +1,7 @@
 """`pad_collate`: images of different sizes become one zero-padded batch and its padding mask, in one launch.
 
-Fused with it: uint8 -> float, mean/std, cast, channels_last, rounding the size up. Without the kernel the ops run the
-plain-PyTorch reference.
+Fused with it: uint8 -> float, mean/std, cast, channels_last, rounding the size up. Without the kernel the images are
+written one after the other, with the reference's arithmetic.
 
 Source: facebookresearch/detr, `util/misc.py` (`nested_tensor_from_tensor_list`); torchvision's `ToTensor` and
 `Normalize` for the order of the arithmetic.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detr_fast.ops._dispatch import refuse_transforms, use_kernel
+from detr_fast.ops._dispatch import calls_plainly, refuse_transforms, use_kernel
 
 _INTEGERS = (
     torch.bool,
@@ -141,7 +141,8 @@ def pad_collate_packed(
     dtype = _output_dtype(dtype, torch.uint8, mean is not None)
     _check_size_divisor(size_divisor)
     flat = [value for row in rows for value in row]
-    return torch.ops.detr_fast.pad_collate_packed(buffer, flat, mean, std, dtype, channels_last, size_divisor)
+    function = _forward_packed if calls_plainly(buffer) else torch.ops.detr_fast.pad_collate_packed
+    return function(buffer, flat, mean, std, dtype, channels_last, size_divisor)
 
 
 def pack_images(images: Sequence[Tensor], *, layout: str | None = None) -> tuple[Tensor, Tensor]:
@@ -212,16 +213,41 @@ def pad_collate_reference(
 
 
 def _forward(images, mean, std, dtype, channels_last, size_divisor) -> tuple[Tensor, Tensor]:
-    if not use_kernel(images[0].device, "pad_collate"):
-        return pad_collate_reference(
-            images, mean=mean, std=std, dtype=dtype, channels_last=channels_last, size_divisor=size_divisor
-        )
-    from detr_fast.kernels.pad_collate import pad_collate_forward
-
     shapes = [tuple(image.shape) for image in images]
     batch, mask = _empty_outputs(shapes, dtype, images[0].device, channels_last, size_divisor)
-    pad_collate_forward(images, mean, std, batch=batch, mask=mask)
+    if use_kernel(images[0].device, "pad_collate"):
+        from detr_fast.kernels.pad_collate import pad_collate_forward
+
+        pad_collate_forward(images, mean, std, batch=batch, mask=mask)
+    else:
+        _write(images, mean, std, batch, mask)
     return batch, mask
+
+
+def _write(images, mean, std, batch: Tensor, mask: Tensor) -> None:
+    """The reference's arithmetic, in the batch's memory where that is in the dtype and order to compute in."""
+    filled = (batch.shape[1], *mask.shape[1:])
+    if any(image.shape != filled for image in images):
+        batch.zero_()
+    mask.fill_(True)
+    dtype = _compute_dtype(images[0].dtype, batch.dtype)
+    # One channel after the other: a mean for every third element keeps a CPU from computing in vectors.
+    in_place = batch.dtype == dtype and batch.is_contiguous()
+    if mean is not None:
+        mean_C11, std_C11 = (torch.tensor(v, dtype=dtype, device=batch.device)[:, None, None] for v in (mean, std))
+    for image, padded, padding in zip(images, batch, mask, strict=True):
+        channels, height, width = image.shape
+        target = padded[:channels, :height, :width]
+        padding[:height, :width] = False
+        if mean is None:
+            target.copy_(image)
+            continue
+        values = target.copy_(image) if in_place else image.to(dtype, copy=True)
+        if image.dtype == torch.uint8:
+            values.div_(255)
+        values.sub_(mean_C11[:channels]).div_(std_C11[:channels])
+        if not in_place:
+            target.copy_(values)
 
 
 @torch.library.custom_op("detr_fast::pad_collate", mutates_args=())
@@ -245,8 +271,7 @@ def _pad_collate_fake(images, mean, std, dtype, channels_last, size_divisor):
     return _empty_outputs(shapes, dtype, images[0].device, channels_last, size_divisor)
 
 
-@torch.library.custom_op("detr_fast::pad_collate_packed", mutates_args=())
-def _pad_collate_packed(
+def _forward_packed(
     buffer: Tensor,
     header: Sequence[int],
     mean: Sequence[float] | None,
@@ -263,6 +288,9 @@ def _pad_collate_packed(
             values.view(height, width, channels).permute(2, 0, 1) if is_hwc else values.view(channels, height, width)
         )
     return _forward(images, mean, std, dtype, channels_last, size_divisor)
+
+
+_pad_collate_packed = torch.library.custom_op("detr_fast::pad_collate_packed", _forward_packed, mutates_args=())
 
 
 @_pad_collate_packed.register_fake

@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from detr_fast.ops._dispatch import use_kernel
+from detr_fast.ops._dispatch import calls_plainly, use_kernel
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LAYOUTS = ("nchw", "tokens")
@@ -54,7 +54,8 @@ def sine_position(
     height, width = _check(mask, size, num_pos_feats, temperature, normalize, scale, dtype, layout)
     frequencies = _frequency_table(mask, num_pos_feats, float(temperature), torch.promote_types(dtype, torch.float32))
     scale = 2 * math.pi if scale is None else float(scale)
-    return _sine_position(mask, frequencies, height, width, normalize, scale, dtype, layout == "tokens")
+    function = _forward if calls_plainly(mask) else _sine_position
+    return function(mask, frequencies, height, width, normalize, scale, dtype, layout == "tokens")
 
 
 def sine_position_without_padding(
@@ -151,15 +152,15 @@ def _frequencies(num_pos_feats: int, temperature: float, dtype: torch.dtype, dev
 
 
 def _frequency_table(mask: torch.Tensor, num_pos_feats: int, temperature: float, dtype: torch.dtype) -> torch.Tensor:
-    """`_frequencies` on the mask's device, remembered between calls in eager mode on CUDA.
+    """`_frequencies` on the mask's device, remembered between calls in eager mode.
 
     Not remembered while compiling or tracing, where its five small ops belong to the graph, nor during the capture of a
     CUDA graph, whose memory belongs to that graph.
     """
     device = mask.device
-    if device.type != "cuda" or not _remembers(mask):
+    if not _remembers(mask):
         return _frequencies(num_pos_feats, temperature, dtype, device)
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _remembered_frequencies(num_pos_feats, temperature, dtype, device, stream)
 
 
@@ -196,8 +197,7 @@ def _reference(mask, frequencies, height, width, normalize, scale, dtype, tokens
     return (pos.flatten(1, 2) if tokens else pos.permute(0, 3, 1, 2).contiguous()), resized
 
 
-@torch.library.custom_op("detr_fast::sine_position", mutates_args=())
-def _sine_position(
+def _forward(
     mask: torch.Tensor,
     frequencies: torch.Tensor,
     height: int,
@@ -214,6 +214,9 @@ def _sine_position(
     pos, resized = _empty_outputs(mask, frequencies, height, width, dtype, tokens)
     sine_position_forward(mask, frequencies, normalize, scale, pos=pos, resized=resized)
     return pos, resized
+
+
+_sine_position = torch.library.custom_op("detr_fast::sine_position", _forward, mutates_args=())
 
 
 @_sine_position.register_fake

@@ -21,7 +21,7 @@ from detr_fast.distributed import get_rank, get_world_size, is_dist_avail_and_in
 from detr_fast.errors import UsageError
 from detr_fast.models.backbone import BackboneBase
 from detr_fast.tasks import Task
-from detr_fast.training.step import PRECISIONS
+from detr_fast.training.step import PRECISIONS, wants_channels_last
 
 # Bytes per pixel that a step keeps for its backward pass with each backbone; see `kept_per_pixel`.
 _KEPT = {"resnet18": 260, "resnet34": 310, "resnet50": 550, "resnet101": 755}
@@ -205,13 +205,13 @@ def size_divisor(config: Config, train: bool) -> int:
 
 def packed_collate(task: Task, config: Config, train: bool = False) -> PackedCollate:
     """What makes batches of uint8 images: they are normalised, padded and cast where they are used."""
-    # A GPU's convolutions want channels-last images, and autocast would cast them: padding writes both at no cost.
+    # Convolutions want channels-last images, and autocast would cast them: padding writes both at no cost.
     precision = known_precision(config.precision)
     dtype = None if precision == "fp32" else PRECISIONS[precision]
     return PackedCollate(
         mean=task.mean,
         std=task.std,
-        channels_last=torch.device(config.device).type == "cuda",
+        channels_last=wants_channels_last(torch.device(config.device)),
         dtype=dtype,
         size_divisor=size_divisor(config, train),
     )

@@ -17,7 +17,7 @@ from detr_fast.ops import (
     attention_dropout_mask,
     attention_reference,
 )
-from detr_fast.ops.attention import attention_of_projections, split_projections
+from detr_fast.ops.attention import attention_of_projections, remember_padding, split_projections
 
 SEED = torch.tensor([12345678901234567])
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -46,12 +46,12 @@ def make_mask(k_len=70, all_padded=True):
     return mask
 
 
-@pytest.fixture(params=["one_image", "batch"])
+@pytest.fixture(params=["one_image", "batch", "batch_elsewhere"])
 def grouping(request, monkeypatch):
-    """Images with padding one at a time, as on a CPU, or the whole batch together, as elsewhere."""
-    monkeypatch.setattr(_attention_chunked, "_may_read_masks", lambda device: request.param == "one_image")
+    """Images with padding one at a time or the whole batch together, as on a CPU, or as on other devices."""
+    monkeypatch.setattr(_attention_chunked, "_may_read_masks", lambda device: request.param != "batch_elsewhere")
     for name in ("_ONE_IMAGE", "_ONE_IMAGE_WITH_DROPOUT"):
-        monkeypatch.setattr(_attention_chunked, name, 0)
+        monkeypatch.setattr(_attention_chunked, name, 0 if request.param == "one_image" else math.inf)
     return request.param
 
 
@@ -622,6 +622,52 @@ def test_eager_attention_on_a_cpu_is_the_ops_without_the_library(packing, dropou
         assert torch.equal(grad, expected)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_the_log_sum_exp_may_be_left_out(packing, dropout_p, grouping, monkeypatch):
+    projections, mask = make_projections(packing), make_mask(7)
+    results = []
+    for needed in (True, False):
+        out, lse = attention_of_projections(
+            projections, mask, dropout_p, seed=SEED, query_padding_mask=mask, need_logsumexp=needed
+        )
+        assert (lse is not None) == needed
+        cotangent = torch.ones(2, *out.shape, dtype=out.dtype)
+        together = torch.autograd.grad(out, projections, cotangent, is_grads_batched=True, retain_graph=True)
+        results.append([out, *torch.autograd.grad(out, projections, cotangent[0]), *(x[1] for x in together)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_is_computed_from_a_mask_is_kept_for_all_attentions_under_it(grouping, monkeypatch):
+    made, fact = [], _attention_chunked._fact
+    monkeypatch.setattr(_attention_chunked, "_fact", lambda mask, name, make: fact(mask, name, counted(name, make)))
+
+    def counted(name, make):
+        return lambda mask: (made.append(name), make(mask))[1]
+
+    inputs, base = make_inputs(k_len=12, q_len=12), make_mask(12, all_padded=False)[:, None]
+    mask = remember_padding(base.flatten(1))
+
+    def check(kept):
+        made.clear()
+        found = []
+        for padding in (mask, mask, mask.clone()):
+            out, lse = attention(*inputs, padding, 0.3, seed=SEED, query_padding_mask=padding)
+            found.append([out, lse, *torch.autograd.grad(out, inputs, torch.ones_like(out))])
+            if padding is mask:
+                assert not kept or len(made) == len(set(made)) > 0
+        assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+
+    check(kept=True)
+    base[0, 0, 3:] = True  # through another view
+    check(kept=False)
+    with torch.inference_mode():
+        mask = remember_padding(base.clone().flatten(1))
+        mask[:, 2:5] = True
+        out, _ = attention(*inputs, mask, query_padding_mask=mask)
+        assert torch.equal(out, attention(*inputs, mask.clone(), query_padding_mask=mask.clone())[0])
+
+
 def test_attention_under_a_dispatch_mode_is_one_op():
     class Names(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -635,9 +681,11 @@ def test_attention_under_a_dispatch_mode_is_one_op():
     assert "detr_fast.attention.default" in names
 
 
+@pytest.mark.parametrize("rows", [range(7), range(3, 20), torch.tensor([0, 5, 6, 2**31])])
+@pytest.mark.parametrize("seed", [0, 1, 2**62 - 1])
 @pytest.mark.parametrize("k_len", [1, 64, 70, 200])
-def test_dropout_bytes_of_numpy_are_those_of_torch(k_len, monkeypatch):
-    arguments = (SEED, torch.arange(3, 9), torch.tensor([0, 5, 6, 2**31]), k_len)
+def test_dropout_bytes_of_numpy_are_those_of_torch(k_len, seed, rows, monkeypatch):
+    arguments = (torch.tensor([seed]), range(3, 9), rows, k_len)
     in_numpy = _dropout_bits.dropout_bytes(*arguments)
     monkeypatch.setattr(_dropout_bits, "_SMALL", 0)
     assert torch.equal(in_numpy, _dropout_bits.dropout_bytes(*arguments))

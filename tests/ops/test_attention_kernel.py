@@ -7,7 +7,7 @@ import torch
 from pairwise import pairwise
 
 from detr_fast.ops import applied_dropout, attention, attention_dropout_mask, attention_reference
-from detr_fast.ops.attention import attention_of_projections, remember_valid_rows, split_projections
+from detr_fast.ops.attention import attention_of_projections, remember_padding, split_projections
 
 pytestmark = pytest.mark.interpret
 
@@ -260,7 +260,7 @@ def test_attentions_under_one_mask_share_its_list_until_it_is_written_to(monkeyp
     inputs = [make_tensor(2, 1, 43, 16, "blhd", torch.float32) for _ in range(3)]
     base = make_mask("suffix", 2, 43)[:, None]
     mask = base.flatten(1)
-    assert remember_valid_rows(mask) is mask and len(launched) == 1
+    assert remember_padding(mask) is mask and len(launched) == 1
     for rows in (None, mask):
         out, _ = attention(*inputs, mask, query_padding_mask=rows)
         assert torch.equal(out, attention(*inputs, mask.clone(), query_padding_mask=rows)[0])
@@ -274,7 +274,7 @@ def test_attentions_under_one_mask_share_its_list_until_it_is_written_to(monkeyp
         launched.clear()
         for first in (0, 25):  # an inference tensor does not tell that it was written to
             made[:, first:30] = True
-            remembered = remember_valid_rows(made)
+            remembered = remember_padding(made)
             made[:, 30:35] = True
             assert torch.equal(attention(*inputs, remembered)[0], attention(*inputs, made.clone())[0])
 

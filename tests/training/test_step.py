@@ -7,13 +7,17 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 from detr_fast.benchmarks.shapes import nominal_batch
 from detr_fast.benchmarks.studies import launches, training_step
+from detr_fast.benchmarks.studies.same_training import criterion
 from detr_fast.config import Config
+from detr_fast.criterion import HungarianMatcher
 from detr_fast.models import backbone
 from detr_fast.ops import folded_conv as folded_conv_module
 from detr_fast.ops.pointwise_conv import pointwise_conv
+from detr_fast.tasks import task_of
 from detr_fast.training import setup, step, trainer
 from detr_fast.training.ema import ModelEma
 from detr_fast.training.log import Metrics
@@ -93,7 +97,8 @@ def test_a_step_calls_the_fused_ops(precision, monkeypatch):
     assert called["aten::_fused_adamw_"] == 2 and called["aten::_foreach_mul_"] == 1
 
 
-def test_the_count_of_a_backward_pass_is_that_of_torchs_engine():
+def test_the_count_of_a_backward_pass_is_that_of_torchs_engine(monkeypatch):
+    monkeypatch.setattr(FunctionCtx, "set_materialize_grads", launches._set_materialize_grads)
     batch, found = training_step.make_batch(nominal_batch("R50", 2, 0.1), CPU, 0), []
     model = training_step.build_model("tiny", 0.0)
     for backward in (torch.Tensor.backward, launches.walk_backward):
@@ -105,6 +110,35 @@ def test_the_count_of_a_backward_pass_is_that_of_torchs_engine():
     (names, gradients), (walked, walked_gradients) = found
     assert names == walked and len(gradients) > 50
     assert all(torch.equal(a, b) for a, b in zip(gradients, walked_gradients, strict=True))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch's convolutions are not oneDNN's")
+def test_images_weights_and_features_on_a_cpu_are_channels_last():
+    """Convolutions in the other memory format take a twentieth of a step longer; they compute the same."""
+    config, model = Config(device="cpu", precision="fp32"), training_step.build_model("tiny", 0.0)
+    assert setup.packed_collate(task_of(config), config).options["channels_last"]
+    seen, results = [], []
+    for channels_last in (None, False):
+        built = step.build_step(
+            copy.deepcopy(model),
+            criterion(HungarianMatcher, 2, training_step.CLASSES),
+            config,
+            CPU,
+            print,
+            channels_last=channels_last,
+        )
+        hook = built.model.input_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        batch, _, targets = training_step.make_batch(nominal_batch("R50", 2, 0.1), CPU, 0)
+        batch.options |= {"channels_last": channels_last is None}
+        losses = built.losses(built.outputs(batch.to(CPU)), targets)
+        built.backward(losses.total)
+        hook.remove()
+        results.append([losses.total, *(p.grad for p in built.parameters if p.grad is not None)])
+        weights = [m.weight for m in built.model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+        assert all(x.is_contiguous(memory_format=torch.channels_last) == (channels_last is None) for x in weights)
+    assert [x.is_contiguous(memory_format=torch.channels_last) for x in seen] == [True, False]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
 def test_losses_are_summed_with_their_weights_and_gradients_are_the_weights():
