@@ -198,6 +198,10 @@ def same_training(results: Path) -> str:
                 answer += f"(ours {ours}; reference {reference})"
             else:
                 answer = f"largest relative difference {found['difference']:.1e}, in step {found['at_step']}"
+                if "from_float64" in found:
+                    answer += "; from the loss in float64 ours {:.1e}, the reference {:.1e}".format(
+                        *found["from_float64"]
+                    )
             question = QUESTIONS[found["way"]].format(dropout=found["dropout"])
             height, width = found["image_size"]
             images = f"{found['images']}, {height} to {width}, batch {found['batch']}"

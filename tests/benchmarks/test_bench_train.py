@@ -43,6 +43,14 @@ def test_in_float64_rounding_does_not_grow():
     assert max(abs(ours - reference) / reference for ours, reference in losses) < 1e-12
 
 
+def test_from_the_same_weights_both_are_as_far_from_float64():
+    losses = same_training.compare(5, image_size=(32, 40), resync=True)
+    away = [[abs(x - exact) / exact for x in both] for *both, exact in losses]
+    assert 0 < max(map(max, away)) < 1e-6
+    exact = same_training.compare(2, image_size=(32, 40), resync=True, dtype=torch.float64)
+    assert max(abs(x - y) / y for *both, y in exact for x in both) < 1e-12
+
+
 def test_the_control_trains_the_reference_twice():
     """A last bit away, and different for that reason alone."""
     losses = same_training.compare(3, image_size=(32, 40), control=True)
@@ -64,6 +72,7 @@ def test_what_was_found_is_kept_once_per_question(tmp_path):
         same_training.main(short + more)
     found = load_record(tmp_path / "some" / "same_training.json")["comparisons"]
     assert [one["way"] for one in found] == ["resync", "dropout", "free"]
+    assert len(found[0]["from_float64"]) == 2 and "from the loss in float64 ours " in report_of_same_training(tmp_path)
     lines = report_of_same_training(tmp_path).splitlines()
     assert lines[2].startswith("| question | images | dtype | steps |") and len(lines) == 7
     assert f"means differ by {found[1]['difference']:.3f}" in lines[5] and "dropout 0.1" in lines[5]
@@ -73,7 +82,7 @@ def test_what_was_found_is_kept_once_per_question(tmp_path):
 def test_same_training_in_bf16_and_on_other_images(tmp_path):
     """bf16 is told from float32; a COCO folder is used as it is, its images again where there are too few."""
     losses = same_training.compare(3, image_size=(32, 40), bf16=True, resync=True)
-    assert 1e-5 < max(abs(ours - reference) / reference for ours, reference in losses) < 3e-2
+    assert 1e-5 < max(abs(ours - reference) / reference for ours, reference, _ in losses) < 3e-2
     make_shapes_dataset(tmp_path, num_train=1, num_val=3, image_size=(32, 40))
     losses = same_training.compare(3, image_size=(32, 40), coco_path=tmp_path)
     assert max(abs(ours - reference) / reference for ours, reference in losses) < 1e-4
