@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .harness.markers import replace_between
-from .harness.results import load
+from .harness.results import load, load_record
 
 # What the README quotes: suite, kind or task, model, padding, precision, mode, dropout; batch 16.
 QUOTED = [
@@ -209,6 +209,28 @@ def same_training(results: Path) -> str:
             parts.append("| " + " | ".join(cells) + " |")
         parts.append("")
     return "\n".join(parts).rstrip() or "Not yet asked; `python -m benchmarks.studies.same_training --save` does it."
+
+
+def versions(results: Path) -> str:
+    """Markdown: what `python -m benchmarks.studies.versions` has found, on every device."""
+    parts = []
+    for path in sorted(results.glob("*/versions.json")):
+        record = load_record(path)
+        where = record["provenance"]
+        commits = f"{record['before'][:9]} → {(where['git_sha'] or 'unknown')[:9]}"
+        parts.append(f"**{where['device']}**, torch {where['torch']}, {where['date'][:10]}, {commits}:\n")
+        parts += ["| | before, ms | now, ms | now / before | 25 % to 75 % | rounds |", "|---|---|---|---|---|---|"]
+        for row in record["rows"]:
+            low, high = row["ratio_25_to_75"]
+            cells = (
+                f"{row['before_ms']:.1f}",
+                f"{row['now_ms']:.1f}",
+                f"{row['ratio']:.2f}",
+                f"{low:.2f} – {high:.2f}",
+            )
+            parts.append(f"| {row['case']} | {' | '.join(cells)} | {row['rounds']} |")
+        parts.append("")
+    return "\n".join(parts).rstrip() or "Not measured."
 
 
 def table(results: Path) -> str:

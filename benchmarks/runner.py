@@ -76,13 +76,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from . import goals
-    from .report import cpu_training, padding_share, same_training, update_readme
+    from .report import cpu_training, padding_share, same_training, update_readme, versions
 
     results = args.output or Path("benchmarks/results")
     notes = replace_between(NOTES, "predictions", goals.table(load(results)))
     notes = replace_between(NOTES, "padding-share", padding_share(results)) and notes
     notes = replace_between(NOTES, "cpu-training", cpu_training(results)) and notes
     notes = replace_between(NOTES, "same-training", same_training(results)) and notes
+    notes = replace_between(NOTES, "versions", versions(results)) and notes
     return update_readme(args.readme, results) or int(not notes)
 
 

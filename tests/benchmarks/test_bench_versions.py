@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from detr_fast.benchmarks import report
 from detr_fast.benchmarks.studies import versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +20,11 @@ def test_a_version_is_as_fast_as_itself(tmp_path, capsys, monkeypatch):
     (row,) = json.loads((tmp_path / "versions.json").read_text())["rows"]
     assert row["rounds"] == 2 and row["difference"] == 0 and 0.2 < row["ratio"] < 5
     assert f"| {CASE} | " in capsys.readouterr().out
+    (tmp_path / "some").mkdir()
+    (tmp_path / "versions.json").rename(tmp_path / "some" / "versions.json")
+    assert f"| {CASE} | {row['before_ms']:.1f} | {row['now_ms']:.1f} | {row['ratio']:.2f} |" in report.versions(
+        tmp_path
+    )
 
 
 def test_a_version_that_computes_something_else_is_not_timed(monkeypatch):
