@@ -122,7 +122,7 @@ def chunked_backward(
 
     Args:
         grad_out: [B, H, Lq, Dv].
-        out, logsumexp: what `attention` gave; read without a seed alone.
+        out, logsumexp: what `attention` gave; not read where there is a seed.
         grad_query, grad_key, grad_value: shaped as query, key and value, the inputs' dtype.
         kept: what `chunked_forward` put into its list; if empty, it is computed again.
         The others: as `chunked_forward`'s.
