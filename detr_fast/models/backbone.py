@@ -149,6 +149,8 @@ class ResNetBody(nn.Module):
                 return False
             if type(module) is nn.Conv2d and (module.bias is not None or module.padding_mode != "zeros"):
                 return False
+            if type(module) is FrozenBatchNorm2d and module._parameters:  # somebody made constants trainable
+                return False
         # Without autocast, an input of another dtype than the weights must get the convolution's own error.
         return torch.is_autocast_enabled(x.device.type) or x.dtype == self.conv1.weight.dtype
 

@@ -9,6 +9,8 @@ Source: Rabe and Staats 2021 (attention in chunks).
 """
 
 import math
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -120,7 +122,7 @@ def chunked_backward(
 
     Args:
         grad_out: [B, H, Lq, Dv].
-        out, logsumexp: what `attention` gave; read without a seed alone.
+        out, logsumexp: what `attention` gave; not read where there is a seed.
         grad_query, grad_key, grad_value: shaped as query, key and value, the inputs' dtype.
         kept: what `chunked_forward` put into its list; if empty, it is computed again.
         The others: as `chunked_forward`'s.
@@ -168,10 +170,11 @@ class _Group:
     Attributes:
         image: the only one, or None for the whole batch.
         queries, keys: [n] int64, positions of the only image's valid queries and keys; None for all.
-        idle: [B, Lq] bool, True = a query that gives zeros and takes no gradient; None for none.
-        key_padding: [B, Lk] bool, True = padding; None for none.
+        idle: `_rows` of the queries that give zeros and take no gradient; None for none.
+        key_padding: `_rows` of the padded keys; None for none.
         bias: [B, 1, 1, Lk], added to the scores: -inf for padded keys, else 0; None where `key_padding` is.
-        columns: [B, Lk] int64, each key's place among its image's valid keys; None where `key_padding` is.
+        columns: [B, Lk] int64, each key's place among its image's valid keys; None where `key_padding` is, and without
+            dropout.
     """
 
     image: int | None = None
@@ -212,7 +215,7 @@ class _Group:
     ) -> None:
         """Write `source` times `factor` where `take` reads.
 
-        What is under `padding` [B, L], and the group's positions other than `positions`, become `rest`.
+        The rows of `padding`, and the group's positions other than `positions`, become `rest`.
         """
         target = self._images(target)
         if positions is not None:
@@ -263,32 +266,45 @@ def groups_of(query, key, key_padding_mask, query_padding_mask, seed) -> list[_G
             return [_Group(i, *images) for i, images in enumerate(zip(*positions, strict=True))]
         query_padding_mask, key_padding_mask = masks
     if key_padding_mask is None:
-        return [_Group(idle=query_padding_mask)]
+        return [_Group(idle=_rows(query_padding_mask, heads))]
     idle = query_padding_mask
     # Without a key a softmax gives NaN: those rows are set to zero with the padded queries'.
     no_key = _fact(key_padding_mask, "no key", _without_key)
     if no_key is not None:
         idle = no_key.expand(batch, q_len) if idle is None else idle | no_key
-        if not idle.is_inference():
-            remember_facts(idle)
     bias = _fact(key_padding_mask, "bias", _bias).to(torch.promote_types(query.dtype, torch.float32))
     columns = None if seed is None else _fact(key_padding_mask, "columns", _columns)
-    return [_Group(idle=idle, key_padding=key_padding_mask, bias=bias, columns=columns)]
+    return [_Group(idle=_rows(idle, heads), key_padding=_rows(key_padding_mask, heads), bias=bias, columns=columns)]
+
+
+class _Facts:
+    """What was computed from a mask at one version of it.
+
+    A copy of the mask gets its attributes, but counts its versions anew: what it gets of this is never used.
+    """
+
+    __slots__ = ("owner", "values", "version")
+
+    def __init__(self, mask: torch.Tensor):
+        self.owner, self.version, self.values = weakref.ref(mask), mask._version, {}
+
+    def __reduce__(self):
+        return OrderedDict, ()  # empty, and of a class that torch.load takes
 
 
 def remember_facts(mask: torch.Tensor) -> None:
     """Has what is computed from the mask alone kept with it, for as long as nobody writes to it."""
-    mask._facts = mask._version, {}
+    mask._facts = _Facts(mask)
 
 
 def _fact(mask: torch.Tensor, name: str, make: Callable[[torch.Tensor], Any]) -> Any:
     """`make(mask)`, which a remembered mask has kept."""
-    version, facts = getattr(mask, "_facts", (None, None))
-    if facts is None or version != mask._version:
+    facts = getattr(mask, "_facts", None)
+    if type(facts) is not _Facts or facts.owner() is not mask or facts.version != mask._version:
         return make(mask)
-    if name not in facts:
-        facts[name] = make(mask)
-    return facts[name]
+    if name not in facts.values:
+        facts.values[name] = make(mask)
+    return facts.values[name]
 
 
 def _valid(mask: torch.Tensor) -> list[torch.Tensor | None]:
@@ -317,20 +333,24 @@ def _may_read_masks(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def _rows(mask: torch.Tensor | None, heads: int) -> torch.Tensor | None:
+    """What `_fill` takes for a mask [B, L]: on a CPU which of the B · H · L rows are padding, [n] int64."""
+    if mask is None or not _may_read_masks(mask.device):
+        return mask
+    return _fact(mask, f"rows of {heads} heads", partial(_padded_rows, heads))
+
+
+def _padded_rows(heads: int, mask: torch.Tensor) -> torch.Tensor:
+    return mask[:, None].expand(-1, heads, -1).flatten().nonzero()[:, 0]
+
+
 def _fill(tensor: torch.Tensor, padding: torch.Tensor, value: float) -> torch.Tensor:
-    """The contiguous tensor [B, H, L, ...] itself, with `value` in rows of padding [B, L]."""
-    if not _may_read_masks(tensor.device):
+    """The contiguous tensor [B, H, L, ...] itself, with `value` in the rows of padding, which are `_rows`."""
+    if padding.dtype == torch.bool:
         return tensor.masked_fill_(padding[:, None].unflatten(2, (-1, *[1] * (tensor.dim() - 3))), value)
     # On a CPU this takes a third of the time.
-    heads = tensor.shape[1]
-    rows = _fact(padding, f"rows of {heads} heads", partial(_rows, heads))
-    tensor.view(tensor.shape[:3].numel(), math.prod(tensor.shape[3:])).index_fill_(0, rows, value)
+    tensor.view(tensor.shape[:3].numel(), math.prod(tensor.shape[3:])).index_fill_(0, padding, value)
     return tensor
-
-
-def _rows(heads: int, mask: torch.Tensor) -> torch.Tensor:
-    """[n] int64, which of the B · H · L rows are padding."""
-    return mask[:, None].expand(-1, heads, -1).flatten().nonzero()[:, 0]
 
 
 def zero_rows(tensor: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
@@ -378,7 +398,7 @@ def _chunks(by_row: Sequence[torch.Tensor], by_slice: Sequence[torch.Tensor | No
     limit = _CPU_CHUNK if by_row[0].device.type == "cpu" else _GPU_CHUNK
     rows = min(q_len, max(1, limit // k_len))
     together = max(1, limit // (q_len * k_len)) if rows == q_len else 1
-    if together >= slices:
+    if rows == q_len and together >= slices:
         yield slice(0, slices), slice(0, q_len), by_row, by_slice
         return
     for first in range(0, slices, together):

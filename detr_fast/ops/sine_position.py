@@ -165,7 +165,10 @@ def _frequency_table(mask: torch.Tensor, num_pos_feats: int, temperature: float,
 
 
 def _remembers(tensor: torch.Tensor) -> bool:
-    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) is not torch.Tensor:
+        return False
+    # A dispatch mode or a transform may make tensors of its own, which are not to outlive it.
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 

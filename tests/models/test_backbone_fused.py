@@ -277,7 +277,11 @@ def _thaw(body):
     body.layer2[0].bn1 = nn.BatchNorm2d(128)
 
 
-@pytest.mark.parametrize("change", [_watch, _replace, _thaw])
+def _train(body):
+    body.layer1[0].bn1.weight = nn.Parameter(body.layer1[0].bn1.weight)
+
+
+@pytest.mark.parametrize("change", [_watch, _replace, _thaw, _train])
 @torch.no_grad()
 def test_changed_modules_are_called(change, folded):
     body = _body().eval()

@@ -1,6 +1,9 @@
 """`attention` without a GPU: the reference, the op around it, and dropout's random numbers."""
 
+import copy
+import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -44,6 +47,14 @@ def make_mask(k_len=70, all_padded=True):
     if all_padded:
         mask[1] = True
     return mask
+
+
+def saved(tensor):
+    """The tensor from a file."""
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    file.seek(0)
+    return torch.load(file)
 
 
 @pytest.fixture(params=["one_image", "batch", "batch_elsewhere"])
@@ -292,6 +303,19 @@ def test_attention_in_chunks(scores, grouping, monkeypatch):
             grad = torch.randn_like(out)
             torch.testing.assert_close((out, lse), (want, want_lse))
             torch.testing.assert_close(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(want, inputs, grad))
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 2), (2, 1)])
+def test_no_chunk_is_larger_than_the_limit(batch, heads, monkeypatch):
+    """Nor that of a single head."""
+    computed, scores = [], _attention_chunked._scores
+    monkeypatch.setattr(_attention_chunked, "_CPU_CHUNK", 150)
+    monkeypatch.setattr(_attention_chunked, "_scores", lambda *x: (computed.append(scores(*x)), computed[-1])[1])
+    inputs = make_inputs(batch=batch, heads=heads)
+    out, _ = attention(*inputs, None, 0.3)
+    torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert sum(x.numel() for x in computed) == 2 * batch * heads * 5 * 70
+    assert max(x.numel() for x in computed) <= 150
 
 
 @pytest.mark.parametrize("length", [0, 1, 43, 1025])
@@ -624,7 +648,7 @@ def test_eager_attention_on_a_cpu_is_the_ops_without_the_library(packing, dropou
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_the_log_sum_exp_may_be_left_out(packing, dropout_p, grouping, monkeypatch):
+def test_the_log_sum_exp_may_be_left_out(packing, dropout_p, grouping):
     projections, mask = make_projections(packing), make_mask(7)
     results = []
     for needed in (True, False):
@@ -666,6 +690,38 @@ def test_what_is_computed_from_a_mask_is_kept_for_all_attentions_under_it(groupi
         mask[:, 2:5] = True
         out, _ = attention(*inputs, mask, query_padding_mask=mask)
         assert torch.equal(out, attention(*inputs, mask.clone(), query_padding_mask=mask.clone())[0])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda mask: pickle.loads(pickle.dumps(mask)), saved])
+def test_a_copy_of_a_mask_has_none_of_what_is_kept_with_it(copied, grouping):
+    inputs, mask = make_inputs(k_len=12, q_len=12), make_mask(12, all_padded=False)
+    remember_padding(mask)
+    version = mask._version
+    attention(*inputs, mask, query_padding_mask=mask)
+    mask[:, 3:] = True
+    other = copied(mask)
+    while other._version < version:  # up to that for which something was kept with the original
+        other |= mask
+    out, _ = attention(*inputs, other, query_padding_mask=other)
+    assert torch.equal(out, attention(*inputs, mask.clone(), query_padding_mask=mask.clone())[0])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("many", [0, math.inf], ids=["one_image", "batch"])
+def test_the_backward_goes_by_the_forwards_masks(dropout_p, many, monkeypatch):
+    """Hooks that save copies allow to write to the originals."""
+    for name in ("_ONE_IMAGE", "_ONE_IMAGE_WITH_DROPOUT"):
+        monkeypatch.setattr(_attention_chunked, name, many)
+    inputs, original = make_inputs(k_len=12, q_len=12), make_mask(12)
+    grads = []
+    for written in (False, True):
+        mask = original.clone()
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
+            out, _ = attention(*inputs, mask, dropout_p, seed=SEED, query_padding_mask=mask)
+        if written:
+            mask.logical_not_()
+        grads.append(torch.autograd.grad(out, inputs, torch.ones_like(out)))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_attention_under_a_dispatch_mode_is_one_op():

@@ -16,9 +16,7 @@ OPS = {
     "attention": lambda: attention(X, X, X),
     "folded_conv": lambda: folded_conv(X, torch.ones(2, 3, 1, 1), torch.ones(2), None),
     "matching_cost": lambda: matching_cost(torch.rand(1, 2, 6, 3), torch.rand(1, 2, 6, 4), *TARGETS),
-    "pad_collate_packed": lambda: pad_collate_packed(
-        torch.zeros(60, dtype=torch.uint8), torch.tensor([[0, 3, 4, 5, 0]])
-    ),
+    "pad_collate_packed": lambda: pad_collate_packed(torch.zeros(60, dtype=torch.uint8), HEADER),
     "sine_position": lambda: sine_position(torch.zeros(2, 4, 5, dtype=torch.bool)),
 }
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from detr_fast.ops import sine_position, sine_position_reference
+from detr_fast.ops.sine_position import _remembered_frequencies
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -245,6 +247,18 @@ def test_sine_position_refuses_vmap():
 
 
 @pytest.mark.skipif(INTERPRET, reason="exported as it is without the interpreter")
+def test_sine_position_keeps_nothing_that_a_tracer_made():
+    """The first call with these options is the tracer's; it traces twice and compares the graphs."""
+    mask = torch.zeros(2, 5, 7, dtype=torch.bool)
+    _remembered_frequencies.cache_clear()
+    traced = torch.jit.trace(lambda mask: sine_position(mask, None, 12), (mask,))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(sine_position(mask, None, 14)[0], FakeTensor)
+    assert type(sine_position(mask, None, 14)[0]) is torch.Tensor
+    for result, want in zip(traced(mask), sine_position(mask, None, 12), strict=True):
+        assert torch.equal(result, want)
+
+
 def test_sine_position_exports():
     class Module(torch.nn.Module):
         def forward(self, mask):
