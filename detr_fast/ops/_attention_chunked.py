@@ -22,9 +22,9 @@ from detr_fast.ops._dropout_bits import dropout_bytes
 
 # Scores per chunk: as many as stay in a CPU's cache; on a GPU as many as keep it busy.
 _CPU_CHUNK, _GPU_CHUNK = 2**20, 2**28
-# Scores of an image, without and with dropout, from which a CPU computes images with padding one at a time. With fewer,
-# starting on each image takes longer than computing its padding.
-_ONE_IMAGE, _ONE_IMAGE_WITH_DROPOUT = 2**17, 2**17
+# Scores of an image from which a CPU computes images with padding one at a time. With fewer, starting on each image
+# takes longer than computing its padding.
+_ONE_IMAGE = 2**17
 # Elements of the widest vectors that PyTorch's fused attention computes with: 16 float32 in 512 bits.
 _VECTOR = 16
 
@@ -257,23 +257,22 @@ def groups_of(query, key, key_padding_mask, query_padding_mask, seed) -> list[_G
     batch, heads, q_len, _ = query.shape
     if _may_read_masks(query.device):
         masks = [
-            mask if mask is not None and _fact(mask, "any", torch.any) else None
+            mask if mask is not None and fact(mask, "any", torch.any) else None
             for mask in (query_padding_mask, key_padding_mask)
         ]
-        many = _ONE_IMAGE if seed is None else _ONE_IMAGE_WITH_DROPOUT
-        if any(mask is not None for mask in masks) and heads * q_len * key.shape[2] >= many:
-            positions = [[None] * batch if mask is None else _fact(mask, "valid", _valid) for mask in masks]
+        if any(mask is not None for mask in masks) and heads * q_len * key.shape[2] >= _ONE_IMAGE:
+            positions = [[None] * batch if mask is None else fact(mask, "valid", _valid) for mask in masks]
             return [_Group(i, *images) for i, images in enumerate(zip(*positions, strict=True))]
         query_padding_mask, key_padding_mask = masks
     if key_padding_mask is None:
         return [_Group(idle=_rows(query_padding_mask, heads))]
     idle = query_padding_mask
     # Without a key a softmax gives NaN: those rows are set to zero with the padded queries'.
-    no_key = _fact(key_padding_mask, "no key", _without_key)
+    no_key = fact(key_padding_mask, "no key", _without_key)
     if no_key is not None:
         idle = no_key.expand(batch, q_len) if idle is None else idle | no_key
-    bias = _fact(key_padding_mask, "bias", _bias).to(torch.promote_types(query.dtype, torch.float32))
-    columns = None if seed is None else _fact(key_padding_mask, "columns", _columns)
+    bias = fact(key_padding_mask, "bias", _bias).to(torch.promote_types(query.dtype, torch.float32))
+    columns = None if seed is None else fact(key_padding_mask, "columns", _columns)
     return [_Group(idle=_rows(idle, heads), key_padding=_rows(key_padding_mask, heads), bias=bias, columns=columns)]
 
 
@@ -297,7 +296,7 @@ def remember_facts(mask: torch.Tensor) -> None:
     mask._facts = _Facts(mask)
 
 
-def _fact(mask: torch.Tensor, name: str, make: Callable[[torch.Tensor], Any]) -> Any:
+def fact(mask: torch.Tensor, name: str, make: Callable[[torch.Tensor], Any]) -> Any:
     """`make(mask)`, which a remembered mask has kept."""
     facts = getattr(mask, "_facts", None)
     if type(facts) is not _Facts or facts.owner() is not mask or facts.version != mask._version:
@@ -337,7 +336,7 @@ def _rows(mask: torch.Tensor | None, heads: int) -> torch.Tensor | None:
     """What `_fill` takes for a mask [B, L]: on a CPU which of the B · H · L rows are padding, [n] int64."""
     if mask is None or not _may_read_masks(mask.device):
         return mask
-    return _fact(mask, f"rows of {heads} heads", partial(_padded_rows, heads))
+    return fact(mask, f"rows of {heads} heads", partial(_padded_rows, heads))
 
 
 def _padded_rows(heads: int, mask: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from detr_fast.ops._attention_chunked import (
     chunked_backward,
     chunked_forward,
+    fact,
     groups_of,
     keeps_chunks,
     remember_facts,
@@ -416,19 +417,16 @@ def remember_padding(mask: torch.Tensor) -> torch.Tensor:
     """
     if torch.compiler.is_compiling() or mask.is_inference():
         return mask
-    if use_kernel(mask.device, "attention"):
-        mask._valid_rows = _valid_rows(mask), mask._version
-    elif mask.device.type == "cpu":
+    is_kernel = use_kernel(mask.device, "attention")
+    if is_kernel or mask.device.type == "cpu":
         remember_facts(mask)
+    if is_kernel:
+        _remembered_rows(mask)
     return mask
 
 
 def _remembered_rows(mask: torch.Tensor) -> torch.Tensor:
-    if not torch.compiler.is_compiling():
-        rows, version = getattr(mask, "_valid_rows", (None, None))
-        if rows is not None and version == mask._version:
-            return rows
-    return _valid_rows(mask)
+    return _valid_rows(mask) if torch.compiler.is_compiling() else fact(mask, "valid rows", _valid_rows)
 
 
 def _forward(

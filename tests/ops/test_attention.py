@@ -61,8 +61,7 @@ def saved(tensor):
 def grouping(request, monkeypatch):
     """Images with padding one at a time or the whole batch together, as on a CPU, or as on other devices."""
     monkeypatch.setattr(_attention_chunked, "_may_read_masks", lambda device: request.param != "batch_elsewhere")
-    for name in ("_ONE_IMAGE", "_ONE_IMAGE_WITH_DROPOUT"):
-        monkeypatch.setattr(_attention_chunked, name, 0 if request.param == "one_image" else math.inf)
+    monkeypatch.setattr(_attention_chunked, "_ONE_IMAGE", 0 if request.param == "one_image" else math.inf)
     return request.param
 
 
@@ -249,8 +248,7 @@ def test_attention_without_padding(keys, queries, numbers, grouping):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_attention_computes_the_valid_pairs_alone(p, dims, monkeypatch):
     """On a CPU an image's scores in either pass are its valid queries times its valid keys, if there are many."""
-    for name in ("_ONE_IMAGE", "_ONE_IMAGE_WITH_DROPOUT"):
-        monkeypatch.setattr(_attention_chunked, name, 2 * 13 * 70)
+    monkeypatch.setattr(_attention_chunked, "_ONE_IMAGE", 2 * 13 * 70)
     computed, has_fused = [], _attention_chunked._has_fused
 
     def count(q, k, v, seed):
@@ -663,8 +661,8 @@ def test_the_log_sum_exp_may_be_left_out(packing, dropout_p, grouping):
 
 
 def test_what_is_computed_from_a_mask_is_kept_for_all_attentions_under_it(grouping, monkeypatch):
-    made, fact = [], _attention_chunked._fact
-    monkeypatch.setattr(_attention_chunked, "_fact", lambda mask, name, make: fact(mask, name, counted(name, make)))
+    made, fact = [], _attention_chunked.fact
+    monkeypatch.setattr(_attention_chunked, "fact", lambda mask, name, make: fact(mask, name, counted(name, make)))
 
     def counted(name, make):
         return lambda mask: (made.append(name), make(mask))[1]
@@ -710,8 +708,7 @@ def test_a_copy_of_a_mask_has_none_of_what_is_kept_with_it(copied, grouping):
 @pytest.mark.parametrize("many", [0, math.inf], ids=["one_image", "batch"])
 def test_the_backward_goes_by_the_forwards_masks(dropout_p, many, monkeypatch):
     """Hooks that save copies allow to write to the originals."""
-    for name in ("_ONE_IMAGE", "_ONE_IMAGE_WITH_DROPOUT"):
-        monkeypatch.setattr(_attention_chunked, name, many)
+    monkeypatch.setattr(_attention_chunked, "_ONE_IMAGE", many)
     inputs, original = make_inputs(k_len=12, q_len=12), make_mask(12)
     grads = []
     for written in (False, True):
