@@ -169,7 +169,7 @@ def test_two_processes_agree_and_evaluate_as_one(tiny_flags, tmp_path, capsys):
     command = [*torchrun, str(tmp_path / "worker.py"), str(output), *flags]
     done = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "backend gloo" in done.stdout and "Grad strides" not in done.stderr
+    assert "backend gloo" in done.stdout
 
     both = torch.load(output / "both.pth", weights_only=True)
     assert equal_states(*both["states"])
