@@ -160,8 +160,9 @@ class Trained:
     def loss_in_float64(self, samples: NestedTensor, targets: list[dict[str, Tensor]]) -> Tensor:
         """Of a model in float64."""
         targets = [{k: v.double() if v.is_floating_point() else v for k, v in target.items()} for target in targets]
+        mask = None if samples.no_padding else samples.mask  # who asks for it makes padding possible
         with self.ops():
-            return self.loss(NestedTensor(samples.tensors.double(), samples.mask), targets)
+            return self.loss(NestedTensor(samples.tensors.double(), mask, no_padding=samples.no_padding), targets)
 
     @torch.no_grad()
     def mean_loss(self, batches: list[tuple]) -> float:

@@ -201,8 +201,8 @@ def run_train(args: argparse.Namespace, device: torch.device) -> int:
     if not cuda:
         print(
             f"CPU ({device_name(device)}): small images in float32; leave the machine alone meanwhile. Not measured "
-            "without a GPU: the kernels, cuDNN's fused convolutions, bf16, channels_last, launches, waits for the GPU "
-            "and peak memory; operators and values read by the host are counted instead. Loading from disk: python -m "
+            "without a GPU: the kernels, cuDNN's fused convolutions, bf16, launches, waits for the GPU and peak "
+            "memory; operators and values read by the host are counted instead. Loading from disk: python -m "
             "benchmarks.studies.data."
         )
     chosen = variants(device, compile)

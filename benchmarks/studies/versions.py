@@ -9,6 +9,7 @@ Results: `versions.json` under `benchmarks/results/<device>`.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -92,14 +93,16 @@ class _Version:
         self.result = self._read()
 
     def time(self) -> float:
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `_read` says so
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
         seconds = self._read()
         time.sleep(PAUSE)
         return seconds
 
     def close(self) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
 
     def _read(self) -> float:

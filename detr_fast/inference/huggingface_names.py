@@ -81,7 +81,7 @@ def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     masks, out, unknown = has_masks(state), {}, []
     for name, value in state.items():
         if masks and name.startswith(_MASK_HEAD):
-            out[name] = value
+            out[name] = value.contiguous()  # safetensors takes no channels-last weights, as a training run leaves them
             continue
         theirs = _their_names(name.removeprefix(DETECTOR))
         if not theirs or masks != name.startswith(DETECTOR):

@@ -1,6 +1,7 @@
 """The training step: how a model is laid out, computed and updated. The trainer and the benchmark build it here."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,6 +144,8 @@ def distributed(step: TrainingStep) -> None:
     # The original's default has every forward pass take over the first process's statistics. Frozen ones are the same
     # everywhere and need no exchange.
     has_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    # A channels-last 1x1 weight and its gradient may differ in strides that no element depends on; torch warns of them.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     step.model = nn.parallel.DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,

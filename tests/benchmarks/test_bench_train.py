@@ -51,6 +51,15 @@ def test_from_the_same_weights_both_are_as_far_from_float64():
     assert max(abs(x - y) / y for *both, y in exact for x in both) < 1e-12
 
 
+def test_the_loss_in_float64_leaves_a_batch_without_padding(monkeypatch):
+    seen, loss = [], same_training.Trained.loss
+    monkeypatch.setattr(
+        same_training.Trained, "loss", lambda self, samples, *more: seen.append(samples) or loss(self, samples, *more)
+    )
+    same_training.compare(1, batch=1, image_size=(32, 40), resync=True)
+    assert len(seen) == 3 and all(samples.no_padding for samples in seen)
+
+
 def test_the_control_trains_the_reference_twice():
     """A last bit away, and different for that reason alone."""
     losses = same_training.compare(3, image_size=(32, 40), control=True)

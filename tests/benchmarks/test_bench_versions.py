@@ -45,3 +45,14 @@ def test_an_unknown_commit_and_another_package_are_refused(tmp_path):
         versions.main(["nosuchcommit", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="expected the one in"):
         versions._serve(CASE, str(tmp_path))
+
+
+def test_a_process_that_ends_is_said(monkeypatch):
+    popen = versions.subprocess.Popen
+    code = "print(1.0, flush=True)"  # its result, and no time
+    monkeypatch.setattr(versions.subprocess, "Popen", lambda command, **more: popen([command[0], "-c", code], **more))
+    version = versions._Version(ROOT, CASE)
+    version._process.wait()
+    with pytest.raises(RuntimeError, match="ended with status 0"):
+        version.time()
+    version.close()

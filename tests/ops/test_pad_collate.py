@@ -38,10 +38,9 @@ def check(images, options, monkeypatch):
     exact, exact_mask = expect(images, size_divisor=options.get("size_divisor", 1), **computing)
     plain, _ = pad_collate_reference(images, **options)
     with monkeypatch.context() as patch:
-        intact = guarded_empty(patch) if INTERPRET else None
+        intact = guarded_empty(patch)
         batch, mask = pad_collate(images, **options)
-    if intact:
-        intact()
+    intact()
     assert mask.dtype == torch.bool and torch.equal(mask, exact_mask)
     assert batch.shape == exact.shape and batch.dtype == plain.dtype and batch.stride() == plain.stride()
     if "mean" in options:
@@ -112,6 +111,13 @@ def test_pad_collate_many_images(_implementation, monkeypatch):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 def test_pad_collate_empty_images(shapes, channels_last, _implementation, monkeypatch):
     check([torch.rand(shape) for shape in shapes], {"channels_last": channels_last}, monkeypatch)
+
+
+@either
+@pytest.mark.parametrize("options", [{}, {"mean": [0.5] * 3, "std": [0.2] * 3}], ids=["as they are", "normalised"])
+def test_pad_collate_lacking_channels_are_zeros(options, _implementation, monkeypatch):
+    """Also where no image has padding."""
+    check([torch.rand(3, 4, 5), torch.rand(2, 4, 5)], options, monkeypatch)
 
 
 @either

@@ -13,6 +13,7 @@ from detr_fast.cli import main
 from detr_fast.criterion import HungarianMatcher, PostProcess, PostProcessPanoptic, PostProcessSegm, SetCriterion
 from detr_fast.data import CocoPanoptic, build_loader, make_shapes_dataset
 from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Compose, Normalize, ToTensor
+from detr_fast.inference.huggingface_names import to_huggingface
 from detr_fast.training.checkpoint import read_checkpoint
 from detr_fast.training.engine import evaluate
 
@@ -69,6 +70,14 @@ def test_frozen_weights_train_the_mask_head_alone(trained, detector):
     assert read_checkpoint(trained / "checkpoint.pth")["best"] == row["test_coco_eval_masks"][0]
     with Image.open(trained / "samples" / "epoch0000.png") as image:
         assert len(image.convert("L").resize((64, 64)).getcolors(4096)) > 10
+
+
+def test_a_trained_mask_head_is_contiguous_for_hugging_face(trained):
+    """Training leaves its convolutions' weights channels-last, which safetensors does not write."""
+    state = read_checkpoint(trained / "checkpoint.pth")["model"]
+    converted = to_huggingface(state)
+    assert all(value.is_contiguous() for value in converted.values())
+    assert torch.equal(converted["mask_head.lay1.weight"], state["mask_head.lay1.weight"])
 
 
 def test_eval_and_predict_know_that_a_checkpoint_has_masks(trained, data, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The training step: built once for the trainer and the benchmark, made of the fused ops, and its parts."""
 
 import copy
+import warnings
 from collections import Counter
 from unittest import mock
 
@@ -187,6 +188,24 @@ def test_statistics_are_exchanged_where_they_are_trained(norm, shares):
         step.distributed(ours)
     assert wrapper.call_args.kwargs[step._SYNC_BUFFERS] is shares
     assert ours.model is wrapper.return_value
+
+
+def test_torch_does_not_warn_of_the_strides_of_1x1_weights(tmp_path):
+    class Product(nn.Conv2d):  # whose gradient is a matrix's
+        def forward(self, x):
+            return x.permute(0, 2, 3, 1) @ self.weight.flatten(1).t() + self.bias
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            layers = Product(3, 4, 1).to(memory_format=torch.channels_last)
+            built = step.TrainingStep(layers, mock.Mock(weight_dict={}), None, CPU)
+            step.distributed(built)
+            built.model(torch.ones(1, 3, 5, 5)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not any("Grad strides" in str(one.message) for one in caught)
 
 
 def test_averages_of_another_layout_are_taken_over():
