@@ -231,10 +231,9 @@ def _write(images, mean, std, batch: Tensor, mask: Tensor) -> None:
         batch.zero_()
     mask.fill_(True)
     dtype = _compute_dtype(images[0].dtype, batch.dtype)
-    # One channel after the other: a mean for every third element keeps a CPU from computing in vectors.
     in_place = batch.dtype == dtype and batch.is_contiguous()
     if mean is not None:
-        mean_C11, std_C11 = (torch.tensor(v, dtype=dtype, device=batch.device)[:, None, None] for v in (mean, std))
+        mean_C, std_C = (torch.tensor(v, dtype=dtype, device=batch.device) for v in (mean, std))
     for image, padded, padding in zip(images, batch, mask, strict=True):
         channels, height, width = image.shape
         target = padded[:channels, :height, :width]
@@ -242,11 +241,18 @@ def _write(images, mean, std, batch: Tensor, mask: Tensor) -> None:
         if mean is None:
             target.copy_(image)
             continue
-        values = target.copy_(image) if in_place else image.to(dtype, copy=True)
+        # Whole rows at a time: a mean for every third element keeps a CPU from computing in vectors.
+        if in_place or image.is_contiguous() or not image.permute(1, 2, 0).is_contiguous():
+            values = rows = target.copy_(image) if in_place else image.to(dtype, copy=True)
+            subtrahend, divisor = (v[:channels, None, None] for v in (mean_C, std_C))
+        else:
+            values = image.to(dtype, copy=True)
+            rows = values.permute(1, 2, 0).view(height, width * channels)
+            subtrahend, divisor = (v[:channels].repeat(width) for v in (mean_C, std_C))
         if image.dtype == torch.uint8:
-            values.div_(255)
-        values.sub_(mean_C11[:channels]).div_(std_C11[:channels])
-        if not in_place:
+            rows.div_(255)
+        rows.sub_(subtrahend).div_(divisor)
+        if values is not target:
             target.copy_(values)
 
 
