@@ -79,7 +79,7 @@ def generate(path: Path, images: int, annotations: int, *, polygons: bool, seed:
 
 def colours(seed: int) -> np.ndarray:
     """int64 [_COLOURS]: the ids from which those of every panoptic image are drawn."""
-    return np.random.default_rng((seed, 1)).choice(np.arange(1, 1 << 24), _COLOURS, replace=False)
+    return np.random.default_rng((seed, 1)).choice((1 << 24) - 1, _COLOURS, replace=False) + 1
 
 
 def generate_panoptic(path: Path, images: int, segments: int, *, seed: int) -> None:
@@ -148,14 +148,13 @@ def opened(folder: Path, ann_file: Path, masks: bool, workers: int, panoptic_see
     began, cpu, others = time.perf_counter(), time.process_time(), _cpu_of_children()
     if panoptic_seed is None:
         dataset: Any = CocoDetection(folder, ann_file, None, masks, cache_dir=folder)
-        epoch, drawn = _epoch, ()
     else:
         dataset = CocoPanoptic(folder, folder, ann_file, cache_dir=folder)
-        epoch, drawn = _panoptic_epoch, (colours(panoptic_seed),)
     row = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
     row |= {"cpu of its processes": _cpu_of_children() - others, "load": os.getloadavg()[0]}
     row |= {"peak": _peak() - before, "private": private() - private_before}
     if workers:
+        epoch, drawn = (_epoch, ()) if panoptic_seed is None else (_panoptic_epoch, (colours(panoptic_seed),))
         context = multiprocessing.get_context("fork")
         growths = context.SimpleQueue()
         processes = [context.Process(target=epoch, args=(dataset, n, workers, growths, *drawn)) for n in range(workers)]

@@ -5,7 +5,8 @@ the entries, a few thousand at a time. So no more than one such piece is ever he
 file are decoded by several processes, which send arrays.
 
 Only what is as it should be becomes columns. Whatever else there is, `OddAnnotations` is raised, and the file is read
-whole and judged by `detr_fast.data.validation`, whose messages name it.
+whole and judged by `detr_fast.data.validation`, whose messages name it. What a panoptic json has beside images is read
+by `detr_fast.data.segments`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ made of what is not asked for, workers copy nothing. The file is used as long as
 written under another name and then renamed. Of processes that start together one makes it, and the others wait. It
 holds numbers and json, nothing that is executed.
 
-A file with something odd in it is held as Python objects instead, mended by ``detr_fast.data.validation``.
+A file with something odd in it is held as Python objects instead, mended by ``detr_fast.data.validation``. Panoptic
+jsons, whose columns are kept in the same way, are read by ``detr_fast.data.segments``.
 """
 
 from __future__ import annotations
