@@ -40,7 +40,7 @@ def flags() -> set[str]:
 
 
 # Of other programs: `benchmarks.compile_gate`, `benchmarks annotations`, sbatch, torchrun, docker.
-OTHERS = {"--amd", "--images", "--annotations", "--boxes", "--signal", "--max_restarts", "--shm_size"}
+OTHERS = {"--amd", "--images", "--annotations", "--boxes", "--panoptic", "--signal", "--max_restarts", "--shm_size"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

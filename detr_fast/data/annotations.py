@@ -167,6 +167,12 @@ def read_panoptic(ann_file: str | os.PathLike) -> dict:
         ValueError: not json, a list or key is missing, or an image has no annotation or more than one.
     """
     content = read_json(ann_file)
+    check_panoptic_content(content, ann_file)
+    return content
+
+
+def check_panoptic_content(content: dict[str, Any], ann_file: str | os.PathLike) -> None:
+    """Raises ValueError, see ``read_panoptic``, or puts the content's images and annotations in order."""
     needed = {"images": ("id", "file_name", "height", "width"), "categories": ("id",)}
     if "annotations" in content:
         needed["annotations"] = ("image_id", "file_name", "segments_info")
@@ -182,7 +188,7 @@ def read_panoptic(ann_file: str | os.PathLike) -> dict:
     check_categories(content["categories"], ann_file)
     content["images"] = sorted(content["images"], key=lambda image: image["id"])
     if "annotations" not in content:
-        return content
+        return
     content["annotations"] = sorted(content["annotations"], key=lambda annotation: annotation["image_id"])
     ids = [image["id"] for image in content["images"]]
     annotated = [annotation["image_id"] for annotation in content["annotations"]]
@@ -199,7 +205,6 @@ def read_panoptic(ann_file: str | os.PathLike) -> dict:
             if problem is not None:
                 which = segment.get("id") if isinstance(segment, dict) else segment
                 raise ValueError(f"{ann_file}: segment {which!r:.60} of image {annotation['image_id']} {problem}")
-    return content
 
 
 def _check_panoptic_entry(entry: dict, which: str) -> None:

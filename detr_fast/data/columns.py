@@ -5,7 +5,8 @@ the entries, a few thousand at a time. So no more than one such piece is ever he
 file are decoded by several processes, which send arrays.
 
 Only what is as it should be becomes columns. Whatever else there is, `OddAnnotations` is raised, and the file is read
-whole and judged by `detr_fast.data.validation`, whose messages name it.
+whole and judged by `detr_fast.data.validation`, whose messages name it. What a panoptic json has beside images is read
+by `detr_fast.data.segments`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import sys
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain, compress
 from operator import itemgetter, methodcaller
@@ -46,6 +47,9 @@ _MOST_PROCESSES = 8  # more wait for the one that takes what they send
 # How a segmentation is kept.
 NO_SEGMENTATION, POLYGONS, COMPRESSED, RUNS = range(4)
 
+
+# Entries → columns by name.
+Convert = Callable[[list[dict]], dict[str, np.ndarray]]
 
 # What reading and converting raise at entries of an unexpected form.
 _ODD = (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError)
@@ -79,7 +83,7 @@ class Columns:
 
 
 def read_columns(path: str | os.PathLike, keep_polygons: Callable[[np.ndarray], None], *, lines: bool) -> Columns:
-    """Reads a json.
+    """Reads a json of boxes or lines.
 
     Args:
         path: of the json.
@@ -90,25 +94,32 @@ def read_columns(path: str | os.PathLike, keep_polygons: Callable[[np.ndarray], 
         OddAnnotations: see there.
         OSError: the file cannot be read.
     """
-    collects = gc.isenabled()
-    gc.disable()  # nothing here refers to itself, and each collection would look at every entry
-    try:
-        pieces, rest = _layout(path)
+    with reading():
+        pieces, rest = layout(path)
         content = {"images": [], "annotations": [], **rest}
         (add_line_boxes if lines else check_content)(content, path)
-        images = _read_images(path, pieces["images"])
+        images = read_images(path, pieces["images"], lambda entry: stated_size(entry) or (0, 0))
         annotations = _Annotations(keep_polygons, lines)
-        for found in _converted(path, pieces["annotations"], lines):
+        for found in converted(path, pieces["annotations"], lambda entries: _piece(entries, lines)):
             annotations.add(found)
         columns = Columns(meta={"categories": rest["categories"], "pieces": pieces})
         columns.arrays, columns.meta["twice"] = images
         annotations.finish(columns)
+    return columns
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """While a json is read: no garbage collection, and what odd entries raise becomes OddAnnotations."""
+    collects = gc.isenabled()
+    gc.disable()  # nothing here refers to itself, and each collection would look at every entry
+    try:
+        yield
     except _ODD as error:
         raise OddAnnotations(str(error)) from error
     finally:
         if collects:
             gc.enable()
-    return columns
 
 
 def read_categories(path: str | os.PathLike) -> list[dict]:
@@ -118,7 +129,7 @@ def read_categories(path: str | os.PathLike) -> list[dict]:
         OddAnnotations: see there.
     """
     try:
-        rest = _layout(path)[1]
+        rest = layout(path)[1]
         check_content({"images": [], "annotations": [], "categories": rest["categories"]}, path)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise OddAnnotations(str(error)) from error
@@ -137,7 +148,7 @@ def entry_at(path: str | os.PathLike, pieces: list[list[int]], position: int) ->
 # Where things stand
 
 
-def _layout(path: str | os.PathLike) -> tuple[dict[str, list[list[int]]], dict[str, Any]]:
+def layout(path: str | os.PathLike) -> tuple[dict[str, list[list[int]]], dict[str, Any]]:
     """Where images and annotations stand, and all that is in the file beside them.
 
     Returns:
@@ -222,7 +233,7 @@ def _text(file, start: int, end: int) -> bytes:
     return file.read(end - start).strip()
 
 
-def _decoded(path: str | os.PathLike, pieces: list[list[int]]) -> Iterator[list]:
+def decoded(path: str | os.PathLike, pieces: list[list[int]]) -> Iterator[list]:
     """The entries of each piece; fills in the number of its first one."""
     count = 0
     with open(path, "rb") as file:
@@ -258,44 +269,64 @@ def _refuse(name: str) -> None:
 # Images
 
 
-def _read_images(path, pieces: list[list[int]]) -> tuple[dict[str, np.ndarray], list]:
+def read_images(
+    path: str | os.PathLike, pieces: list[list[int]], size_of: Callable[[dict], tuple[int, int]]
+) -> tuple[dict[str, np.ndarray], list]:
+    """The columns of the images, see `Columns`, and its "twice". ``size_of``: gives (width, height) of an entry."""
     ids, names, sizes = [], [], []
-    for entries in _decoded(path, pieces):
+    for entries in decoded(path, pieces):
         ids += [entry["id"] for entry in entries]
         names += [entry["file_name"] for entry in entries]
-        sizes += [stated_size(entry) or (0, 0) for entry in entries]
-    if any(file_name_problem(name) is not None for name in names):
-        raise OddAnnotations("file_name")
-    image_ids = _integers(ids)
+        sizes += list(map(size_of, entries))
+    check_names(names)
+    image_ids = integers(ids)
     order = np.argsort(image_ids, kind="stable")
     image_ids = image_ids[order]
-    _all(np.diff(image_ids) > 0)
+    require(np.diff(image_ids) > 0)
     several = [[name, n] for name, n in Counter(names).items() if n > 1] if len(set(names)) < len(names) else []
-    encoded = [names[n].encode() for n in order.tolist()]
+    text, lengths = encoded([names[n] for n in order.tolist()])
     return {
         "image_ids": image_ids,
         "image_positions": order,
         "stated": np.array(sizes, dtype=np.int64).reshape(-1, 2)[order],
-        "names": np.frombuffer(b"".join(encoded), dtype=np.uint8),
-        "name_ends": _ends([len(name) for name in encoded]),
+        "names": text,
+        "name_ends": ends_of(lengths),
     }, [len(several), *several[:1]]
+
+
+def check_names(names: Sequence) -> None:
+    """Raises OddAnnotations unless each is the name of a file."""
+    if any(file_name_problem(name) is not None for name in names):
+        raise OddAnnotations("file_name")
+
+
+def encoded(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """All names in one: uint8, and int64 [N], the length of each."""
+    texts = [name.encode(errors="surrogatepass") for name in names]  # json can hold half of a surrogate pair
+    return np.frombuffer(b"".join(texts), dtype=np.uint8), np.array(list(map(len, texts)), dtype=np.int64)
 
 
 # Annotations
 
 
-def _converted(path: str | os.PathLike, pieces: list[list[int]], lines: bool) -> Iterator[dict[str, np.ndarray]]:
-    """The columns of each piece, in order; fills in the number of its first entry."""
+def converted(path: str | os.PathLike, pieces: list[list[int]], convert: Convert) -> Iterator[dict[str, np.ndarray]]:
+    """The columns of each piece, in order; fills in the number of its first entry.
+
+    Args:
+        path: of the json.
+        pieces: of a list, see `layout`.
+        convert: gets the entries of a piece, and gives its columns, "image_ids" [entries] among them.
+    """
     size = pieces[-1][2] - pieces[0][1] if pieces else 0
     processes = min(_num_processes(), len(pieces)) if size >= _SHARED else 1
     count = 0
-    with open(path, "rb") as file, _Workers(path, pieces, lines, processes) as workers:
+    with open(path, "rb") as file, _Workers(path, pieces, convert, processes) as workers:
         for number, piece in enumerate(pieces):
             found = workers.received(number)
             if found is None:
-                found = _piece(_entries(file, pieces, number), lines)
+                found = convert(_entries(file, pieces, number))
             piece[0] = count
-            count += len(found["ids"])
+            count += len(found["image_ids"])
             yield found
 
 
@@ -315,14 +346,14 @@ def _num_processes() -> int:
 class _Workers:
     """Forked processes; of N, each converts every N-th piece and sends its arrays through a pipe. None if N is 1."""
 
-    def __init__(self, path: str | os.PathLike, pieces: list[list[int]], lines: bool, processes: int):
+    def __init__(self, path: str | os.PathLike, pieces: list[list[int]], convert: Convert, processes: int):
         self._workers = []
         context = multiprocessing.get_context("fork") if processes > 1 else None
         for first in range(processes if context else 0):
             ours, theirs = context.Pipe(duplex=False)
             inherited = [connection for _, connection in self._workers] + [ours]
-            arguments = (path, pieces, range(first, len(pieces), processes), lines, theirs, inherited)
-            process = context.Process(target=_convert, args=arguments, daemon=True)
+            arguments = (path, pieces, range(first, len(pieces), processes), convert, theirs, inherited)
+            process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             theirs.close()  # so that its end is noticed
             self._workers.append((process, ours))
@@ -355,7 +386,7 @@ class _Workers:
             process.close()
 
 
-def _convert(path, pieces: list[list[int]], shares: range, lines: bool, connection, inherited: list) -> None:
+def _work(path, pieces: list[list[int]], shares: range, convert: Convert, connection, inherited: list) -> None:
     """What a worker does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for end in inherited:
@@ -363,7 +394,7 @@ def _convert(path, pieces: list[list[int]], shares: range, lines: bool, connecti
     with open(path, "rb") as file, suppress(BrokenPipeError):
         for number in shares:
             try:
-                found = _piece(_entries(file, pieces, number), lines)
+                found = convert(_entries(file, pieces, number))
             except (OddAnnotations, OSError, *_ODD) as error:
                 connection.send(str(error))
                 return
@@ -377,15 +408,15 @@ def _piece(entries: list[dict], lines: bool) -> dict[str, np.ndarray]:
     """The columns of some annotations; "shapes" and "point_starts" count from the first of them."""
     fields = map(itemgetter("id", "image_id", "category_id", "line" if lines else "bbox"), entries)
     ids, image_ids, category_ids, rows = zip(*fields, strict=True) if entries else ((), (), (), ())
-    found = {"ids": _integers(ids), "image_ids": _integers(image_ids), "category_ids": _integers(category_ids)}
+    found = {"ids": integers(ids), "image_ids": integers(image_ids), "category_ids": integers(category_ids)}
     boxes = _rows(rows, 4)
-    _all(np.abs(boxes) < LARGEST)
+    require(np.abs(boxes) < LARGEST)
     if lines:
         found["lines"] = boxes
         first, extent = boxes[:, :2], boxes[:, 2:]
         boxes = np.hstack((np.minimum(first, first + extent), np.abs(extent)))
     crowd = list(map(methodcaller("get", "iscrowd", 0), entries))
-    _only(crowd, int)
+    only(crowd, int)
     if not set(crowd) <= {0, 1}:
         raise OddAnnotations("iscrowd")
     found |= {"boxes": boxes, "crowd": np.array(crowd, dtype=np.uint8), "areas": _areas(entries, boxes)}
@@ -403,14 +434,14 @@ def _segmentations(entries: list[dict]) -> dict[str, np.ndarray]:
     is_list = np.fromiter((kind is list for kind in types), dtype=bool, count=count)
     lists = list(compress(segmentations, is_list))
     parts = list(chain.from_iterable(lists))
-    _only(parts, list)
+    only(parts, list)
     numbers = array("d")
     for ring in parts:
         numbers.fromlist(ring)  # TypeError: something else than numbers
     values, lengths = np.frombuffer(numbers, dtype=np.float64), np.array(list(map(len, parts)), dtype=np.int64)
     kinds[is_list] = POLYGONS
     rings[is_list] = list(map(len, lists))
-    _all(rings[is_list] > 0)
+    require(rings[is_list] > 0)
     shapes[is_list] = (np.cumsum(rings) - rings)[is_list]
     reach = np.zeros(count)
     if len(lengths):
@@ -419,7 +450,7 @@ def _segmentations(entries: list[dict]) -> dict[str, np.ndarray]:
             # The quick bound on its length is exceeded; the length itself may not be.
             end = int(lengths[: ring + 1].sum())
             bad[ring] = polygon_problem(values[end - lengths[ring] : end].tolist(), None) is not None
-        _all(~bad)
+        require(~bad)
         reach[is_list] = np.maximum.reduceat(np.maximum(-low, high), shapes[is_list])
         np.maximum(reach, 0, out=reach)
     rle_sizes, rle_data = [], []
@@ -457,13 +488,13 @@ def _keypoints(entries: list[dict]) -> dict[str, np.ndarray]:
     having = [(row, entry["keypoints"]) for row, entry in enumerate(entries) if "keypoints" in entry]
     counts = np.full(len(entries), -1, dtype=np.int32)
     lists = [points for _, points in having]
-    _only(lists, list)
+    only(lists, list)
     numbers = list(chain.from_iterable(lists))
-    _only(numbers, int, float)
+    only(numbers, int, float)
     counts[[row for row, _ in having]] = [len(points) for points in lists]
-    _all((counts % 3 == 0) | (counts == -1))
+    require((counts % 3 == 0) | (counts == -1))
     points = np.array(numbers, dtype=np.float64)
-    _all(np.abs(points) < LARGEST)
+    require(np.abs(points) < LARGEST)
     used = np.maximum(counts, 0)
     return {"point_counts": counts, "point_starts": np.cumsum(used) - used, "points": points}
 
@@ -502,12 +533,12 @@ class _Annotations:
             self.add(_piece([], self.lines))
         images = self._taken("image_ids")
         index = np.searchsorted(arrays["image_ids"], images)
-        _all(index < len(arrays["image_ids"]))
-        _all(arrays["image_ids"][index] == images)
+        require(index < len(arrays["image_ids"]))
+        require(arrays["image_ids"][index] == images)
         ids = np.sort(np.concatenate(self.parts["ids"]))
-        _all(np.diff(ids) > 0)
+        require(np.diff(ids) > 0)
         order = np.argsort(index, kind="stable")
-        arrays["offsets"] = _ends(np.bincount(index, minlength=len(arrays["image_ids"])))
+        arrays["offsets"] = ends_of(np.bincount(index, minlength=len(arrays["image_ids"])))
         arrays["positions"] = order
         ring_lengths, rle_lengths = self._taken("ring_lengths"), self._taken("rle_lengths")
         alone = ["points", "rle_sizes", "rle_data"]  # not one row for each annotation
@@ -518,7 +549,7 @@ class _Annotations:
             if name not in skipped:
                 arrays[name] = values if name in alone else values[order]
         if self.has_segmentations:
-            arrays["ring_ends"], arrays["rle_ends"] = _ends(ring_lengths), _ends(rle_lengths)
+            arrays["ring_ends"], arrays["rle_ends"] = ends_of(ring_lengths), ends_of(rle_lengths)
         used, counts = np.unique(arrays["category_ids"], return_counts=True)
         columns.meta["counts"] = list(zip(used.tolist(), counts.tolist(), strict=True))
         columns.meta["has_id_0"] = bool(len(ids) and (ids == 0).any())
@@ -533,41 +564,44 @@ class _Annotations:
 def _areas(entries: list[dict], boxes: np.ndarray) -> np.ndarray:
     missing = [row for row, entry in enumerate(entries) if "area" not in entry]
     values = [entry.get("area", 0) for entry in entries]
-    _only(values, int, float)
+    only(values, int, float)
     areas = np.array(values, dtype=np.float64)
-    _all((areas >= 0) & (areas < LARGEST))
+    require((areas >= 0) & (areas < LARGEST))
     if missing:
         made = np.maximum(boxes[missing, 2:], 0).prod(axis=1)
-        _all(made < 1 << 53)  # as exact as with integers
+        require(made < 1 << 53)  # as exact as with integers
         areas[missing] = made
     return areas
 
 
-def _integers(values: list) -> np.ndarray:
-    _only(values, int)
+def integers(values: Sequence) -> np.ndarray:
+    """int64. Raises OddAnnotations or OverflowError unless all values are integers of at most 63 bits."""
+    only(values, int)
     return np.array(values, dtype=np.int64)
 
 
 def _rows(rows: list, width: int) -> np.ndarray:
-    _only(rows, list)
+    only(rows, list)
     if not set(map(len, rows)) <= {width}:
         raise OddAnnotations("length")
     numbers = list(chain.from_iterable(rows))
-    _only(numbers, int, float)
+    only(numbers, int, float)
     return np.array(numbers, dtype=np.float64).reshape(-1, width)
 
 
-def _only(values: Iterable, *types: type) -> None:
+def only(values: Iterable, *types: type) -> None:
+    """Raises OddAnnotations unless all values are of these very types: True is no int."""
     if not set(map(type, values)) <= set(types):
         raise OddAnnotations("type")
 
 
-def _all(good: np.ndarray) -> None:
+def require(good: np.ndarray) -> None:
+    """Raises OddAnnotations unless all of it is true."""
     if not good.all():
         raise OddAnnotations("value")
 
 
-def _ends(lengths) -> np.ndarray:
+def ends_of(lengths) -> np.ndarray:
     """int64 [N + 1]: where each part starts, and where the last one ends."""
     ends = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=ends[1:])

@@ -6,7 +6,8 @@ made of what is not asked for, workers copy nothing. The file is used as long as
 written under another name and then renamed. Of processes that start together one makes it, and the others wait. It
 holds numbers and json, nothing that is executed.
 
-A file with something odd in it is held as Python objects instead, mended by ``detr_fast.data.validation``.
+A file with something odd in it is held as Python objects instead, mended by ``detr_fast.data.validation``. Panoptic
+jsons, whose columns are kept in the same way, are read by ``detr_fast.data.segments``.
 """
 
 from __future__ import annotations
@@ -17,16 +18,24 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from detr_fast.data.categories import Categories
-from detr_fast.data.columns import COMPRESSED, NO_SEGMENTATION, POLYGONS, OddAnnotations, entry_at, read_columns
+from detr_fast.data.columns import (
+    COMPRESSED,
+    NO_SEGMENTATION,
+    POLYGONS,
+    Columns,
+    OddAnnotations,
+    entry_at,
+    read_columns,
+)
 from detr_fast.data.images import header_sizes
 from detr_fast.data.validation import Findings, compare_categories, judge_boxes, stated_size, warn_of_equal_names
 
@@ -43,6 +52,10 @@ _DTYPES = {"uint8", "int32", "int64", "float64"}
 _PAGE = 4096
 _WHOLE = 1 << 20  # bytes up to which an array's checksum is of all of it; beyond, of pages spread over it
 SAMPLED = 1000  # files whose size is compared with the json's before training
+
+
+T = TypeVar("T")
+S = TypeVar("S", bound="MappedImages")
 
 
 class Store(Protocol):
@@ -96,11 +109,11 @@ class Listed:
         return self._annotations[self._images[index]["id"]]
 
 
-class Mapped:
-    """A `Store` of columns, see `Columns`.
+class MappedImages:
+    """The images among the columns of a json; a data set's `Store` has the annotations, too.
 
     Args:
-        arrays, meta: of the columns, with "polygons" float64 among the arrays.
+        arrays, meta: the columns, see `Columns`: of the images "image_ids", "stated", "names" and "name_ends".
         ann_file: the json, from which messages are made.
         cache, key, mapping: the file that the arrays are mapped from, what it was made of, and its map; None: they are
             in memory.
@@ -122,9 +135,9 @@ class Mapped:
     def __reduce__(self):
         # Another process maps the file itself.
         if self.cache is None:
-            return _unpickled, (self.arrays, self.meta, self.ann_file, self.sizes)
+            return _unpickled, (type(self), self.arrays, self.meta, self.ann_file, self.sizes)
         own = None if self.sizes is self.arrays["stated"] else self.sizes
-        return _mapped_again, (self.cache, self.key, self.ann_file, own)
+        return _mapped_again, (type(self), self.cache, self.key, self.ann_file, own)
 
     def __len__(self) -> int:
         return len(self.arrays["image_ids"])
@@ -136,19 +149,33 @@ class Mapped:
         return self.arrays["image_ids"].tolist()
 
     def file_name(self, index: int) -> str:
-        start, end = self.arrays["name_ends"][index : index + 2]
-        return self.arrays["names"][start:end].tobytes().decode()
+        return self._text("name", index)
 
     def size(self, index: int) -> tuple[int, int] | None:
         width, height = self.sizes[index].tolist()
         return (width, height) if width else None
 
+    def _text(self, column: str, index: int) -> str:
+        """One of the texts in ``<column>s``, which end where ``<column>_ends`` says."""
+        start, end = self.arrays[f"{column}_ends"][index : index + 2]
+        return self.arrays[f"{column}s"][start:end].tobytes().decode(errors="surrogatepass")
+
+    def _release(self) -> None:
+        """Lets go of the pages that have been read.
+
+        Else every process would hold, in time, all pages that it has ever looked at: a file system may map megabytes
+        for one number. The kernel keeps them.
+        """
+        if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
+
+
+class Mapped(MappedImages):
+    """A `Store` of columns, see `Columns`; "polygons" float64 is among the arrays where there are some."""
+
     def annotations(self, index: int, *, segmentations: bool = True) -> list[dict]:
         entries = self._entries(index, segmentations)
-        if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-            # Else every process would hold, in time, all pages that it has ever looked at: a file system may map
-            # megabytes for one number. The kernel keeps them.
-            self.mapping.madvise(mmap.MADV_DONTNEED)
+        self._release()
         return entries
 
     def _entries(self, index: int, segmentations: bool) -> list[dict]:
@@ -341,33 +368,66 @@ def open_store(
     Raises:
         OddAnnotations: there is an error, or something that columns do not take: the file is to be read whole.
     """
-    path = os.path.abspath(ann_file)
 
-    def judged(store: Mapped) -> tuple[Mapped, Categories, Findings]:
+    def judged(store: Mapped) -> tuple[Categories, Findings]:
         own = Categories.from_coco(store.meta["categories"])
         known = own if categories is None else categories
-        return store, known, store.judge(folder, known, masks=masks)
+        return known, store.judge(folder, known, masks=masks)
 
+    def read(path: str, keep_polygons: Callable[[np.ndarray], None]) -> Columns:
+        return read_columns(path, keep_polygons, lines=lines)
+
+    store, (known, found) = opened(ann_file, Mapped, "lines" if lines else "boxes", read, judged, cache_dir=cache_dir)
+    return store, known, found
+
+
+def opened(
+    ann_file: str | os.PathLike,
+    store_type: type[S],
+    kind: str,
+    read: Callable[[str, Callable[[np.ndarray], None]], Columns],
+    judged: Callable[[S], T],
+    *,
+    cache_dir: str | os.PathLike | None = None,
+) -> tuple[S, T]:
+    """A store of a json's columns, from the cache or from the file itself, and what is said about it.
+
+    Args:
+        ann_file: the json.
+        store_type: the store's class.
+        kind: of columns; each has a cache of its own.
+        read: makes the columns of a path. Its second argument takes float64 arrays of what is too much to be collected
+            in memory; together they become "polygons".
+        judged: called with the store before the cache is written; may change its ``meta`` and ``sizes``.
+        cache_dir: as `open_store`'s.
+
+    Raises:
+        OddAnnotations: by `read` or `judged`, or the file cannot be read.
+    """
+    path = os.path.abspath(ann_file)
     try:
-        key = _key(path, lines)
-        caches = _cache_files(path, lines, cache_dir) if key["size"] >= SMALLEST else []
+        key = _key(path, kind)
+        caches = _cache_files(path, kind, cache_dir) if key["size"] >= SMALLEST else []
         for cache in caches:
-            store = _mapped(cache, key, path)
+            store = _mapped(store_type, cache, key, path)
             if store is not None:
-                return judged(store)
+                return store, judged(store)
         writer = _Writer.at(caches)
         if writer is not None:
             with suppress(OSError), writer, _turn(path) as has_waited:  # OSError: such as a full disk
-                store = _mapped(writer.cache, key, path) if has_waited else None
+                store = _mapped(store_type, writer.cache, key, path) if has_waited else None
                 if store is not None:
-                    return judged(store)
-                columns = read_columns(path, writer.append, lines=lines)
-                opened = judged(Mapped(columns.arrays, columns.meta, path))
-                return (writer.finished(opened[0], key), *opened[1:])
-        polygons: list[np.ndarray] = [np.zeros(0)]
-        columns = read_columns(path, polygons.append, lines=lines)
-        columns.arrays["polygons"] = np.concatenate(polygons)
-        return judged(Mapped(columns.arrays, columns.meta, path))
+                    return store, judged(store)
+                columns = read(path, writer.append)
+                store = store_type(columns.arrays, columns.meta, path)
+                found = judged(store)
+                return writer.finished(store, key), found
+        polygons: list[np.ndarray] = []
+        columns = read(path, polygons.append)
+        if polygons:
+            columns.arrays["polygons"] = np.concatenate(polygons)
+        store = store_type(columns.arrays, columns.meta, path)
+        return store, judged(store)
     except (OSError, ValueError) as error:
         raise OddAnnotations(str(error)) from error
 
@@ -392,21 +452,21 @@ def _turn(path: str) -> Iterator[bool]:
         yield has_waited
 
 
-def _key(path: str, lines: bool) -> dict[str, Any]:
+def _key(path: str, kind: str) -> dict[str, Any]:
     """What the cache must have been made of."""
     status = os.stat(path)
     return {
         "version": VERSION,
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
-        "lines": lines,
+        "kind": kind,
         "largest_image": Image.MAX_IMAGE_PIXELS,
     }
 
 
-def _cache_files(path: str, lines: bool, cache_dir: str | os.PathLike | None) -> list[Path]:
+def _cache_files(path: str, kind: str, cache_dir: str | os.PathLike | None) -> list[Path]:
     """Where the cache may be, the best place first."""
-    digest = hashlib.sha256(f"{path}\0{lines}".encode(errors="surrogateescape")).hexdigest()[:12]
+    digest = hashlib.sha256(f"{path}\0{kind}".encode(errors="surrogateescape")).hexdigest()[:12]
     name = f"{Path(path).stem}-{digest}.detr_fast"
     if cache_dir is not None:
         return [Path(cache_dir) / name]
@@ -437,13 +497,15 @@ class _Writer:
         self.file.write(polygons.data)
         self.count += len(polygons)
 
-    def finished(self, store: Mapped, key: dict[str, Any]) -> Mapped:
+    def finished(self, store: S, key: dict[str, Any]) -> S:
         """Puts the file in its place, unless the json has changed meanwhile; returns a store that is mapped from it.
 
         Raises:
             OSError: the file cannot be written.
         """
-        entries = {"polygons": {"dtype": "float64", "shape": [self.count], "offset": 64}}
+        entries: dict[str, dict[str, Any]] = {}
+        if self.count:
+            entries["polygons"] = {"dtype": "float64", "shape": [self.count], "offset": 64}
         for name, array in store.arrays.items():
             self.file.write(b"\0" * (-self.file.tell() % 64))
             entries[name] = {"dtype": array.dtype.name, "shape": list(array.shape), "offset": self.file.tell()}
@@ -457,10 +519,10 @@ class _Writer:
         self.file.write(directory)
         self.file.write(_FOOTER.pack(start, len(directory), zlib.crc32(directory), _MAGIC))
         self.file.close()
-        if _key(store.ann_file, key["lines"]) != key:
+        if _key(store.ann_file, key["kind"]) != key:
             raise OSError(f"{store.ann_file} has changed while it was read")
         os.replace(self.path, self.cache)
-        mapped = _mapped(self.cache, key, store.ann_file)
+        mapped = _mapped(type(store), self.cache, key, store.ann_file)
         if mapped is None:
             raise OSError(f"{self.cache} is not what was written")
         if store.sizes is not store.arrays["stated"]:
@@ -477,7 +539,7 @@ class _Writer:
             self.path.unlink()
 
 
-def _mapped(cache: str | os.PathLike, key: dict[str, Any], ann_file: str) -> Mapped | None:
+def _mapped(store_type: type[S], cache: str | os.PathLike, key: dict[str, Any], ann_file: str) -> S | None:
     """The store in a cache file; None where there is none, or one of something else, or a damaged one."""
     try:
         with open(cache, "rb") as file:
@@ -503,11 +565,11 @@ def _mapped(cache: str | os.PathLike, key: dict[str, Any], ann_file: str) -> Map
         name: np.frombuffer(data, entry["dtype"], int(np.prod(entry["shape"])), entry["offset"]).reshape(entry["shape"])
         for name, entry in directory["arrays"].items()
     }
-    return Mapped(arrays, directory["meta"], ann_file, os.fspath(cache), key, data)
+    return store_type(arrays, directory["meta"], ann_file, os.fspath(cache), key, data)
 
 
-def _mapped_again(cache: str, key: dict[str, Any], ann_file: str, sizes: np.ndarray | None) -> Mapped:
-    store = _mapped(cache, key, ann_file)
+def _mapped_again(store_type: type[S], cache: str, key: dict[str, Any], ann_file: str, sizes: np.ndarray | None) -> S:
+    store = _mapped(store_type, cache, key, ann_file)
     if store is None:
         raise OSError(f"{cache}, which another process reads annotations from, is gone, damaged or of another json")
     if sizes is not None:
@@ -515,8 +577,8 @@ def _mapped_again(cache: str, key: dict[str, Any], ann_file: str, sizes: np.ndar
     return store
 
 
-def _unpickled(arrays, meta, ann_file: str, sizes: np.ndarray) -> Mapped:
-    store = Mapped(arrays, meta, ann_file)
+def _unpickled(store_type: type[S], arrays, meta, ann_file: str, sizes: np.ndarray) -> S:
+    store = store_type(arrays, meta, ann_file)
     store.sizes = sizes
     return store
 

@@ -25,6 +25,7 @@ from PIL import Image
 
 from detr_fast.data.annotations import read_panoptic
 from detr_fast.data.images import load_segment_ids
+from detr_fast.data.segments import MappedSegments, open_segments
 from detr_fast.distributed import all_gather, is_main_process
 from detr_fast.geometry.segment_ids import rgb2id
 
@@ -225,6 +226,7 @@ class PanopticEvaluator:
         ann_file: COCO panoptic json.
         ann_folder: folder of its PNG files.
         output_dir: gets the predicted PNG files and ``predictions.json``, in COCO's format; None writes nothing.
+        annotations: of ``ann_file``, if it has been read already, such as the ``store`` of a ``CocoPanoptic``.
 
     Raises:
         FileNotFoundError, ValueError: the annotations, see ``read_panoptic``.
@@ -235,16 +237,18 @@ class PanopticEvaluator:
         ann_file: str | os.PathLike,
         ann_folder: str | os.PathLike,
         output_dir: str | os.PathLike | None = "panoptic_eval",
+        *,
+        annotations: MappedSegments | None = None,
     ):
         self.ann_folder = Path(ann_folder)
-        content = read_panoptic(ann_file)
-        if "annotations" not in content:
+        self._annotations = open_segments(ann_file) if annotations is None else annotations
+        if not self._annotations.has_annotations:
             raise ValueError(f"{ann_file} has no annotations to compare with")
-        self.categories = content["categories"]
+        self.categories = self._annotations.meta["categories"]
         self.output_dir = None if output_dir is None else Path(output_dir)
         if self.output_dir is not None:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-        self._annotations = {annotation["image_id"]: annotation for annotation in content["annotations"]}
+        self._index_of = {image_id: index for index, image_id in enumerate(self._annotations.image_ids())}
         self._tallies: dict[int, dict[int, Tally]] = {}
         self.predictions: list[dict] = []
 
@@ -261,13 +265,13 @@ class PanopticEvaluator:
         """
         for prediction in predictions:
             image_id = prediction["image_id"]
-            if image_id not in self._annotations:
+            if image_id not in self._index_of:
                 raise ValueError(f"image id {image_id!r} is not among the {len(self._annotations)} annotated images")
             if image_id in self._tallies:
                 continue
             with Image.open(io.BytesIO(prediction["png_string"])) as file:
                 picture = rgb2id(np.asarray(file.convert("RGB")))
-            annotation = self._annotations[image_id]
+            annotation = self._annotations.annotation(self._index_of[image_id])
             self._tallies[image_id] = _count(annotation, prediction, picture, self.ann_folder, self.categories)
             if self.output_dir is not None:
                 (self.output_dir / prediction["file_name"]).write_bytes(prediction["png_string"])

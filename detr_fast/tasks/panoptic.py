@@ -64,11 +64,17 @@ class _PanopticData:
         annotations = root / "annotations" / f"panoptic_{image_set}2017.json"
         require(image_set, {"image folder": images, "segments": segments}, {"annotation file": annotations})
         dataset = CocoPanoptic(
-            images, segments, annotations, transforms, config.masks, tensor_images=uint8 and image_set == "train"
+            images,
+            segments,
+            annotations,
+            transforms,
+            config.masks,
+            tensor_images=uint8 and image_set == "train",
+            cache_dir=config.cache_dir,
         )
         if not config.allow_outside:
-            refuse_outside(images, dataset.coco["images"], annotations)
-            refuse_outside(segments, dataset.coco.get("annotations", []), annotations)
+            refuse_outside(images, dataset.named(), annotations)
+            refuse_outside(segments, dataset.named_segments(), annotations)
         return dataset
 
     def classes(self, dataset: CocoPanoptic) -> dict[str, Any]:
@@ -146,7 +152,7 @@ class BoxesAndSegments(CocoEvaluator):
 
     def __init__(self, annotations: COCO, dataset: CocoPanoptic, output_dir: Path | None, *, backend: str = "auto"):
         super().__init__(annotations, ["segm", "bbox"], backend=backend)
-        self.panoptic = PanopticEvaluator(dataset.ann_file, dataset.ann_folder, output_dir)
+        self.panoptic = PanopticEvaluator(dataset.ann_file, dataset.ann_folder, output_dir, annotations=dataset.store)
         self.quality: dict | None = None
 
     def update(self, predictions: Mapping[int, Mapping[str, Any]]) -> None:

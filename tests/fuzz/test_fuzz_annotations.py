@@ -236,6 +236,7 @@ def test_changed_panoptic_annotations(folder, edits):
             targets = [dataset[index][1] for index in range(len(dataset))]
         except (ValueError, ImageReadError) as error:
             assert not report.ok, f"{error}\n{report}"
+            assert report.errors.get("annotation file", [str(error)]) == [str(error)]
             return
     for entry, target in zip(dataset.coco["annotations"], targets, strict=True):
         assert target["labels"].tolist() == [segment["category_id"] for segment in entry["segments_info"]]

@@ -106,10 +106,18 @@ def test_weights_of_a_detector_get_a_fresh_mask_head(detector, data, tmp_path, c
     assert 0 < moved <= 0.002  # one AdamW step of 1e-3
 
 
-def test_panoptic_run(data, tmp_path, capsys):
+def test_panoptic_run(data, tmp_path, capsys, monkeypatch):
+    """Neither training nor evaluation reads a panoptic json whole, or a second time."""
+    for module in ("data.panoptic", "data.segments", "evaluation.panoptic"):
+        monkeypatch.setattr(f"detr_fast.{module}.read_panoptic", lambda _: pytest.fail("the json was read whole"))
+    monkeypatch.setattr("detr_fast.data.store.SMALLEST", 0)
+    cache = tmp_path / "cache"
     panoptic = ["--dataset_file", "coco_panoptic", "--coco_path", str(data), "--coco_panoptic_path", str(data)]
+    panoptic += ["--cache_dir", str(cache)]
     assert main(["train", *TINY, "--masks", *panoptic, "--output_dir", str(tmp_path)]) == 0
     (row,) = rows(tmp_path)
+    assert {"panoptic_train2017", "panoptic_val2017"} <= {path.name.rpartition("-")[0] for path in cache.iterdir()}
+    monkeypatch.setattr("detr_fast.data.segments.read_segments", lambda _: pytest.fail("the cache was not used"))
     for name in ("PQ_all", "PQ_th", "PQ_st"):
         assert set(row[f"test_{name}"]) == {"pq", "sq", "rq", "n"}
     assert row["test_PQ_all"]["n"] >= 3
