@@ -134,7 +134,7 @@ FAULTS = [
           "for i, key in enumerate(keys):", "for i, key in enumerate(keys[1:]):",
           "tests/ops/test_attention.py"),
     Fault("padded-images-normalised-without-255", "detr_fast/ops/pad_collate.py",
-          "values.div_(255)", "values.div_(256)",
+          "rows.div_(255)", "rows.div_(256)",
           "tests/ops/test_pad_collate.py"),
     Fault("cpu-trains-in-the-slow-memory-format", "detr_fast/training/step.py",
           '(device.type == "cpu" and torch.backends.mkldnn.is_available())', "False",
