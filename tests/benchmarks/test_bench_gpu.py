@@ -59,7 +59,7 @@ def test_every_command_is_understood(monkeypatch, capsys):
     ],
 )
 def test_what_becomes_of_a_part(code, may_run_out, outcome):
-    assert gpu.run("part", gpu.Part(("-c", code), 60, may_run_out=may_run_out), 2.0) == outcome
+    assert gpu.run("part", gpu.Part(("-c", code), 60, may_run_out=may_run_out), 4.0) == outcome
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
