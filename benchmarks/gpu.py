@@ -6,6 +6,7 @@ lost when its time is up. A part that no longer fits into the budget is named an
 
 import argparse
 import importlib.util
+import signal
 import subprocess
 import sys
 import time
@@ -80,11 +81,11 @@ def run(name: str, part: Part, seconds: float) -> str:
     own = max(1, int(seconds - 10))
     command = [sys.executable, *(argument.replace("{seconds}", str(own)) for argument in part.command)]
     print(f"\n=== {name}, at most {seconds:.0f} s: python {' '.join(command[1:])}", flush=True)
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, preexec_fn=_heed_interrupts)
     try:
         status = process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.send_signal(2)
+        process.send_signal(signal.SIGINT)
         try:
             process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -92,6 +93,11 @@ def run(name: str, part: Part, seconds: float) -> str:
             process.wait()
         return "right as far as it got" if part.may_run_out and process.returncode in (0, 2) else "ran out of time"
     return "right" if status == 0 else f"failed (exit {status})"
+
+
+def _heed_interrupts() -> None:
+    """In the part's process: what a shell starts in the background ignores interrupts, and so would all below it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def main(argv: list[str] | None = None) -> int:
