@@ -414,8 +414,8 @@ def opened(
                 return store, judged(store)
         writer = _Writer.at(caches)
         if writer is not None:
-            with suppress(OSError), writer, _turn(path) as has_waited:  # OSError: such as a full disk
-                store = _mapped(store_type, writer.cache, key, path) if has_waited else None
+            with suppress(OSError), writer, _turn(path):  # OSError: such as a full disk
+                store = _mapped(store_type, writer.cache, key, path)  # another may have made it meanwhile
                 if store is not None:
                     return store, judged(store)
                 columns = read(path, writer.append)
@@ -433,23 +433,21 @@ def opened(
 
 
 @contextmanager
-def _turn(path: str) -> Iterator[bool]:
-    """Waits for another process that makes a cache of the same json; whether there was one.
+def _turn(path: str) -> Iterator[None]:
+    """Waits for another process that makes a cache of the same json.
 
     The json itself is locked (advisory, for reading it does not matter): the kernel lets go of the lock when a process
     ends, however it ends. Those who have waited do not wait for each other: if there is still no cache, there will be
     none.
     """
     with open(path, "rb") as file:
-        has_waited = False
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fcntl.flock(file, fcntl.LOCK_SH)
-            has_waited = True
         except (OSError, AttributeError):  # a file system or platform without locks
             pass
-        yield has_waited
+        yield
 
 
 def _key(path: str, kind: str) -> dict[str, Any]:

@@ -308,6 +308,22 @@ def test_of_many_at_once_one_reads_the_json(folder, cached, monkeypatch):
     assert len(read) == 2
 
 
+def test_a_cache_that_was_made_just_before_the_turn_is_taken(folder, cached, monkeypatch):
+    opened, mapped, looked = cached[1], store._mapped, []
+
+    def late(*args):
+        looked.append(1)
+        if len(looked) == 1:
+            monkeypatch.setattr(store, "_mapped", mapped)
+            opened()  # another makes it between the first look and the turn
+            monkeypatch.setattr(store, "read_columns", lambda *a, **k: pytest.fail("the json is read again"))
+            return None
+        return mapped(*args)
+
+    monkeypatch.setattr(store, "_mapped", late)
+    assert opened().cache is not None
+
+
 def test_those_who_waited_for_nothing_read_the_json_themselves(folder, cached, monkeypatch):
     opened = cached[1]
     started, failed = threading.Event(), []
@@ -391,10 +407,10 @@ def test_workers_end_with_the_process_that_forked_them(folder, cached, several):
     opening = multiprocessing.get_context("fork").Process(
         target=columns.read_columns, args=(path, stops), kwargs={"lines": False}
     )
-    with store._turn(path) as has_waited:  # the lock is inherited by all of them
+    with store._turn(path):  # the lock is inherited by all of them
         opening.start()
         opening.join()
-        assert opening.exitcode == -signal.SIGKILL and not has_waited
+        assert opening.exitcode == -signal.SIGKILL
     deadline = time.monotonic() + 10
     with open(path, "rb") as file:
         while time.monotonic() < deadline:
