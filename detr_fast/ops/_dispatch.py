@@ -68,10 +68,10 @@ def use_kernel(device: torch.device, op: str) -> bool:
 
 
 def calls_plainly(tensor: torch.Tensor) -> bool:
-    """True if an op on `tensor` is to run its plain PyTorch as an autograd function, not as an op of torch's library.
+    """True if an op on `tensor` is to call its plain PyTorch itself (in an autograd function if it has gradients).
 
-    Kernels and whatever traces need the library's. In eager mode on a CPU its layers of Python only cost time: more
-    than a small image's convolution.
+    Kernels and whatever traces need an op of torch's library. In eager mode on a CPU its layers of Python only cost
+    time: more than a small image's convolution.
     """
     return (
         not torch.compiler.is_compiling()
